@@ -1,0 +1,112 @@
+"""Time and timers: what the limiter waits by, and the seam where a test puts a clock of its own."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["Clock", "MonotonicClock", "Timer", "monotonic_clock"]
+
+_IDLE_SECONDS = 5.0
+_SWEEP = 64
+
+
+class Timer:
+    """A callback that runs once, at a time of its clock, unless it is cancelled first."""
+
+    __slots__ = ("callback", "cancelled", "when")
+
+    def __init__(self, when: float, callback: Callable[[], None]) -> None:
+        self.when = when
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Never run the callback; harmless when it has run."""
+        self.cancelled = True
+
+
+class Clock(Protocol):
+    """Where a limiter gets its time, in seconds, and has itself called back."""
+
+    def now(self) -> float:
+        """Return the time in seconds; it never goes back."""
+        ...
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Run `callback` at `when` or as soon after it as can be, from any thread."""
+        ...
+
+
+class MonotonicClock:
+    """The real time, with one daemon thread for all timers of the process.
+
+    The thread belongs to no caller, so that a frozen event loop or a slow thread delays nobody else's
+    timer. It is started by the first timer, and ends when there has been none for five seconds.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        # A fork takes no thread along, and a lock that another thread held would stay locked.
+        self._changed = threading.Condition(threading.Lock())
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._sweep_at = _SWEEP
+        self._running = False
+
+    def now(self) -> float:
+        """Return `time.monotonic()`."""
+        return time.monotonic()
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Run `callback` on the timer thread at `when`; it must be short and must not raise."""
+        timer = Timer(when, callback)
+        with self._changed:
+            if len(self._timers) >= self._sweep_at:
+                self._sweep()
+            heapq.heappush(self._timers, (when, next(self._order), timer))
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="asyncify-timer", daemon=True).start()
+            elif self._timers[0][2] is timer:
+                self._changed.notify()
+        return timer
+
+    def _sweep(self) -> None:
+        """Drop the cancelled timers; as the heap must double in between, a timer pays O(1) for it."""
+        self._timers = [entry for entry in self._timers if not entry[2].cancelled]
+        heapq.heapify(self._timers)
+        self._sweep_at = 2 * len(self._timers) + _SWEEP
+
+    def _run(self) -> None:
+        while (timer := self._next_due()) is not None:
+            if not timer.cancelled:
+                timer.callback()
+
+    def _next_due(self) -> Timer | None:
+        """Wait for the next timer that is due; None when there has been nothing to wait for."""
+        with self._changed:
+            while True:
+                while self._timers and self._timers[0][2].cancelled:
+                    heapq.heappop(self._timers)
+                if not self._timers:
+                    if not self._changed.wait(_IDLE_SECONDS) and not self._timers:
+                        self._running = False
+                        return None
+                    continue
+                wait = self._timers[0][0] - time.monotonic()
+                if wait <= 0:
+                    return heapq.heappop(self._timers)[2]
+                self._changed.wait(wait)
+
+
+monotonic_clock = MonotonicClock()
+"""The clock of every limiter that is not given another."""
