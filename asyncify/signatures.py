@@ -1,0 +1,214 @@
+"""What a function is, seen from outside: its colour, its parameters, whether its body is empty."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+from typing import Any, Literal
+
+from asyncify.errors import PairError
+
+__all__ = [
+    "Shape",
+    "check_pair",
+    "check_side",
+    "describe",
+    "has_empty_body",
+    "is_async",
+    "same_parameters",
+    "shape_of",
+    "signature_of",
+]
+
+_INJECTED = ("config", "run_manager")
+_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what decides the colour: the function in a partial, or the `__call__` of an object."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if inspect.isroutine(fn) or inspect.isclass(fn):
+        return fn
+    call: Callable[..., Any] = type(fn).__call__
+    return call
+
+
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Tell whether calling `fn` gives a coroutine or an async generator."""
+    plain = _plain(fn)
+    return inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain)
+
+
+def is_generator(fn: Callable[..., Any]) -> bool:
+    """Tell whether calling `fn` gives a generator, of either colour."""
+    plain = _plain(fn)
+    return inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain)
+
+
+def signature_of(fn: Callable[..., Any]) -> Signature | None:
+    """Return the signature, or None for a builtin that has none."""
+    try:
+        return inspect.signature(fn)
+    except (ValueError, TypeError):
+        return None
+
+
+def describe(fn: Callable[..., Any]) -> str:
+    """Name a function for an error message: its qualified name, its file and its line."""
+    plain = _plain(inspect.unwrap(fn))
+    name = f"{plain.__module__}.{plain.__qualname__}" if hasattr(plain, "__qualname__") else repr(fn)
+    code = getattr(plain, "__code__", None)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
+
+
+def same_parameters(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
+    """Tell whether two functions take the same parameters: names, kinds, order and defaults.
+
+    `config` and `run_manager` are left out: LangChain hands them to whichever side asks. A builtin that has no
+    signature is taken at its word.
+    """
+    left, right = signature_of(a), signature_of(b)
+    return left is None or right is None or _comparable(left) == _comparable(right)
+
+
+def _comparable(signature: Signature) -> list[tuple[str, Any, str]]:
+    # Defaults are compared as they are written: an array, say, has no truth in its `==`.
+    return [
+        (parameter.name, parameter.kind, repr(parameter.default))
+        for parameter in signature.parameters.values()
+        if parameter.name not in _INJECTED
+    ]
+
+
+def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None:
+    """Check that `fn` can be this side of a pair.
+
+    Raises:
+        PairError: it is no callable, has the other colour, or takes no parameter.
+    """
+    if not callable(fn):
+        raise PairError(f"{where}: expected a function, got {fn!r}")
+    if is_async(fn) != (colour == "async"):
+        other = "async_" if colour == "sync" else "sync"
+        raise PairError(
+            f"{where}: {describe(fn)} is {'async' if colour == 'sync' else 'not async'}, so it can't be the {colour} "
+            f"side; give it as {other}=, or write the {colour} one"
+        )
+    if not shape_of(fn).has_parameters:
+        raise PairError(
+            f"{where}: {describe(fn)} takes no parameter, and a runnable is called with one input; give it one, as "
+            "in def fetch(query)"
+        )
+
+
+def check_pair(sync: Callable[..., Any], async_: Callable[..., Any], where: str) -> None:
+    """Check that two functions are two implementations of one.
+
+    Raises:
+        PairError: their colours, their parameters or their kinds (generator or not) do not fit.
+    """
+    check_side(sync, "sync", where)
+    check_side(async_, "async", where)
+    if is_generator(sync) != is_generator(async_):
+        generator, plain = (sync, async_) if is_generator(sync) else (async_, sync)
+        raise PairError(
+            f"{where}: {describe(generator)} is a generator and {describe(plain)} is not; both must yield, or neither"
+        )
+    if not same_parameters(sync, async_):
+        raise PairError(
+            f"{where}: the two sides take different parameters; make them the same\n"
+            f"  sync   {signature_of(sync)}  {describe(sync)}\n"
+            f"  async  {signature_of(async_)}  {describe(async_)}"
+        )
+
+
+_EMPTY_BODY = {
+    "RESUME",
+    "NOP",
+    "COPY_FREE_VARS",
+    "MAKE_CELL",
+    "RETURN_GENERATOR",
+    "POP_TOP",
+    "LOAD_CONST",
+    "RETURN_CONST",
+    "RETURN_VALUE",
+    "CALL_INTRINSIC_1",  # these two end every coroutine since Python 3.12
+    "RERAISE",
+}
+
+
+def has_empty_body(fn: Callable[..., Any]) -> bool:
+    """Tell whether a function does nothing: a docstring, `...` or `pass`."""
+    for instruction in dis.get_instructions(fn):
+        if instruction.opname not in _EMPTY_BODY:
+            return False
+        if instruction.opname in ("LOAD_CONST", "RETURN_CONST") and instruction.argval is not None:
+            return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a function takes its input and what it gives back, looked up once.
+
+    `required` are the names of the parameters that have no default, without those that LangChain injects.
+    """
+
+    is_async: bool
+    is_generator: bool
+    takes_config: bool
+    takes_run_manager: bool
+    required: tuple[str, ...]
+    positional_only: tuple[str, ...]
+    has_parameters: bool
+
+    def arguments(
+        self, fn: Callable[..., Any], value: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what to call `fn` with: the value itself, or a mapping spread over two or more parameters.
+
+        Raises:
+            TypeError: `fn` needs several arguments and the value is no mapping that has them.
+        """
+        missing = [name for name in self.required if name not in kwargs]
+        if len(missing) <= 1:
+            return (value,), dict(kwargs)
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"{describe(fn)} takes {', '.join(missing)}: its input must be a mapping with these keys, "
+                f"not {type(value).__name__}"
+            )
+        if absent := [name for name in missing if name not in value]:
+            raise TypeError(
+                f"{describe(fn)} takes {', '.join(missing)}: its input has no {', '.join(absent)}; "
+                f"it has {', '.join(map(str, value)) or 'nothing'}"
+            )
+        spread: dict[str, Any] = {**value, **kwargs}
+        return tuple(spread.pop(name) for name in self.positional_only if name in spread), spread
+
+
+def shape_of(fn: Callable[..., Any]) -> Shape:
+    """Look at a function once, so that no call has to."""
+    signature = signature_of(fn)
+    parameters = list(signature.parameters.values()) if signature is not None else []
+    own = [parameter for parameter in parameters if parameter.name not in _INJECTED]
+    named = {parameter.name for parameter in parameters if parameter.kind in _NAMED}
+    return Shape(
+        is_async=is_async(fn),
+        is_generator=is_generator(fn),
+        takes_config="config" in named,
+        takes_run_manager="run_manager" in named,
+        required=tuple(
+            parameter.name
+            for parameter in own
+            if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
+        ),
+        positional_only=tuple(p.name for p in own if p.kind is Parameter.POSITIONAL_ONLY),
+        has_parameters=bool(own) or signature is None,
+    )
