@@ -1,0 +1,41 @@
+"""Ordinary functions as LangChain runnables with a real sync path, a real async path, and one limit on both."""
+
+from asyncify.decorators import concurrency, dual
+from asyncify.errors import (
+    AsyncifyError,
+    AsyncifyWarning,
+    BlockingWarning,
+    BridgedWarning,
+    BridgeError,
+    DeadlockError,
+    LimitTimeout,
+    NameTakenError,
+    PairError,
+    PairNotFoundError,
+    RegistryError,
+    UnboundedWarning,
+)
+from asyncify.limiter import Limiter
+from asyncify.pairs import Registry, registry
+from asyncify.runnable import Dual
+
+__all__ = [
+    "AsyncifyError",
+    "AsyncifyWarning",
+    "BlockingWarning",
+    "BridgeError",
+    "BridgedWarning",
+    "DeadlockError",
+    "Dual",
+    "LimitTimeout",
+    "Limiter",
+    "NameTakenError",
+    "PairError",
+    "PairNotFoundError",
+    "Registry",
+    "RegistryError",
+    "UnboundedWarning",
+    "concurrency",
+    "dual",
+    "registry",
+]

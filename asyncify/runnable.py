@@ -1,0 +1,368 @@
+"""`Dual`: a pair as a LangChain runnable. With `runs`, the only place that knows LangChain's insides."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
+from typing import Any, TypeVar, cast
+
+from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables.base import Runnable
+from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
+
+from asyncify.entries import Bridge, Entries, Entry, make_entries
+from asyncify.errors import PairError
+from asyncify.limiter import Gate, Limiter
+from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
+from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
+
+__all__ = ["Dual"]
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+Function = Callable[..., Any]
+ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
+
+
+class Dual(RunnableLambda[Input, Output]):
+    """A sync and an async implementation of one function, as one runnable.
+
+    A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
+    can. A side that is not given is made from the other: the async side on threads of the pair's own, the sync
+    side on a background event loop.
+
+    Called directly, or by `call` and `acall`, it takes the function's own arguments. As a runnable it takes one
+    input, which is a mapping, spread by name, for a function that needs two arguments or more.
+
+    Args:
+        func: the sync function; or the async one, if there is no other.
+        afunc: the async function.
+        name: the runnable's name; by default the function's.
+
+    Attributes:
+        func: the sync implementation, if there is one.
+        afunc: the async implementation, if there is one.
+    """
+
+    func: Function
+    afunc: Function
+    __qualname__: str
+
+    def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
+        super().__init__(func, afunc, name)
+        self._arguments = (func, afunc, name)
+        self._gate: Gate | None = None
+        self._bridge: Bridge = "thread"
+        self._fakes: tuple[Entries, ...] = ()
+        self._on_stub: Callable[[Dual[Any, Any], Function], None] | None = None
+        self._by_reference = False
+        self.furnish(wears=func)
+
+    # --- how a pair is put together: what `decorators` and `pairs` call ---
+
+    def furnish(self, *, wears: Function | None = None, gate: Gate | None = None, bridge: Bridge | None = None) -> None:
+        """Give the pair the name, docs, signature and colour of a function, a limit, a way to make a side."""
+        if wears is not None:
+            functools.update_wrapper(self, wears, updated=())
+            self._is_async_def = is_async(wears)
+            own_name = getattr(wears, "__name__", "<lambda>")
+            if own_name != "<lambda>" and self._arguments[2] is None:
+                self.name = own_name
+        self._gate = gate or self._gate
+        self._bridge = bridge or self._bridge
+        self._assemble()
+
+    def _assemble(self) -> None:
+        self._entries = make_entries(
+            getattr(self, "func", None),
+            getattr(self, "afunc", None),
+            gate=self._gate,
+            bridge=self._bridge,
+            name=self.get_name(),
+        )
+        self.set_fakes(self._fakes)
+
+    def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
+        """Run the last of these instead of the pair's own entries, or those if there is none."""
+        self._fakes = fakes
+        self._live = fakes[-1] if fakes else self._entries
+
+    @property
+    def fakes(self) -> tuple[Entries, ...]:
+        """What stands in the pair's place, the newest last."""
+        return self._fakes
+
+    @property
+    def entries(self) -> Entries:
+        """The pair's own two entries, whatever stands in their place just now."""
+        return self._entries
+
+    @property
+    def gate(self) -> Gate | None:
+        """How the pair's calls use its limiter, if it has one."""
+        return self._gate
+
+    @property
+    def limiter(self) -> Limiter | None:
+        """What limits both sides, if anything does."""
+        return None if self._gate is None else self._gate.limiter
+
+    def pickle_by_reference(self) -> None:
+        """Pickle this pair as functions are, by module and name."""
+        self._by_reference = True
+
+    def expect_stub(self, on_stub: Callable[[Dual[Any, Any], Function], None]) -> None:
+        """Take the first call of the pair for a decoration, if it is one with a stub."""
+        self._on_stub = on_stub
+
+    # --- the second side, written later ---
+
+    def sync(self, fn: Function) -> Dual[Input, Output]:
+        """Add the sync side to a pair that has only the async one; a decorator that returns the pair."""
+        if hasattr(self, "func"):
+            raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
+        check_pair(fn, self.afunc, f"{self.get_name()}.sync")
+        self.func = fn
+        self._assemble()
+        return self
+
+    def async_(self, fn: Function) -> Dual[Input, Output]:
+        """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
+        if hasattr(self, "afunc"):
+            raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
+        check_pair(self.func, fn, f"{self.get_name()}.async_")
+        self.afunc = fn
+        self._assemble()
+        return self
+
+    # --- called as the function it was ---
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the decorated function did, within the limit: an `async def` gives an awaitable."""
+        if self._on_stub is not None and self._is_stub_call(args, kwargs):
+            return self
+        return self._live.async_.run(*args, **kwargs) if self._is_async_def else self._live.sync.run(*args, **kwargs)
+
+    def _is_stub_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        on_stub, self._on_stub = self._on_stub, None
+        if on_stub is None or kwargs or len(args) != 1 or not _is_stub_of(args[0], self._entries.sync.fn):
+            return False
+        if not has_empty_body(args[0]):
+            self._on_stub = on_stub
+            raise PairError(
+                f"{describe(args[0])} has a body, and so have the sync and the async side: which of the three should "
+                "run? Leave only a docstring, or drop one of sync= and async_="
+            )
+        on_stub(self, args[0])
+        return True
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the sync side, within the limit, with the function's own arguments."""
+        return self._live.sync.run(*args, **kwargs)
+
+    def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the async side, within the limit, with the function's own arguments, in the caller's task."""
+        return self._live.async_.run(*args, **kwargs)
+
+    # --- called as a runnable ---
+
+    def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Run the sync side on one input."""
+        if self._goes_upstream(self._live.sync, config, kwargs):
+            return self._call_with_config(self._invoke, input, ensure_config(config), **kwargs)
+        child = quiet_config(config, is_async=False)
+        return cast("Output", context_of(child).run(self._quiet_invoke, input, child, kwargs))
+
+    async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Run the async side on one input, in a task of its own."""
+        if self._goes_upstream(self._live.async_, config, kwargs):
+            return await self._acall_with_config(self._ainvoke, input, ensure_config(config), **kwargs)
+        child = quiet_config(config, is_async=True)
+        run = self._quiet_ainvoke(input, child, kwargs)
+        return cast("Output", await asyncio.create_task(run, context=context_of(child)))
+
+    def _goes_upstream(self, entry: Entry, config: RunnableConfig | None, kwargs: dict[str, Any]) -> bool:
+        shape = entry.shape
+        return shape.is_generator or shape.takes_run_manager or is_reserved(kwargs) or observed(config)
+
+    def _quiet_invoke(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
+        entry = self._live.sync
+        args, kwargs = entry.shape.arguments(entry.fn, value, kwargs)
+        if entry.shape.takes_config:
+            kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
+        output = entry.run(*args, **kwargs)
+        if isinstance(output, Runnable):
+            return output.invoke(value, self._one_deeper(config, value))
+        return output
+
+    async def _quiet_ainvoke(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
+        entry = self._live.async_
+        args, kwargs = entry.shape.arguments(entry.fn, value, kwargs)
+        if entry.shape.takes_config:
+            kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
+        output = await entry.run(*args, **kwargs)
+        if isinstance(output, Runnable):
+            return await output.ainvoke(value, self._one_deeper(config, value))
+        return output
+
+    # The four below are what LangChain calls on an observed run, inside the run that it has started.
+
+    def _invoke(
+        self, input_: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
+    ) -> Any:
+        entry = self._live.sync
+        args, kwargs = self._inject(entry, input_, run_manager, config, kwargs)
+        if entry.shape.is_generator:
+            with closing(entry.run(*args, **kwargs)) as chunks:
+                return functools.reduce(_fold, chunks, None)
+        output = entry.run(*args, **kwargs)
+        if isinstance(output, Runnable):
+            return output.invoke(input_, self._one_deeper(config, input_, run_manager))
+        return output
+
+    async def _ainvoke(
+        self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
+    ) -> Any:
+        entry = self._live.async_
+        args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
+        if entry.shape.is_generator:
+            folded = None
+            async with aclosing(entry.run(*args, **kwargs)) as chunks:
+                async for chunk in chunks:
+                    folded = _fold(folded, chunk)
+            return folded
+        output = await entry.run(*args, **kwargs)
+        if isinstance(output, Runnable):
+            return await output.ainvoke(value, self._one_deeper(config, value, run_manager))
+        return output
+
+    def _transform(
+        self,
+        chunks: Iterator[Any],
+        run_manager: CallbackManagerForChainRun,
+        config: RunnableConfig,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        value = functools.reduce(_fold, chunks)
+        entry = self._live.sync
+        args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
+        if entry.shape.is_generator:
+            with closing(entry.run(*args, **kwargs)) as output_chunks:
+                yield from output_chunks
+            return
+        output = entry.run(*args, **kwargs)
+        if isinstance(output, Runnable):
+            yield from output.stream(value, self._one_deeper(config, value, run_manager))
+        else:
+            yield output
+
+    async def _atransform(
+        self,
+        chunks: AsyncIterator[Any],
+        run_manager: AsyncCallbackManagerForChainRun,
+        config: RunnableConfig,
+        **kwargs: Any,
+    ) -> AsyncIterator[Any]:
+        value = await anext(chunks)
+        async for chunk in chunks:
+            value = _fold(value, chunk)
+        entry = self._live.async_
+        args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
+        if entry.shape.is_generator:
+            async with aclosing(entry.run(*args, **kwargs)) as output_chunks:
+                async for chunk in output_chunks:
+                    yield chunk
+            return
+        output = await entry.run(*args, **kwargs)
+        if isinstance(output, Runnable):
+            async for chunk in output.astream(value, self._one_deeper(config, value, run_manager)):
+                yield chunk
+        else:
+            yield output
+
+    def transform(
+        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Output]:
+        """Fold the input's chunks into one value and stream the sync side's output for it."""
+        yield from self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
+
+    def _inject(
+        self, entry: Entry, value: Any, run_manager: ChainRun, config: RunnableConfig, kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the function's arguments, with the config and the run manager that it asks for."""
+        shape = entry.shape
+        args, kwargs = shape.arguments(entry.fn, value, kwargs)
+        manager = _in_colour_of(is_async=shape.is_async, run_manager=run_manager)
+        if shape.takes_config:
+            kwargs["config"] = patch_config(config, callbacks=manager.get_child())
+        if shape.takes_run_manager:
+            kwargs["run_manager"] = manager
+        return args, kwargs
+
+    def _one_deeper(self, config: RunnableConfig, value: Any, run_manager: ChainRun | None = None) -> RunnableConfig:
+        """Return the config for a runnable that the function has returned."""
+        limit = config["recursion_limit"]
+        if limit <= 0:
+            raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
+        callbacks = None if run_manager is None else run_manager.get_child()
+        return patch_config(config, callbacks=callbacks, recursion_limit=limit - 1)
+
+    # --- identity ---
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        """Hash by the sync side, or else the async one, as they are compared by."""
+        try:
+            return hash(getattr(self, "func", None) or self.afunc)
+        except TypeError:  # a callable that has no hash
+            return id(self)
+
+    __eq__ = RunnableLambda.__eq__
+
+    def __repr__(self) -> str:
+        """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`."""
+        kinds = {"sync": self._entries.sync.kind, "async": self._entries.async_.kind}
+        real = "+".join(side for side, kind in kinds.items() if kind == "native")
+        made = "".join(f" ({side} {kind})" for side, kind in kinds.items() if kind != "native")
+        state = "" if self._gate is None else f" {self._gate.limiter.state()}"
+        return f"<Dual {self.get_name()} {real}{made}{state}>"
+
+    def __reduce__(self) -> Any:
+        """Pickle a decorated pair by its module and name, any other by its functions."""
+        if not self._by_reference:
+            return Dual, self._arguments
+        return self.__qualname__
+
+
+def _fold(folded: Any, chunk: Any) -> Any:
+    """Add up chunks as LangChain does: by `+`, else the last one wins."""
+    if folded is None:
+        return chunk
+    try:
+        return folded + chunk
+    except TypeError:
+        return chunk
+
+
+def _is_stub_of(candidate: object, fn: Function) -> bool:
+    return callable(candidate) and hasattr(candidate, "__code__") and same_parameters(candidate, fn)
+
+
+def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:
+    """Return a run manager whose methods are awaited by an async function, and not by a sync one."""
+    if is_async == isinstance(run_manager, AsyncCallbackManagerForChainRun):
+        return run_manager
+    if isinstance(run_manager, AsyncCallbackManagerForChainRun):
+        return run_manager.get_sync()
+    return AsyncCallbackManagerForChainRun(
+        run_id=run_manager.run_id,
+        handlers=run_manager.handlers,
+        inheritable_handlers=run_manager.inheritable_handlers,
+        parent_run_id=run_manager.parent_run_id,
+        tags=run_manager.tags,
+        inheritable_tags=run_manager.inheritable_tags,
+        metadata=run_manager.metadata,
+        inheritable_metadata=run_manager.inheritable_metadata,
+    )
