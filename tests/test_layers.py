@@ -1,0 +1,193 @@
+"""The layers of the package: a module imports only from the levels under its own."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "asyncify"
+
+# A room is a module of the package, or a subpackage with all its modules. The edge stands above the core
+# and may import it; the core imports nothing of the edge.
+LEVELS = {
+    "errors": 0,
+    "clock": 1,
+    "meter": 1,
+    "drive": 1,
+    "bridge": 1,
+    "signatures": 1,
+    "limiter": 2,
+    "entries": 3,
+    "runs": 3,
+    "fanout": 3,
+    "runnable": 4,
+    "pairs": 5,
+    "decorators": 6,
+    "__init__": 7,
+    # the edge
+    "testing": 8,
+    "http": 8,
+    "shared": 8,
+    "metrics": 8,
+    "check": 8,
+    "pytest_plugin": 9,  # offers `testing` as fixtures
+    "cli": 9,  # offers `check` as a command
+}
+
+
+def room_of(dotted: str, sources: Mapping[str, str]) -> str:
+    """Return the room that a dotted name lies in; a public name lies in `__init__`."""
+    _, _, rest = dotted.partition(".")
+    room = rest.partition(".")[0]
+    is_room = any(path == f"{PACKAGE}/{room}.py" or path.startswith(f"{PACKAGE}/{room}/") for path in sources)
+    return room if is_room or room in LEVELS else "__init__"
+
+
+def absolute(node: ast.ImportFrom, path: str) -> str:
+    """Return the absolute name of the module that a `from ... import` in the file reads."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    base = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def imported(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of each import of a file, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            case ast.ImportFrom():
+                module = absolute(node, path)
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def wrong_arrows(sources: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each module without a level and each import that does not point down."""
+    wrong = []
+    for path, source in sources.items():
+        room = room_of(path.removesuffix(".py").replace("/", "."), sources)
+        if room not in LEVELS:
+            wrong.append(f"{path}: {room} has no level, add it to LEVELS")
+            continue
+        for line, name in imported(path, source):
+            target = room_of(name, sources)
+            if name.split(".")[0] == PACKAGE and target != room and not LEVELS.get(target, 99) < LEVELS[room]:
+                wrong.append(f"{path}:{line}: {room} must not import {target}")
+    return wrong
+
+
+def test_every_import_of_the_package_points_down() -> None:
+    """No module of the package imports from its own level or from one above, and none is unlisted."""
+    root = Path(__file__).parents[1]
+    files = sorted((root / PACKAGE).rglob("*.py"))
+    sources = {file.relative_to(root).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+    assert f"{PACKAGE}/__init__.py" in sources
+    assert wrong_arrows(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        pytest.param(
+            "asyncify/limiter.py",
+            "import asyncify.runnable",
+            ["asyncify/limiter.py:1: limiter must not import runnable"],
+            id="up",
+        ),
+        pytest.param(
+            "asyncify/limiter.py",
+            "from .runnable import Dual",
+            ["asyncify/limiter.py:1: limiter must not import runnable"],
+            id="up and relative",
+        ),
+        pytest.param(
+            "asyncify/meter.py",
+            "from asyncify.bridge import Bridge",
+            ["asyncify/meter.py:1: meter must not import bridge"],
+            id="sideways",
+        ),
+        pytest.param(
+            "asyncify/meter.py",
+            "from . import drive, errors",
+            ["asyncify/meter.py:1: meter must not import drive"],
+            id="sideways and from the package",
+        ),
+        pytest.param(
+            "asyncify/pairs.py",
+            "def register():\n    from asyncify.decorators import dual",
+            ["asyncify/pairs.py:2: pairs must not import decorators"],
+            id="lazy",
+        ),
+        pytest.param(
+            "asyncify/bridge.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from asyncify.limiter import Limiter",
+            ["asyncify/bridge.py:3: bridge must not import limiter"],
+            id="for types only",
+        ),
+        pytest.param(
+            "asyncify/pairs.py",
+            "from asyncify import Dual",
+            ["asyncify/pairs.py:1: pairs must not import __init__"],
+            id="a public name",
+        ),
+        pytest.param(
+            "asyncify/errors.py",
+            "import asyncify",
+            ["asyncify/errors.py:1: errors must not import __init__"],
+            id="the whole package",
+        ),
+        pytest.param(
+            "asyncify/decorators.py",
+            "from asyncify.testing import fake",
+            ["asyncify/decorators.py:1: decorators must not import testing"],
+            id="the edge",
+        ),
+        pytest.param(
+            "asyncify/check/rules.py",
+            "from ..cli import app",
+            ["asyncify/check/rules.py:1: check must not import cli"],
+            id="up from a subpackage",
+        ),
+        pytest.param(
+            "asyncify/helpers.py",
+            "",
+            ["asyncify/helpers.py: helpers has no level, add it to LEVELS"],
+            id="unlisted",
+        ),
+        pytest.param(
+            "asyncify/helpers/text.py",
+            "",
+            ["asyncify/helpers/text.py: helpers has no level, add it to LEVELS"],
+            id="unlisted subpackage",
+        ),
+    ],
+)
+def test_the_checker_names_a_wrong_arrow(path: str, source: str, expected: list[str]) -> None:
+    """An arrow up or sideways is found however it is written, and so is a module without a level."""
+    assert wrong_arrows({path: source}) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        pytest.param("asyncify/runnable.py", "from .fanout import fan\nimport asyncify.errors", id="down"),
+        pytest.param("asyncify/cli.py", "from asyncify import registry\nfrom asyncify.check import run", id="edge"),
+        pytest.param("asyncify/check/__init__.py", "from .rules import RULES", id="within a subpackage"),
+        pytest.param("asyncify/meter.py", "import math\nfrom http import HTTPStatus", id="other packages"),
+    ],
+)
+def test_the_checker_passes_a_right_arrow(path: str, source: str) -> None:
+    """An arrow down, within one room or out of the package is no finding."""
+    assert wrong_arrows({path: source}) == []
+
+
+def test_an_import_of_an_unlisted_module_is_a_finding() -> None:
+    """Importing a module without a level counts as an arrow up, beside the finding for the module."""
+    sources = {"asyncify/limiter.py": "from asyncify.helpers import clamp", "asyncify/helpers.py": ""}
+
+    assert wrong_arrows(sources) == [
+        "asyncify/limiter.py:1: limiter must not import helpers",
+        "asyncify/helpers.py: helpers has no level, add it to LEVELS",
+    ]
