@@ -1,0 +1,1 @@
+"""Programs that run: start with `python examples/forex.py`."""
