@@ -1,5 +1,6 @@
 """Ordinary functions as LangChain runnables with a real sync path, a real async path, and one limit on both."""
 
+from asyncify.adaptive import Adaptive
 from asyncify.decorators import concurrency, dual
 from asyncify.errors import (
     AsyncifyError,
@@ -20,6 +21,7 @@ from asyncify.pairs import Registry, registry
 from asyncify.runnable import Dual
 
 __all__ = [
+    "Adaptive",
     "AsyncifyError",
     "AsyncifyWarning",
     "BlockingWarning",

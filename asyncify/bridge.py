@@ -184,7 +184,7 @@ class BackgroundLoop:
         if threading.current_thread() is self._thread:
             # The coroutine that runs here waits for this very call: it needs a loop that is free.
             return self._next_deeper().run(call, context)
-        loop = self._started()
+        loop = self.loop()
         done: Future[T] = Future()
         task: list[asyncio.Task[T]] = []
 
@@ -201,7 +201,8 @@ class BackgroundLoop:
                 done.exception()
             raise
 
-    def _started(self) -> asyncio.AbstractEventLoop:
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the loop, running."""
         with self._lock:
             if self._loop is None:
                 started: Future[asyncio.AbstractEventLoop] = Future()

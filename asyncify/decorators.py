@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Executor
 from typing import Any, overload
 
+from aiolimiter import AsyncLimiter
+from langchain_core.rate_limiters import BaseRateLimiter
+
+from asyncify.adaptive import Adaptive
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
-from asyncify.limiter import Gate, Limiter
+from asyncify.gate import Gate, make_gate
+from asyncify.limiter import Limiter
 from asyncify.pairs import registry
 from asyncify.runnable import Dual
 from asyncify.signatures import check_pair, check_side, describe, is_async
@@ -85,48 +90,55 @@ def dual(
 
 def concurrency(
     *,
-    limit: int | None = None,
+    limit: int | Adaptive | None = None,
     per_second: float | None = None,
     per_minute: float | None = None,
+    per_hour: float | None = None,
     burst: int | None = None,
+    key: Callable[[Any], Hashable] | None = None,
+    cost: float | Callable[[Any], float] | None = None,
     timeout: float | None = None,
-    limiter: Limiter | None = None,
+    limiter: Limiter | AsyncLimiter | BaseRateLimiter | None = None,
+    name: str | None = None,
 ) -> Callable[[Function], Dual[Any, Any]]:
     """Put one limit on a function or a pair, for every path, thread, event loop, pipe and batch together.
 
-    A plain function becomes a pair. The order with `dual` is free.
+    A plain function becomes a pair. The order with `dual` is free. What `key` and `cost` are called with is the
+    argument of a function that needs one, and else a mapping of all its arguments by name.
 
     Args:
-        limit: calls that may run at once.
-        per_second, per_minute: calls that may start in any such window; they are spaced evenly.
+        limit: calls that may run at once; or an `Adaptive`, which finds the number.
+        per_second, per_minute, per_hour: cost that may start in any such window; the shortest also sets the pace.
         burst: calls that may start back to back; the windows still hold.
+        key: a function of the input; each key has the limits for itself.
+        cost: what a call costs, 1 unless given, or a function of the input that tells.
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
-        limiter: a `Limiter` to share with other pairs, instead of limits of its own.
+        limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
+            `BaseRateLimiter`, instead of limits of its own.
+        name: what errors and `repr` call the limiter.
 
     Returns:
         A decorator; the pair that it returns is the one that it was given, if it was given one.
 
     Raises:
-        TypeError, ValueError: for arguments that limit nothing or can't be meant.
+        TypeError, ValueError: the arguments limit nothing, contradict each other, or can't be meant.
         PairError: what is decorated is no function, or has a limit already.
     """
-    limits = {"limit": limit, "per_second": per_second, "per_minute": per_minute, "burst": burst}
-    if limiter is None:
-        try:
-            gate = Gate(
-                Limiter(limit=limit, per_second=per_second, per_minute=per_minute, burst=burst, timeout=timeout)
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"@concurrency: {error}") from None
-    else:
-        if not isinstance(limiter, Limiter):
-            raise TypeError(f"@concurrency: limiter={limiter!r} is no Limiter; write limiter=Limiter(limit=10)")
-        if given := [name for name, value in limits.items() if value is not None]:
-            raise TypeError(
-                f"@concurrency: limiter= brings its own limits, so {', '.join(given)} can't be given beside it; give "
-                "them to the Limiter"
-            )
-        gate = Gate(limiter, timeout)
+    try:
+        gate = make_gate(
+            limiter,
+            key=key,
+            cost=cost,
+            timeout=timeout,
+            name=name,
+            limit=limit,
+            per_second=per_second,
+            per_minute=per_minute,
+            per_hour=per_hour,
+            burst=burst,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"@concurrency: {error}") from None
 
     def decorate(fn: Function) -> Dual[Any, Any]:
         if isinstance(fn, Dual):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from asyncify.bridge import DEFAULT_THREADS, ThreadPool, background, call_guarded
 from asyncify.errors import BridgeError
-from asyncify.limiter import Gate, Permit
+from asyncify.gate import Gate, Pass
 from asyncify.signatures import Shape, describe, shape_of
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
@@ -54,6 +54,9 @@ def make_entries(
     sync: Function | None, async_: Function | None, *, gate: Gate | None, bridge: Bridge, name: str
 ) -> Entries:
     """Put the limit around both sides, and make the one that is missing."""
+    fn = sync or async_
+    if gate is not None and fn is not None:
+        gate = gate.before(fn)
     if sync is not None and async_ is not None:
         return Entries(_native(sync, _limited, gate), _native(async_, _alimited, gate))
     if sync is not None:
@@ -70,14 +73,17 @@ def _native(fn: Function, limited: Callable[[Function, Shape, Gate], Function], 
 
 def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
     def run(*args: Any, **kwargs: Any) -> Any:
-        permit = gate.enter()
+        permit = gate.enter(args, kwargs)
         try:
-            return fn(*args, **kwargs)
-        finally:
-            permit.leave()
+            result = fn(*args, **kwargs)
+        except BaseException as error:
+            permit.leave(error)
+            raise
+        permit.leave()
+        return result
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        permit = gate.enter()
+        permit = gate.enter(args, kwargs)
         try:
             with closing(fn(*args, **kwargs)) as chunks:
                 yield from chunks
@@ -89,14 +95,17 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
 
 def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
-        permit = await gate.aenter()
+        permit = await gate.aenter(args, kwargs)
         try:
-            return await fn(*args, **kwargs)
-        finally:
-            permit.leave()
+            result = await fn(*args, **kwargs)
+        except BaseException as error:
+            permit.leave(error)
+            raise
+        permit.leave()
+        return result
 
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        permit = await gate.aenter()
+        permit = await gate.aenter(args, kwargs)
         try:
             async with aclosing(fn(*args, **kwargs)) as chunks:
                 async for chunk in chunks:
@@ -141,7 +150,7 @@ def _abridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Ent
     shape = shape_of(fn)
 
     async def run(*args: Any, **kwargs: Any) -> Any:
-        permit = await gate.aenter() if gate is not None else None
+        permit = await gate.aenter(args, kwargs) if gate is not None else None
         try:
             future = _submit(executor, permit, fn, args, kwargs)
         except BaseException:
@@ -150,12 +159,12 @@ def _abridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Ent
             raise
         if permit is not None:
             permit.step_out()
-            future.add_done_callback(lambda _: permit.end())
+            future.add_done_callback(partial(_end, permit))
         result = await asyncio.wrap_future(future)
         return await result if inspect.iscoroutine(result) else result
 
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        permit = await gate.aenter() if gate is not None else None
+        permit = await gate.aenter(args, kwargs) if gate is not None else None
         context = copy_context()
         end = object()
         try:
@@ -175,15 +184,19 @@ def _abridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Ent
     return Entry(stream if shape.is_generator else run, fn, shape, "bridged")
 
 
+def _end(permit: Pass, future: Future[Any]) -> None:
+    permit.end(None if future.cancelled() else future.exception())
+
+
 def _submit(
-    executor: Executor, permit: Permit | None, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    executor: Executor, permit: Pass | None, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Future[Any]:
     if isinstance(executor, ThreadPool):
         return executor.submit(copy_context().run, _run_in_thread, permit, fn, args, kwargs)
     return executor.submit(call_guarded, fn, *args, **kwargs)
 
 
-def _run_in_thread(permit: Permit | None, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_in_thread(permit: Pass | None, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if permit is not None:
         permit.move_to_this_thread()
     return call_guarded(fn, *args, **kwargs)

@@ -8,102 +8,31 @@ a slow thread at the front delays only itself.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import os
 import threading
 import weakref
 from _thread import allocate_lock
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import EllipsisType, TracebackType
-from typing import Any
+from types import EllipsisType
 
 from langchain_core.rate_limiters import BaseRateLimiter
 
+from asyncify.adaptive import Adaptive, AdaptiveLimit
 from asyncify.clock import Clock, Timer, monotonic_clock
+from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
-from asyncify.meter import Meter, Rate
+from asyncify.meter import PERIODS, Limits, Meter, check_positive
+from asyncify.permits import UNUSED, Permit, held_by_this_task, held_by_this_thread, innermost, permits
 
-__all__ = ["Gate", "Limiter", "LimiterStats", "Permit"]
+__all__ = ["Limiter", "LimiterStats"]
 
-_PERIODS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
-
-_WAITS_KEPT = 1000
-
-_innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
-"""The permit under which this context runs; those around it follow by `outer`."""
-
-
-class Permit:
-    """One call's place at a limiter, from the moment it asks until it has ended."""
-
-    __slots__ = (
-        "ahead",
-        "at",
-        "blocks",
-        "cost",
-        "ended",
-        "epoch",
-        "limiter",
-        "outer",
-        "since",
-        "slots",
-        "task",
-        "thread",
-        "timer",
-        "wake",
-    )
-
-    at: float | None  # when it was admitted; None while it waits
-    since: float
-    ahead: int
-    blocks: tuple[Permit, ...]
-    timer: Timer | None
-    wake: Callable[[], None]
-
-    def __init__(self, limiter: Limiter, cost: float, slots: int, task: asyncio.Task[Any] | None) -> None:
-        self.limiter = limiter
-        self.epoch = limiter._epoch
-        self.cost = cost
-        self.slots = slots
-        self.task = task
-        self.thread = threading.get_ident()
-        self.outer = _innermost.get()
-        self.ended = False
-
-    def leave(self) -> None:
-        """End the call, in the context that entered."""
-        self.step_out()
-        self.end()
-
-    def step_out(self) -> None:
-        """Leave the context of the call, which goes on elsewhere and ends there."""
-        if _innermost.get() is self:
-            _innermost.set(self.outer)
-
-    def move_to_this_thread(self) -> None:
-        """Note that the call now runs in this thread, and no longer in the task that entered."""
-        self.task = None
-        self.thread = threading.get_ident()
-
-    def end(self) -> None:
-        """End the call, from any thread and any context, a finalizer's included; only the first time counts."""
-        if not self.ended:
-            self.ended = True
-            self.limiter._departed.append(self)
-            self.limiter._settle()
-
-
-def permits() -> Iterator[Permit]:
-    """Yield the permits under which this context runs, the innermost first."""
-    permit = _innermost.get()
-    while permit is not None:
-        if not permit.ended:
-            yield permit
-        permit = permit.outer
+_RECENT = 1000
+"""Admissions that the waiting times of `stats()` are taken from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,28 +49,39 @@ class LimiterStats:
     wait_p99: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What an error taught: a pause in seconds, a sign of congestion, or neither."""
+
+    pause: float | None
+    congested: bool
+
+
 class Limiter(BaseRateLimiter):
     """Hold calls to `limit` at once and to rates over time, for all threads and event loops together.
 
     As a context manager (`with`, `async with`) it grants a slot and a rate token in one moment. As a LangChain
-    `BaseRateLimiter` (`acquire`, `aacquire`) it grants the rate alone. First come, first served.
+    `BaseRateLimiter` (`acquire`, `aacquire`) it grants the rate alone. First come, first served. An error that
+    passes through it with a `Retry-After` (HTTP 429, 503) pauses it for that long.
 
     Args:
-        limit: calls that may run at once.
-        per_second, per_minute, per_hour: calls that may start in any such window, wherever it begins. Calls are
-            spaced evenly by the one with the shortest window; the longer ones only cap.
+        limit: calls that may run at once; or an `Adaptive`, which finds the number.
+        per_second, per_minute, per_hour: cost that may start in any such window, wherever it begins; a call costs
+            1 unless told otherwise. The shortest window also sets the pace: its calls start evenly spaced, in the
+            order of their coming; the longer ones only cap.
         burst: calls that may start back to back; the windows still hold.
-        timeout: seconds that a call may wait before it gets a `LimitTimeout`.
+        timeout: seconds that a call may wait before it gets a `LimitTimeout`; for ever by default.
         name: what errors and `repr` call it.
+        clock: where it gets the time, for tests.
 
     Raises:
-        TypeError, ValueError: for arguments that limit nothing or can't be meant.
+        TypeError, ValueError: the arguments limit nothing or can't be meant.
     """
 
     def __init__(
         self,
         *,
-        limit: int | None = None,
+        limit: int | Adaptive | None = None,
         per_second: float | None = None,
         per_minute: float | None = None,
         per_hour: float | None = None,
@@ -150,18 +90,24 @@ class Limiter(BaseRateLimiter):
         name: str | None = None,
         clock: Clock = monotonic_clock,
     ) -> None:
-        rates = _rates(per_second=per_second, per_minute=per_minute, per_hour=per_hour)
-        if limit is None and not rates:
-            raise TypeError("nothing to limit: give a limit or a rate, as in limit=10, per_second=50")
-        self._meter = Meter(limit=_limit(limit), rates=rates, burst=_burst(burst, rates))
-        self.timeout = None if timeout is None else _positive("timeout", timeout)
+        self._adaptive, slots = _adaptive_limit(limit)
+        self._meter = Meter(
+            Limits.of(
+                limit=slots,
+                burst=burst,
+                per_second=per_second,
+                per_minute=per_minute,
+                per_hour=per_hour,
+            )
+        )
+        self.timeout = None if timeout is None else check_positive("timeout", timeout, "timeout=30")
         self.name = name
+        self.epoch = 0
         self._clock = clock
         self._now = clock.now
-        self._epoch = 0
         self._admitted = 0
         self._rejected = 0
-        self._waits: deque[float] = deque(maxlen=_WAITS_KEPT)
+        self._waits: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # which admission had to wait, and how long
         self._begin()
         _limiters.add(self)
 
@@ -173,223 +119,276 @@ class Limiter(BaseRateLimiter):
         self._blocked = 0
         self._timer: Timer | None = None
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         """Keep, in a forked child, only the calls that the forking thread is inside of."""
-        self._epoch += 1
+        self.epoch += 1
         self._begin()
-        mine = [permit for permit in permits() if permit.limiter is self]
+        mine = [permit for permit in permits() if permit.place is self]
         for permit in mine:
-            permit.epoch = self._epoch
+            permit.epoch = self.epoch
         self._meter.in_flight = sum(permit.slots for permit in mine)
 
     # --- entering ---
 
-    def enter(self, *, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
+    def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this thread for a slot and the rate; the caller must `leave()` the permit."""
-        permit = Permit(self, cost, slots, None)
-        if not self._admit_at_once(permit):
-            ready = allocate_lock()
-            ready.acquire()
-            self._join(permit, ready.release, timeout)
-            try:
-                ready.acquire()
-            except BaseException:
-                permit.end()
-                raise
-            self._check_in_time(permit)
-        _innermost.set(permit)
+        permit = Permit(self, cost, slots)
+        if not self._admit(permit):
+            self._wait(permit, timeout)
+        permit.begin()
         return permit
 
-    async def aenter(self, *, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
+    async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
-        permit = Permit(self, cost, slots, asyncio.current_task())
-        if not self._admit_at_once(permit):
-            loop = asyncio.get_running_loop()
-            ready = loop.create_future()
-            self._join(permit, partial(_resolve, loop, ready), timeout)
-            try:
-                await ready
-            except BaseException:
-                permit.end()
-                raise
-            self._check_in_time(permit)
-        _innermost.set(permit)
+        permit = Permit(self, cost, slots)
+        if not self._admit(permit):
+            await self._await(permit, timeout)
+        permit.begin()
         return permit
 
-    def _admit_at_once(self, permit: Permit) -> bool:
-        with self._lock:
-            if self._queue:
-                return False
+    def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
+        """Admit a call at once, or put it at the end of the queue."""
+        lock = self._lock
+        lock.acquire()  # not `with`, which takes twice as long
+        try:
             now = self._now()
-            if self._meter.admit(now, permit.cost, now, permit.slots):
-                return False
-            permit.at = now
-            self._admitted += 1
-            self._waits.append(0.0)
+            while self._departed:
+                self._take_back(self._departed.popleft(), now)
+            if not self._queue:
+                at = self._meter.admit(now, permit.cost, now, permit.slots)
+                if not at:
+                    permit.at = now
+                    self._admitted += 1
+                    return True
+                if queue:
+                    self._call_back_at(at)
+            permit.at = None
+            permit.wake = None
+            if queue:
+                permit.since = now
+                permit.ahead = len(self._queue)
+                self._queue[permit] = None
+            return False
+        finally:
+            lock.release()
+
+    def _wait(self, permit: Permit, timeout: float | None) -> None:
+        ready = allocate_lock()
+        ready.acquire()
+        try:
+            if permit.outer is not None:
+                self._check_certain_end(permit, held_by_this_thread())
+            if self._must_wait(permit, ready.release, timeout):
+                ready.acquire()
+        except BaseException:
+            permit.give_up()
+            raise
+        self._check_in_time(permit)
+
+    async def _await(self, permit: Permit, timeout: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        try:
+            if permit.outer is not None:
+                self._check_certain_end(permit, held_by_this_task())
+            if self._must_wait(permit, partial(_resolve, loop, ready), timeout):
+                await ready
+        except BaseException:
+            permit.give_up()
+            raise
+        self._check_in_time(permit)
+
+    def _check_certain_end(self, permit: Permit, held: Iterable[Permit]) -> None:
+        """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside."""
+        blocks = tuple(other for other in held if other.place is self and other.slots)
+        with self._lock:
+            if not blocks or permit not in self._queue:
+                return
+            permit.blocks = blocks
+            self._blocked += len(blocks)
+            doomed = bool(permit.slots) and self._blocked == self._meter.limits.limit
+            self._rejected += doomed
+        self._settle()
+        if doomed:
+            raise DeadlockError(self._deadlock_message())
+
+    def _must_wait(self, permit: Permit, wake: Callable[[], None], timeout: float | None) -> bool:
+        """Say how to wake a queued call; False if it has been admitted meanwhile.
+
+        The queue admits first and looks for `wake` then, here it is the other way round: so one sees the other.
+        """
+        permit.wake = wake
         if self._departed:
             self._settle()
-        return True
-
-    def _join(self, permit: Permit, wake: Callable[[], None], timeout: float | None) -> None:
-        """Put a call at the end of the queue, unless it would wait for itself."""
-        permit.at = None
-        permit.wake = wake
-        permit.timer = None
-        with self._lock:
-            permit.since = self._now()
-            permit.ahead = len(self._queue)
-            permit.blocks = self._blocked_by(permit)
-            self._blocked += len(permit.blocks)
-            self._queue[permit] = None
-            doomed = permit.slots and permit.blocks and self._blocked == self._meter.limit
-            granted = [] if doomed else self._pump()
-        self._finish(granted)
-        if doomed:
-            self._rejected += 1
-            permit.end()
-            raise DeadlockError(self._deadlock_message())
         timeout = self.timeout if timeout is None else timeout
-        if timeout is not None and permit.at is None:
+        if permit.at is None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
-
-    def _check_in_time(self, permit: Permit) -> None:
-        if permit.timer is not None:
-            permit.timer.cancel()
-        if permit.at is None:
-            waited = self._now() - permit.since
-            raise LimitTimeout(
-                f"{self._title()}: not admitted within {waited:.3g} s; {permit.ahead} calls were ahead of it. "
-                "Raise timeout=, or the limit, or send less."
-            )
+        return permit.at is None
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
         with self._lock:
             late = permit in self._queue
+            self._rejected += late
         if late:
-            self._rejected += 1
             permit.end()
-            permit.wake()
+            self._wake([permit])
+        self._settle(wait=True)
+
+    def _check_in_time(self, permit: Permit) -> None:
+        if permit.timer is not None:
+            permit.timer.cancel()
+        if permit.at is None:
+            raise LimitTimeout(
+                f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
+                "ahead of it when it came. Raise timeout= or the limit, or send less."
+            )
 
     # --- the queue; called with the lock held ---
 
-    def _pump(self) -> list[Permit]:
+    def _pump(self, now: float) -> list[Permit]:
         """Admit from the front while the meter allows; return those who must be woken."""
         queue = self._queue
         granted: list[Permit] = []
         while queue:
             permit = next(iter(queue))
-            now = self._now()
             if at := self._meter.admit(now, permit.cost, permit.since, permit.slots):
-                self._wake_up_at(at)
+                self._call_back_at(at)
                 break
-            del queue[permit]
-            self._unblock(permit)
+            self._dequeue(permit)
             permit.at = now
             self._admitted += 1
-            self._waits.append(now - permit.since)
+            self._waits.append((self._admitted, now - permit.since))
             granted.append(permit)
         return granted
 
-    def _wake_up_at(self, at: float) -> None:
+    def _dequeue(self, permit: Permit) -> None:
+        del self._queue[permit]
+        if permit.blocks:
+            self._blocked -= len(permit.blocks)
+
+    def _call_back_at(self, at: float) -> None:
         if at == math.inf or (self._timer is not None and self._timer.when <= at):
             return
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._clock.call_at(at, self._tick)
 
-    def _blocked_by(self, permit: Permit) -> tuple[Permit, ...]:
-        """Return the calls inside this limiter that can't end before `permit` is admitted.
+    def _take_back(self, permit: Permit, now: float) -> None:
+        """Take back the place of a call that has ended or given up, and learn from how it ended."""
+        if permit.epoch != self.epoch:
+            return  # it belongs to the process that this one was forked from
+        if permit.at is None:
+            if permit in self._queue:
+                self._dequeue(permit)
+            return
+        if permit.outcome is not None or self._adaptive is not None:
+            self._learn(permit, permit.at, now)
+        if permit.slots:
+            self._meter.release(now)
 
-        A call is one of them only if the task or thread it runs in is the very one that waits. That a context
-        was inherited proves nothing: a task left running in the background has inherited it too.
-        """
-        return tuple(
-            held
-            for held in permits()
-            if held.limiter is self
-            and held.slots
-            and (held.task is permit.task if permit.task else held.thread == permit.thread)
-        )
+    def _learn(self, permit: Permit, at: float, now: float) -> None:
+        outcome = permit.outcome
+        if outcome is UNUSED:
+            self._meter.correct(at, -permit.cost)
+            return
+        if isinstance(outcome, _Failure) and outcome.pause is not None:
+            self._meter.pause(now + outcome.pause)
+        if self._adaptive is not None and self._adapt(self._adaptive, outcome, at, now):
+            self._meter.configure(dataclasses.replace(self._meter.limits, limit=self._adaptive.limit))
 
-    def _unblock(self, permit: Permit) -> None:
-        self._blocked -= len(permit.blocks)
+    def _adapt(self, adaptive: AdaptiveLimit, outcome: object, at: float, now: float) -> bool:
+        in_flight = self._meter.in_flight
+        if isinstance(outcome, _Failure):
+            return outcome.congested and adaptive.failed(now, at, in_flight)
+        return adaptive.succeeded(now, in_flight)
 
     # --- leaving, and being woken; called without the lock ---
 
-    def _settle(self) -> None:
-        """Take back the places of those who left, and admit the next.
+    def give_back(self, permit: Permit, error: BaseException | None) -> None:
+        """Take back the place of a call that has ended or given up; `error` is what it raised.
 
-        A finalizer may end a call in the middle of anything, in a thread that holds the lock just then. So this
-        never waits for the lock: whoever holds it looks again after letting go.
+        A finalizer may end a call in the middle of anything, in a thread that holds the lock just then. So nobody
+        who leaves waits for the lock: whoever holds it looks at `_departed` after letting go. And if nobody waits
+        for the place, it is taken back when the next call comes.
         """
-        while self._departed and self._lock.acquire(blocking=False):
+        try:
+            if error is not None:
+                permit.outcome = self._judge(error)
+        finally:
+            self._departed.append(permit)
+            if self._queue or permit.outcome is not None:
+                self._settle()
+
+    def _judge(self, error: BaseException) -> _Failure:
+        congestion = congestion_of(error)
+        return _Failure(
+            pause=None if congestion is None else congestion.retry_after,
+            congested=self._adaptive is not None and self._adaptive.config.on(error),
+        )
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Take back the places of all who left, and admit the next.
+
+        Without `wait` it does nothing if another holds the lock, for that one will look at `_departed` next.
+        """
+        while self._lock.acquire(wait):
             try:
+                now = self._now()
                 while self._departed:
-                    self._take_back(self._departed.popleft())
-                granted = self._pump()
+                    self._take_back(self._departed.popleft(), now)
+                granted = self._pump(now)
             finally:
                 self._lock.release()
             self._wake(granted)
-
-    def _take_back(self, permit: Permit) -> None:
-        if permit.epoch != self._epoch:
-            return
-        if permit.at is None:
-            if self._queue.pop(permit, permit) is None:
-                self._unblock(permit)
-        elif permit.slots:
-            self._meter.release(self._now())
+            if not self._departed:
+                return
 
     def _tick(self) -> None:
         with self._lock:
             self._timer = None
-            granted = self._pump()
-        self._finish(granted)
-
-    def _finish(self, granted: list[Permit]) -> None:
-        self._wake(granted)
-        if self._departed:
-            self._settle()
+        self._settle(wait=True)
 
     def _wake(self, granted: list[Permit]) -> None:
         for permit in granted:
-            try:
-                permit.wake()
-            except RuntimeError:  # its event loop is closed: nobody is left to start this call
-                permit.end()
+            if permit.wake is not None:
+                try:
+                    permit.wake()
+                except RuntimeError:  # its event loop is closed: nobody is left to start this call
+                    permit.give_up()
 
     # --- the faces ---
 
     def __enter__(self) -> None:
         """Wait in this thread for a slot and the rate."""
-        self.enter()
+        permit = Permit(self, 1, 1)
+        if not self._admit(permit):
+            self._wait(permit, None)
+        permit.begin()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        self._leave()
+        self._entered().leave(error)
 
     async def __aenter__(self) -> None:
         """Wait in this task for a slot and the rate."""
-        await self.aenter()
+        permit = Permit(self, 1, 1)
+        if not self._admit(permit):
+            await self._await(permit, None)
+        permit.begin()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        self._leave()
+        self._entered().leave(error)
 
-    def _leave(self) -> None:
-        permit = next(permit for permit in permits() if permit.limiter is self)
-        permit.leave()
+    def _entered(self) -> Permit:
+        """Return the innermost permit of this limiter that this context runs under."""
+        permit = innermost.get()
+        while permit is not None:
+            if permit.place is self and not permit.ended:
+                return permit
+            permit = permit.outer
+        raise RuntimeError(f"{self._title()}: this context is not inside a call that it has admitted")
 
     def acquire(self, *, blocking: bool = True) -> bool:
         """Wait in this thread for the rate alone; without `blocking`, say whether it was there at once."""
@@ -406,72 +405,122 @@ class Limiter(BaseRateLimiter):
         return self._try()
 
     def _try(self) -> bool:
-        admitted = self._admit_at_once(Permit(self, 1, 0, None))
-        self._rejected += not admitted
+        admitted = self._admit(Permit(self, 1, 0), queue=False)
+        if not admitted:
+            with self._lock:
+                self._rejected += 1
+            self._settle(wait=True)
         return admitted
+
+    def record(self, actual: float) -> None:
+        """Correct, from inside a call, what it was estimated to cost.
+
+        Raises:
+            RuntimeError: this context is not inside a call that the limiter has admitted.
+            ValueError: the cost is negative or not finite.
+        """
+        permit = self._entered()
+        check_cost(actual)
+        with self._lock:
+            if permit.at is not None:
+                self._meter.correct(permit.at, actual - permit.cost)
+            permit.cost = actual
+        self._settle(wait=True)
 
     def resize(
         self,
         *,
-        limit: int | EllipsisType | None = ...,
+        limit: int | Adaptive | EllipsisType | None = ...,
         per_second: float | EllipsisType | None = ...,
         per_minute: float | EllipsisType | None = ...,
         per_hour: float | EllipsisType | None = ...,
         burst: int | EllipsisType | None = ...,
     ) -> None:
-        """Change the limits, for those already waiting too; what is not named stays, None takes it away."""
-        meter = self._meter
-        amounts: dict[str, float | None] = {
-            name: next((rate.amount for rate in meter.rates if rate.period == period), None)
-            for name, period in _PERIODS.items()
-        }
-        changes = {"per_second": per_second, "per_minute": per_minute, "per_hour": per_hour}
-        amounts.update((name, amount) for name, amount in changes.items() if not isinstance(amount, EllipsisType))
-        rates = _rates(**amounts)
-        new_limit = meter.limit if isinstance(limit, EllipsisType) else _limit(limit)
-        if new_limit is None and not rates:
-            raise TypeError("nothing would be left to limit: keep a limit or a rate")
-        new_burst = meter.burst if isinstance(burst, EllipsisType) else burst
-        checked = _burst(new_burst if rates and new_burst != 1 else None, rates)
-        with self._lock:
-            meter.configure(limit=new_limit, rates=rates, burst=checked)
-            granted = self._pump()
-        self._finish(granted)
+        """Change the limits, for those already waiting too; what is not named stays, None takes it away.
 
-    def stats(self) -> LimiterStats:
-        """Return what the limiter has seen so far."""
+        Raises:
+            TypeError, ValueError: nothing would be left to limit, or an argument can't be meant.
+        """
+        old = self._meter.limits
+        changes = {"per_second": per_second, "per_minute": per_minute, "per_hour": per_hour}
+        amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
+        amounts.update({name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period})
+        amounts.update({name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)})
+        adaptive, slots = (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
+        new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
+        limits = Limits.of(limit=slots, burst=new_burst, **amounts)
         with self._lock:
-            waits = sorted(self._waits)
-            numbers = (self._meter.in_flight, len(self._queue), self._admitted, self._rejected, self._meter.limit)
-        self._finish([])
-        p50, p95, p99 = (_percentile(waits, share) for share in (0.50, 0.95, 0.99))
-        return LimiterStats(*numbers, wait_p50=p50, wait_p95=p95, wait_p99=p99)
+            self._adaptive = adaptive
+            self._meter.configure(limits)
+        self._settle(wait=True)
+
+    # --- what it tells ---
 
     @property
     def bounds_calls(self) -> bool:
         """Whether there is a limit on the calls in flight, and not on their rate alone."""
-        return self._meter.limit is not None
+        return self._meter.limits.limit is not None
 
-    def _title(self) -> str:
-        return f"limiter {self.name}" if self.name else "limiter"
+    @property
+    def limits(self) -> Limits:
+        """The limits as they are now."""
+        return self._meter.limits
 
-    def _deadlock_message(self) -> str:
-        return (
-            f"{self._title()}: all {self._meter.limit} slots are held by calls that wait for a slot of this very "
-            "limiter, so none can ever come free. Give the inner function a limiter of its own, or call its "
-            "unlimited .func."
-        )
+    def is_idle(self) -> bool:
+        """Whether nobody is inside or waits, and nothing that was admitted still counts."""
+        self._settle()
+        return not self._queue and self._meter.is_idle(self._now())
+
+    def stats(self) -> LimiterStats:
+        """Return what the limiter has seen so far."""
+        self._settle(wait=True)
+        with self._lock:
+            waits = [wait for number, wait in self._waits if number > self._admitted - _RECENT]
+            at_once = min(self._admitted, _RECENT) - len(waits)
+            counts = (self._meter.in_flight, len(self._queue), self._admitted, self._rejected)
+        self._settle()
+        ordered = [0.0] * at_once + sorted(waits)
+        p50, p95, p99 = (_percentile(ordered, share) for share in (0.50, 0.95, 0.99))
+        return LimiterStats(*counts, self._meter.limits.limit, wait_p50=p50, wait_p95=p95, wait_p99=p99)
+
+    def state(self) -> str:
+        """Say what it holds now: `3/10 in flight, 50 per second, 7 waiting`."""
+        self._settle()
+        limits = self._meter.limits
+        flight = [] if limits.limit is None else [f"{self._meter.in_flight}/{limits.limit} in flight"]
+        return ", ".join([*flight, *map(str, limits.rates), f"{len(self._queue)} waiting"])
 
     def __repr__(self) -> str:
         """Show the state: `<Limiter quotes 3/10 in flight, 50 per second, 7 waiting>`."""
         name = f"{self.name} " if self.name else ""
         return f"<Limiter {name}{self.state()}>"
 
-    def state(self) -> str:
-        """Say what it holds now: `3/10 in flight, 50 per second, 7 waiting`."""
-        meter = self._meter
-        flight = [] if meter.limit is None else [f"{meter.in_flight}/{meter.limit} in flight"]
-        return ", ".join([*flight, *map(str, meter.rates), f"{len(self._queue)} waiting"])
+    def _title(self) -> str:
+        return f"limiter {self.name}" if self.name else "limiter"
+
+    def _deadlock_message(self) -> str:
+        return (
+            f"{self._title()}: all {self._meter.limits.limit} slots are held by calls that wait for a slot of this "
+            "very limiter, so none can ever come free. Give the inner function a limiter of its own, or call its "
+            "unlimited .func or .afunc."
+        )
+
+
+def _adaptive_limit(limit: int | Adaptive | None) -> tuple[AdaptiveLimit | None, int | None]:
+    """Return the state of an adaptive limit, if it is one, and the number of slots to begin with."""
+    if not isinstance(limit, Adaptive):
+        return None, limit
+    adaptive = AdaptiveLimit(limit)
+    return adaptive, adaptive.limit
+
+
+def check_cost(cost: object) -> float:
+    """Return `cost` if it is a number, not negative and finite."""
+    if isinstance(cost, bool) or not isinstance(cost, (int, float)):
+        raise TypeError(f"cost={cost!r}: must be a number")
+    if not 0 <= cost < math.inf:
+        raise ValueError(f"cost={cost!r}: must be finite and not negative")
+    return cost
 
 
 _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
@@ -479,7 +528,7 @@ _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for limiter in list(_limiters):
-        limiter._after_fork()
+        limiter.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -500,56 +549,3 @@ def _set_done(ready: asyncio.Future[None]) -> None:
 
 def _percentile(ordered: list[float], share: float) -> float:
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
-
-
-def _limit(limit: int | None) -> int | None:
-    if limit is None:
-        return None
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"limit={limit!r}: must be a whole number of calls, as in limit=10")
-    if limit < 1:
-        raise ValueError(f"limit={limit!r}: must be at least 1, as in limit=10")
-    return limit
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: must be a number, as in {name}=50")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be more than 0 and finite, as in {name}=50")
-    return value
-
-
-def _rates(**amounts: float | None) -> tuple[Rate, ...]:
-    return tuple(
-        Rate(_positive(name, amount), _PERIODS[name]) for name, amount in amounts.items() if amount is not None
-    )
-
-
-def _burst(burst: float | None, rates: tuple[Rate, ...]) -> float:
-    if burst is None:
-        return 1
-    if not rates:
-        raise ValueError(f"burst={burst!r} needs a rate, as in per_second=50, burst={burst!r}")
-    if isinstance(burst, bool) or not isinstance(burst, int):
-        raise TypeError(f"burst={burst!r}: must be a whole number of calls, as in burst=5")
-    shortest = min(rates, key=lambda rate: rate.period)
-    if not 1 <= burst <= shortest.amount:
-        raise ValueError(f"burst={burst!r}: must be from 1 to the rate, which is {shortest}")
-    return burst
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """How the calls of one pair use a limiter."""
-
-    limiter: Limiter
-    timeout: float | None = None
-
-    def enter(self) -> Permit:
-        """Wait in this thread until the call may start."""
-        return self.limiter.enter(timeout=self.timeout)
-
-    async def aenter(self) -> Permit:
-        """Wait in this task until the call may start."""
-        return await self.limiter.aenter(timeout=self.timeout)

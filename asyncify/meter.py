@@ -11,7 +11,12 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["CATCH_UP", "Meter", "Rate"]
+__all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate", "check_count", "check_positive"]
+
+PERIODS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
+"""The rates by the names of their arguments, with their periods in seconds, the shortest first."""
+
+_UNITS = {period: name.removeprefix("per_") for name, period in PERIODS.items()}
 
 CATCH_UP = 0.02
 """Seconds that a late wake may make up for: without it 50 per second were measured to reach only 47."""
@@ -28,8 +33,67 @@ class Rate:
     period: float
 
     def __str__(self) -> str:
-        unit = {1.0: "second", 60.0: "minute", 3600.0: "hour"}.get(self.period, f"{self.period:g} s")
-        return f"{self.amount:g} per {unit}"
+        return f"{self.amount:g} per {_UNITS[self.period]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a meter holds calls to: checked, the rates sorted by their period."""
+
+    limit: int | None
+    rates: tuple[Rate, ...]
+    burst: int
+
+    @classmethod
+    def of(cls, *, limit: int | None, burst: int | None, **amounts: float | None) -> Limits:
+        """Check the arguments of a limiter, whose rates are named `per_second` and the like.
+
+        Raises:
+            TypeError, ValueError: they limit nothing or can't be meant.
+        """
+        if limit is not None:
+            check_count("limit", limit, "limit=10")
+        rates = tuple(
+            Rate(check_positive(name, amount, f"{name}=50"), period)
+            for name, period in PERIODS.items()
+            if (amount := amounts[name]) is not None
+        )
+        if limit is None and not rates:
+            raise TypeError("nothing to limit: give a limit or a rate, as in limit=10, per_second=50")
+        if burst is not None:
+            _check_burst(burst, rates)
+        return cls(limit, rates, burst or 1)
+
+    @property
+    def largest_cost(self) -> float:
+        """The largest cost that can ever be admitted."""
+        return min((rate.amount for rate in self.rates), default=math.inf)
+
+
+def check_count(name: str, count: object, example: str) -> int:
+    """Return `count` if it is a whole number of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name}={count!r}: must be a whole number, as in {example}")
+    if count < 1:
+        raise ValueError(f"{name}={count!r}: must be at least 1, as in {example}")
+    return count
+
+
+def check_positive(name: str, value: object, example: str) -> float:
+    """Return `value` if it is a number above 0 and finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: must be a number, as in {example}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: must be above 0 and finite, as in {example}")
+    return value
+
+
+def _check_burst(burst: object, rates: tuple[Rate, ...]) -> None:
+    count = check_count("burst", burst, "burst=5")
+    if not rates:
+        raise ValueError(f"burst={count}: needs a rate, as in per_second=50, burst={count}")
+    if count > rates[0].amount:
+        raise ValueError(f"burst={count}: must be no more than the rate, which is {rates[0]}")
 
 
 class _Window:
@@ -50,29 +114,37 @@ class _Window:
 
     def free_at(self, now: float, cost: float) -> float:
         """Return the earliest time, not before `now`, at which `cost` more fits in."""
-        log = self.log
-        while log and log[0][0] + self.period <= now:
-            self.used -= log.popleft()[1]
-        if not log:
-            self.used = 0  # drops what rounding left behind
+        self.expire(now)
         excess = self.used + cost - self.amount
         if excess <= 0:
             return now
-        for last, spent, _ in log:
+        for last, spent, _ in self.log:
             excess -= spent
             if excess <= 0:
                 return last + self.period
         return math.inf
 
+    def expire(self, now: float) -> None:
+        """Forget what is older than the period."""
+        log = self.log
+        while log and log[0][0] + self.period <= now:
+            self.used -= log.popleft()[1]
+        if not log:
+            self.used = 0  # drops what rounding left behind
+
     def add(self, now: float, cost: float) -> None:
         """Log an admission."""
         self.used += cost
         log = self.log
-        if log and now - log[-1][2] < self.grain:
-            log[-1][0] = now
-            log[-1][1] += cost
-        else:
-            log.append([now, cost, now])
+        if log:
+            entry = log[-1]
+            if now - entry[2] < self.grain:
+                entry[0] = now
+                entry[1] += cost
+                return
+            if log[0][0] + self.period <= now:
+                self.expire(now)
+        log.append([now, cost, now])
 
     def correct(self, at: float, change: float) -> None:
         """Change the cost of an admission made at `at`, if it is still in the window."""
@@ -84,7 +156,7 @@ class _Window:
 
 
 class Meter:
-    """How much may run: `limit` calls at once, and `rates` over time.
+    """How much may run: so many calls at once, and so much over time.
 
     Every rate is a window. The one with the shortest period also sets the pace: calls start `period / amount`
     seconds apart for each unit of cost, up to `burst` of them back to back. Idle time earns no more than the
@@ -95,18 +167,18 @@ class Meter:
         "_behind",
         "_interval",
         "_last",
+        "_longer",
         "_next",
         "_open_since",
+        "_slots",
         "_tolerance",
         "_windows",
-        "burst",
         "in_flight",
-        "limit",
+        "limits",
         "paused_until",
-        "rates",
     )
 
-    def __init__(self, *, limit: int | None = None, rates: tuple[Rate, ...] = (), burst: float = 1) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.in_flight = 0
         self.paused_until = -math.inf
         self._windows: tuple[_Window, ...] = ()
@@ -114,70 +186,79 @@ class Meter:
         self._last = -math.inf  # when the last call was admitted
         self._behind = 0.0  # seconds that the last admission came after its time
         self._open_since = -math.inf  # since when nothing but the pace has been in the way
-        self.configure(limit=limit, rates=rates, burst=burst)
+        self.configure(limits)
 
-    def configure(self, *, limit: int | None, rates: tuple[Rate, ...], burst: float) -> None:
+    def configure(self, limits: Limits) -> None:
         """Set the limits; what was admitted before counts against the new ones."""
         logs = {window.period: window for window in self._windows}
-        self.limit = limit
-        self.rates = tuple(sorted(rates, key=lambda rate: rate.period))
-        self.burst = burst
-        self._windows = tuple(_Window(rate) for rate in self.rates)
+        self.limits = limits
+        self._slots = math.inf if limits.limit is None else limits.limit
+        self._windows = tuple(_Window(rate) for rate in limits.rates)
         for window in self._windows:
             if window.period in logs:
                 window.log, window.used = logs[window.period].log, logs[window.period].used
-        self._interval = self.rates[0].period / self.rates[0].amount if self.rates else 0.0
-        self._tolerance = (burst - 1) * self._interval
+        self._longer = self._windows[1:]
+        self._interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
+        self._tolerance = (limits.burst - 1) * self._interval
 
-    @property
-    def largest_cost(self) -> float:
-        """The largest cost that can ever be admitted."""
-        return min((rate.amount for rate in self.rates), default=math.inf)
+    def is_idle(self, now: float) -> bool:
+        """Whether no call runs and none that ran still counts: a new meter would decide the same."""
+        longest = self._windows[-1].period if self._windows else 0.0
+        return not self.in_flight and now >= max(self._last + longest, self._next, self.paused_until)
 
     def admit(self, now: float, cost: float, since: float, slots: int = 1) -> float:
-        """Admit a call that has been next in line since `since`, or say when to ask again.
+        """Admit a call that has been waiting since `since`, or say when to ask again.
 
         Returns 0.0 if the call is admitted, else the time at which to ask again: infinity if a slot has to be
         given back first.
         """
-        if self.limit is not None and slots and self.in_flight >= self.limit:
+        if slots and self.in_flight >= self._slots:
             return math.inf
         if now < self.paused_until:
             return self.paused_until
-        if self._windows:
-            at = self._take(now, cost, since)
-            if at > now:
-                return at
+        if self._windows and (at := self._charge(now, cost, since)) > now:
+            return at
         self.in_flight += slots
         return 0.0
 
-    def _take(self, now: float, cost: float, since: float) -> float:
+    def _charge(self, now: float, cost: float, since: float) -> float:
         """Return the time at which all rates have room for `cost`; if that is now, they are charged."""
-        windows = self._windows
-        at = windows[0].free_at(now, cost)
-        if len(windows) > 1:
-            for window in windows[1:]:
-                if (opens := window.free_at(now, cost)) > now:
-                    self._open_since = max(self._open_since, opens)
-                    at = max(at, opens)
-        ready = max(since, self._open_since)
-        if ready - self._last > CATCH_UP:
-            self._behind = 0.0
-        base = max(self._next, ready - self._behind, now - CATCH_UP)
+        # Comparisons, not max(), which would take as long as all the rest: this runs once for every call.
+        window = self._windows[0]
+        at = now if window.used + cost <= window.amount else window.free_at(now, cost)
+        if self._longer:
+            at = max(at, self._longer_free_at(now, cost))
+        ready = self._open_since if self._open_since > since else since
+        if self._behind:
+            if ready - self._last > CATCH_UP:
+                self._behind = 0.0
+            ready -= self._behind
+        base = self._next if self._next > ready else ready
+        if base < now - CATCH_UP:
+            base = now - CATCH_UP
         due = base - self._tolerance
         if due > now or at > now:
-            return max(due, at)
-        for window in windows:
-            window.add(now, cost)
-        self._behind = min(now - max(due, ready - self._behind), CATCH_UP)
+            return due if due > at else at
+        window.add(now, cost)
+        for longer in self._longer:
+            longer.add(now, cost)
+        behind = now - (due if due > ready else ready)
+        self._behind = behind if behind < CATCH_UP else CATCH_UP
         self._next = base + cost * self._interval
         self._last = now
         return now
 
+    def _longer_free_at(self, now: float, cost: float) -> float:
+        """Return when the windows that set no pace have room; waiting for them is no lateness of the pace."""
+        at = max(window.free_at(now, cost) for window in self._longer)
+        if at > now:
+            self._open_since = max(self._open_since, at)
+        return at
+
     def release(self, now: float) -> None:
         """Give a slot back."""
-        if self.in_flight == self.limit:
-            self._open_since = max(self._open_since, now)
+        if self.in_flight >= self._slots and now > self._open_since:
+            self._open_since = now
         self.in_flight -= 1
 
     def pause(self, until: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from asyncify.entries import Entries, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
+from asyncify.gate import ForeignLimiter, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.runnable import Dual
 from asyncify.signatures import describe, is_async, signature_of
@@ -34,7 +35,7 @@ class Record:
     sync: Kind
     async_: Kind
     signature: Signature | None
-    limiter: Limiter | None
+    limiter: Limiter | KeyedLimiter | ForeignLimiter | None
     module: str
     line: int | None
     pair: Dual[Any, Any]

@@ -15,7 +15,8 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config, patch
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
-from asyncify.limiter import Gate, Limiter
+from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
+from asyncify.limiter import Limiter
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
 from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
 
@@ -106,7 +107,7 @@ class Dual(RunnableLambda[Input, Output]):
         return self._gate
 
     @property
-    def limiter(self) -> Limiter | None:
+    def limiter(self) -> Limiter | KeyedLimiter | ForeignLimiter | None:
         """What limits both sides, if anything does."""
         return None if self._gate is None else self._gate.limiter
 

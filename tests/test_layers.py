@@ -14,25 +14,29 @@ LEVELS = {
     "errors": 0,
     "clock": 1,
     "meter": 1,
+    "congestion": 1,
     "drive": 1,
     "bridge": 1,
+    "runs": 1,
     "signatures": 1,
-    "limiter": 2,
-    "entries": 3,
-    "runs": 3,
-    "fanout": 3,
-    "runnable": 4,
-    "pairs": 5,
-    "decorators": 6,
-    "__init__": 7,
+    "adaptive": 2,
+    "permits": 2,
+    "limiter": 3,
+    "gate": 4,
+    "entries": 5,
+    "fanout": 5,
+    "runnable": 6,
+    "pairs": 7,
+    "decorators": 8,
+    "__init__": 9,
     # the edge
-    "testing": 8,
-    "http": 8,
-    "shared": 8,
-    "metrics": 8,
-    "check": 8,
-    "pytest_plugin": 9,  # offers `testing` as fixtures
-    "cli": 9,  # offers `check` as a command
+    "testing": 10,
+    "http": 10,
+    "shared": 10,
+    "metrics": 10,
+    "check": 10,
+    "pytest_plugin": 11,  # offers `testing` as fixtures
+    "cli": 11,  # offers `check` as a command
 }
 
 

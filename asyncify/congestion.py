@@ -1,0 +1,59 @@
+"""What a failed call says about the server: that it has had too much, and how long to wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from asyncify.errors import AsyncifyError
+
+__all__ = ["Congestion", "congestion_of"]
+
+_TOO_MUCH = (429, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Congestion:
+    """A server refused a call, or did not answer in time; `retry_after` is in seconds, if it said so."""
+
+    retry_after: float | None
+
+
+def congestion_of(error: BaseException) -> Congestion | None:
+    """Recognise an HTTP 429 or 503, or a timeout, by shape; None for any other error.
+
+    The status is `error.status_code` or `error.response.status_code`, the headers are those of the response: so
+    the errors of httpx, httpx2, requests, openai and anthropic all count, and none of them is imported.
+    """
+    if isinstance(error, AsyncifyError):
+        return None  # a limit of ours, not a server's
+    response = getattr(error, "response", None)
+    status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
+    if status in _TOO_MUCH:
+        return Congestion(_retry_after(getattr(response, "headers", None) or getattr(error, "headers", None)))
+    if isinstance(error, TimeoutError) or type(error).__name__.endswith(("Timeout", "TimeoutException")):
+        return Congestion(None)
+    return None
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Read `Retry-After`, in seconds or as a date (RFC 9110, section 10.2.3); None if it is not there or is garbled."""
+    if not isinstance(headers, Mapping):
+        return None
+    value = next((str(text) for name, text in headers.items() if str(name).lower() == "retry-after"), "")
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = _seconds_until(value)
+    return seconds if 0 <= seconds < float("inf") else None
+
+
+def _seconds_until(date: str) -> float:
+    try:
+        moment = parsedate_to_datetime(date)
+    except (TypeError, ValueError):
+        return -1.0
+    return max((moment.astimezone(UTC) - datetime.now(UTC)).total_seconds(), 0.0)

@@ -1,0 +1,293 @@
+"""Gates: what stands in front of one pair, and how the pair's calls use it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import Signature
+from typing import Any, Protocol
+
+from aiolimiter import AsyncLimiter
+from langchain_core.rate_limiters import BaseRateLimiter
+
+from asyncify.bridge import background
+from asyncify.limiter import Limiter, check_cost
+from asyncify.meter import Limits, check_positive
+from asyncify.permits import permits
+from asyncify.signatures import describe, shape_of, signature_of
+
+__all__ = ["ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
+
+Function = Callable[..., Any]
+
+
+class KeyedLimiter:
+    """A limiter for each key: made on first use, forgotten when it is idle.
+
+    `keyed["tenant"]` is the limiter of one key, `len(keyed)` how many are remembered.
+    """
+
+    def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
+        self.limits = Limiter(**limits).limits  # bad arguments are told now, and not at the first call
+        self.key = key
+        self.name = name
+        self._arguments = limits
+        self._lock = threading.Lock()
+        # Whoever is inside or waits keeps a limiter alive; `_recent` keeps those whose admissions still count.
+        self._alive: weakref.WeakValueDictionary[Hashable, Limiter] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[Hashable, Limiter] = OrderedDict()
+
+    bounds_calls = False
+    """There is a limit on the calls of a key, but none on their sum over all keys."""
+
+    def __getitem__(self, key: Hashable) -> Limiter:
+        """Return the limiter of a key; make it if there is none."""
+        with self._lock:
+            limiter = self._alive.get(key)
+            if limiter is None:
+                limiter = self._alive[key] = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
+            self._recent[key] = limiter
+            self._recent.move_to_end(key)
+            self._forget_idle()
+        return limiter
+
+    def _forget_idle(self) -> None:
+        """Look at the two that were used longest ago: so a call pays little, and idle ones do not pile up."""
+        for _ in range(2):
+            key, limiter = next(iter(self._recent.items()))
+            if len(self._recent) > 1 and limiter.is_idle():
+                del self._recent[key]
+
+    def __len__(self) -> int:
+        """Return how many keys are remembered."""
+        return len(self._alive)
+
+    def record(self, actual: float) -> None:
+        """Correct, from inside a call, what it was estimated to cost."""
+        mine = {id(limiter) for limiter in self._alive.values()}
+        for permit in permits():
+            if id(permit.place) in mine and isinstance(permit.place, Limiter):
+                permit.place.record(actual)
+                return
+        raise RuntimeError(f"{self.name or 'keyed limiter'}: this context is not inside a call that it has admitted")
+
+    def state(self) -> str:
+        """Say how many keys are remembered."""
+        return f"{len(self)} keys"
+
+    def __repr__(self) -> str:
+        """Show how many keys are remembered: `<KeyedLimiter quotes 12 keys>`."""
+        name = f"{self.name} " if self.name else ""
+        return f"<KeyedLimiter {name}{self.state()}>"
+
+
+class _FreePass:
+    """What a foreign limiter grants: it has no slots, so there is nothing to give back."""
+
+    __slots__ = ()
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Do nothing."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Do nothing."""
+
+    def step_out(self) -> None:
+        """Do nothing."""
+
+    def move_to_this_thread(self) -> None:
+        """Do nothing."""
+
+
+_FREE_PASS = _FreePass()
+
+
+class ForeignLimiter:
+    """Somebody else's rate limiter, made to serve both paths and every event loop.
+
+    A LangChain `BaseRateLimiter` has both paths itself. An `aiolimiter.AsyncLimiter` belongs to the first event
+    loop that uses it, so all its waiting is done on the background loop.
+    """
+
+    bounds_calls = False
+
+    def __init__(self, limiter: AsyncLimiter | BaseRateLimiter) -> None:
+        if not isinstance(limiter, (AsyncLimiter, BaseRateLimiter)):
+            raise TypeError(
+                f"limiter={limiter!r} is no limiter; write limiter=Limiter(limit=10), or give an "
+                "aiolimiter.AsyncLimiter or a LangChain BaseRateLimiter"
+            )
+        self._limiter = limiter
+
+    def enter(self) -> _FreePass:
+        """Wait in this thread for the rate."""
+        if isinstance(self._limiter, AsyncLimiter):
+            asyncio.run_coroutine_threadsafe(self._limiter.acquire(), background.loop()).result()
+        else:
+            self._limiter.acquire()
+        return _FREE_PASS
+
+    async def aenter(self) -> _FreePass:
+        """Wait in this task for the rate."""
+        if isinstance(self._limiter, AsyncLimiter):
+            acquired = asyncio.run_coroutine_threadsafe(self._limiter.acquire(), background.loop())
+            await asyncio.wrap_future(acquired)
+        else:
+            await self._limiter.aacquire()
+        return _FREE_PASS
+
+    def state(self) -> str:
+        """Say whose it is."""
+        return f"limited by {type(self._limiter).__name__}"
+
+    def __repr__(self) -> str:
+        """Show whose it is: `<ForeignLimiter limited by AsyncLimiter>`."""
+        return f"<ForeignLimiter {self.state()}>"
+
+
+class Pass(Protocol):
+    """What a gate grants a call."""
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """End the call, in the context that entered; `error` is what it raised."""
+        ...
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the call, from any thread and any context."""
+        ...
+
+    def step_out(self) -> None:
+        """Leave the context of the call, which goes on elsewhere and ends there."""
+        ...
+
+    def move_to_this_thread(self) -> None:
+        """Note that the call now runs in this thread, in a context of its own."""
+        ...
+
+
+def _only_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _all_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How the calls of one pair use a limiter.
+
+    Args:
+        limiter: the limiter, or one for each key.
+        cost: what a call costs, or a function of its input that tells.
+        timeout: seconds that a call may wait; by default what the limiter says.
+    """
+
+    limiter: Limiter | KeyedLimiter | ForeignLimiter
+    cost: float | Callable[[Any], float] = 1
+    timeout: float | None = None
+    _title: str = ""
+    _input: Callable[[tuple[Any, ...], dict[str, Any]], Any] = _only_argument
+
+    def before(self, fn: Function) -> Gate:
+        """Return this gate for the calls of `fn`, whose arguments make the input of `cost` and `key`.
+
+        The input is the one argument of a function that needs one, and else a mapping of all arguments by name.
+        """
+        signature = signature_of(fn)
+        if signature is not None and len(shape_of(fn).required) > 1:
+            return dataclasses.replace(self, _title=describe(fn), _input=partial(_all_arguments, signature))
+        return dataclasses.replace(self, _title=describe(fn))
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        """Wait in this thread until the call may start."""
+        limiter = self.limiter
+        if isinstance(limiter, ForeignLimiter):
+            return limiter.enter()
+        cost = self._cost_of(limiter, args, kwargs)
+        return self._limiter_of(limiter, args, kwargs).enter(cost, 1, self.timeout)
+
+    async def aenter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        """Wait in this task until the call may start."""
+        limiter = self.limiter
+        if isinstance(limiter, ForeignLimiter):
+            return await limiter.aenter()
+        cost = self._cost_of(limiter, args, kwargs)
+        return await self._limiter_of(limiter, args, kwargs).aenter(cost, 1, self.timeout)
+
+    def _limiter_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Limiter:
+        if isinstance(limiter, Limiter):
+            return limiter
+        key = limiter.key(self._input(args, kwargs))
+        if not isinstance(key, Hashable):
+            raise TypeError(f"key= of {self._title} gave {key!r}, which has no hash; let it give a string, say")
+        return limiter[key]
+
+    def _cost_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        if not callable(self.cost):
+            return self.cost
+        cost = check_cost(self.cost(self._input(args, kwargs)))
+        check_affordable(cost, limiter.limits, self._title)
+        return cost
+
+
+def make_gate(
+    limiter: Limiter | AsyncLimiter | BaseRateLimiter | None,
+    *,
+    key: Callable[[Any], Hashable] | None,
+    cost: float | Callable[[Any], float] | None,
+    timeout: float | None,
+    **limits: Any,
+) -> Gate:
+    """Make the gate that the arguments of `concurrency` describe; `limits` are those of a `Limiter`.
+
+    Raises:
+        TypeError, ValueError: they limit nothing, contradict each other, or can't be meant.
+    """
+    if key is not None and not callable(key):
+        raise TypeError(f"key={key!r}: must be a function of the input, as in key=lambda query: query.tenant")
+    if timeout is not None:
+        check_positive("timeout", timeout, "timeout=30")
+    made: Limiter | KeyedLimiter | ForeignLimiter
+    if limiter is not None:
+        if given := [name for name, value in {**limits, "key": key}.items() if value is not None]:
+            raise TypeError(
+                f"limiter= brings its own limits, so {', '.join(given)} can't be given beside it; give them to the "
+                "Limiter"
+            )
+        made = limiter if isinstance(limiter, Limiter) else ForeignLimiter(limiter)
+    else:
+        made = Limiter(**limits) if key is None else KeyedLimiter(key, **limits)
+    if cost is not None and not callable(cost):
+        check_cost(cost)
+    if cost is not None or timeout is not None:
+        _check_usable(made, cost)
+    return Gate(made, 1 if cost is None else cost, timeout)
+
+
+def _check_usable(
+    limiter: Limiter | KeyedLimiter | ForeignLimiter, cost: float | Callable[[Any], float] | None
+) -> None:
+    if isinstance(limiter, ForeignLimiter):
+        raise TypeError("cost= and timeout= need a limiter of asyncify's; a foreign one knows neither")
+    if cost is None:
+        return
+    if not limiter.limits.rates:
+        raise ValueError("cost= needs a rate, as in per_minute=90_000, cost=count_tokens")
+    if not callable(cost):
+        check_affordable(cost, limiter.limits, f"cost={cost!r}")
+
+
+def check_affordable(cost: float, limits: Limits, what: str) -> None:
+    """Raise a ValueError for a cost that could never be admitted."""
+    if cost > limits.largest_cost:
+        tightest = min(limits.rates, key=lambda rate: rate.amount)
+        raise ValueError(f"{what}: a cost of {cost:g} can never be admitted, as the limit is {tightest}")

@@ -1,0 +1,182 @@
+"""Permits: each call's place at a limiter, and which of them a wait would keep from ending."""
+
+from __future__ import annotations
+
+from _thread import get_ident
+from collections.abc import Callable, Iterator
+from contextvars import Context, ContextVar, Token
+from typing import Any, Protocol
+
+from asyncify.clock import Timer
+
+__all__ = ["UNUSED", "Permit", "Place", "hand_over", "held_by_this_task", "held_by_this_thread", "innermost", "permits"]
+
+
+UNUSED = object()
+"""The outcome of a call that gave its place up, be it before or after it was admitted."""
+
+
+class Place(Protocol):
+    """What a permit gives itself back to."""
+
+    epoch: int
+
+    def give_back(self, permit: Permit, error: BaseException | None) -> None:
+        """Take back the place of a call that has ended, or has given up waiting."""
+        ...
+
+
+innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
+"""The permit under which this context runs; those around it follow by `outer`."""
+
+
+class Permit:
+    """One call's place at a limiter, from the moment it asks until it has ended."""
+
+    __slots__ = (
+        "ahead",
+        "at",
+        "blocks",
+        "cost",
+        "ended",
+        "epoch",
+        "outcome",
+        "outer",
+        "place",
+        "since",
+        "slots",
+        "thread",
+        "timer",
+        "token",
+        "wake",
+    )
+
+    at: float | None
+    """When it was admitted; None while it waits."""
+
+    since: float
+    ahead: int
+    wake: Callable[[], None] | None
+    token: Token[Permit | None]
+
+    outcome: object
+    """What the limiter learned from how the call ended; None if it ended well."""
+
+    def __init__(self, place: Place, cost: float, slots: int) -> None:
+        self.place = place
+        self.epoch = place.epoch  # a forked child has others
+        self.cost = cost
+        self.slots = slots
+        self.outer = innermost.get()
+        self.thread = get_ident()
+        self.ended = False
+        self.outcome = None
+        self.timer: Timer | None = None
+        self.blocks: tuple[Permit, ...] = ()
+
+    def begin(self) -> None:
+        """Run this context under the permit from now on."""
+        self.token = innermost.set(self)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """End the call, in the context that entered; `error` is what it raised."""
+        try:
+            innermost.reset(self.token)
+        except (ValueError, RuntimeError):
+            self.step_out()
+        if not self.ended:
+            self.ended = True
+            self.place.give_back(self, error)
+
+    def step_out(self) -> None:
+        """Leave the context of the call, which goes on elsewhere and ends there."""
+        if innermost.get() is self:
+            innermost.set(self.outer)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the call, from any thread and any context, a finalizer's included; only the first time counts."""
+        if not self.ended:
+            self.ended = True
+            self.place.give_back(self, error)
+
+    def give_up(self) -> None:
+        """Give the place back without having used it, be it waiting still or admitted already."""
+        self.outcome = UNUSED
+        self.end()
+
+    def move_to_this_thread(self) -> None:
+        """Note that the call now runs in this thread, in a context of its own."""
+        self.thread = get_ident()
+        self.begin()
+
+
+def permits() -> Iterator[Permit]:
+    """Yield the permits under which this context runs, the innermost first."""
+    permit = innermost.get()
+    while permit is not None:
+        if not permit.ended:
+            yield permit
+        permit = permit.outer
+
+
+# Which calls can't end while this one waits? That a context has inherited a permit proves nothing: a task left
+# running in the background has inherited it too. But a token can be reset only in the context that it was made in,
+# and every task has a context of its own, so a token tells whether this very task has entered.
+
+
+def held_by_this_thread() -> list[Permit]:
+    """Return the permits that can't end while this thread is held up."""
+    thread = get_ident()
+    return [permit for permit in permits() if permit.thread == thread] + _handed_over()
+
+
+def held_by_this_task() -> list[Permit]:
+    """Return the permits that can't end while this task is held up."""
+    held: list[Permit] = []
+    for permit in permits():
+        if not _is_own(innermost, permit.token):
+            break
+        held.append(permit)
+    for permit in reversed(held):
+        permit.begin()  # the tokens are spent: wind up again what was unwound
+    return held + _handed_over()
+
+
+def hand_over(held: list[Permit], context: Context) -> None:
+    """Note that whoever holds these permits now waits for what will run in `context`, and for nothing else."""
+    if held:
+        context.run(_Link(held).begin)
+
+
+class _Link:
+    """Permits whose holder waits for this context."""
+
+    __slots__ = ("held", "token")
+
+    token: Token[_Link | None]
+
+    def __init__(self, held: list[Permit]) -> None:
+        self.held = held
+
+    def begin(self) -> None:
+        self.token = _link.set(self)
+
+
+_link: ContextVar[_Link | None] = ContextVar("asyncify_link", default=None)
+
+
+def _handed_over() -> list[Permit]:
+    link = _link.get()
+    if link is None or not _is_own(_link, link.token):
+        return []
+    link.begin()
+    return [permit for permit in link.held if not permit.ended]
+
+
+def _is_own(variable: ContextVar[Any], token: Token[Any]) -> bool:
+    """Tell whether a token was made in this very context, not in one that it was copied from; spends the token."""
+    try:
+        variable.reset(token)
+    except (ValueError, RuntimeError):
+        return False
+    return True
