@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, overload
 
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
 from asyncify.limiter import Gate, Limiter
-from asyncify.pairs import registry
+from asyncify.pairs import is_pair, registry
 from asyncify.runnable import Dual
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
@@ -56,7 +57,7 @@ def dual(
         PairError: the sides do not make a pair.
         NameTakenError: a different function is registered under the name.
     """
-    _check_bridge(bridge)
+    _check_options(name, bridge)
     if fn is None and sync is None and async_ is None and name is None and bridge == "thread":
         raise PairError(
             "dual() was given no function; write @dual on one, @dual(async_=...) on the sync one, or "
@@ -70,15 +71,15 @@ def dual(
         check_side(_function(async_), "async", "dual(async_=...)")
     if sync is not None and async_ is not None:
         pair = _make_pair(sync, sync, async_, name=name, bridge=bridge)
-        pair.expect_stub(_decorate_stub)
+        pair.expect_stub(partial(_decorate_stub, name))
         return pair
 
     def decorate(fn: Function) -> Dual[Any, Any]:
         if sync is not None:
-            return _make_pair(fn, sync, fn, name=name, bridge=bridge)
+            return _make_pair(fn, sync, fn, where="@dual(sync=...)", name=name, bridge=bridge)
         if async_ is not None:
-            return _make_pair(fn, fn, async_, name=name, bridge=bridge)
-        return _make_pair(fn, *_side_of(fn), name=name, bridge=bridge)
+            return _make_pair(fn, fn, async_, where="@dual(async_=...)", name=name, bridge=bridge)
+        return _make_pair(fn, *_side_of(fn, "@dual"), where="@dual", name=name, bridge=bridge)
 
     return decorate if fn is None else decorate(fn)
 
@@ -119,7 +120,7 @@ def concurrency(
         except (TypeError, ValueError) as error:
             raise type(error)(f"@concurrency: {error}") from None
     else:
-        if not isinstance(limiter, Limiter):
+        if not isinstance(limiter, Limiter):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"@concurrency: limiter={limiter!r} is no Limiter; write limiter=Limiter(limit=10)")
         if given := [name for name, value in limits.items() if value is not None]:
             raise TypeError(
@@ -129,7 +130,7 @@ def concurrency(
         gate = Gate(limiter, timeout)
 
     def decorate(fn: Function) -> Dual[Any, Any]:
-        if isinstance(fn, Dual):
+        if is_pair(fn):
             if fn.gate is not None:
                 raise PairError(
                     f"@concurrency: {describe(fn)} has a limit already ({fn.gate.limiter!r}); give both in one place, "
@@ -137,7 +138,7 @@ def concurrency(
                 )
             fn.furnish(gate=gate)
             return fn
-        return _make_pair(fn, *_side_of(fn), gate=gate)
+        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate)
 
     return decorate
 
@@ -147,6 +148,7 @@ def _make_pair(
     sync: Function | None,
     async_: Function | None,
     *,
+    where: str = "dual",
     name: str | None = None,
     bridge: Bridge = "thread",
     gate: Gate | None = None,
@@ -154,25 +156,31 @@ def _make_pair(
     """Check everything, then make the pair and register it.
 
     A side may be a pair of one side, which is what `@concurrency` makes of a plain function; its limit becomes that
-    of the new pair.
+    of the new pair, which takes its place in the registry if it is the one decorated.
     """
-    gates = [side.gate for side in (sync, async_) if isinstance(side, Dual) and side.gate is not None]
-    if len(gates) > 1:
-        raise PairError(f"dual: both sides of {describe(decorated)} have a limit; put one @concurrency over the pair")
+    gate = gate or _gate_of(decorated, sync, async_)
     fn, sync, async_ = _function(decorated), _function(sync), _function(async_)
     if sync is not None:
-        check_side(sync, "sync", "dual")
+        check_side(sync, "sync", where)
     if async_ is not None:
-        check_side(async_, "async", "dual")
+        check_side(async_, "async", where)
     if sync is not None and async_ is not None:
-        check_pair(sync, async_, "dual")
+        check_pair(sync, async_, where)
     if isinstance(bridge, Executor) and sync is None:
-        raise PairError(f"dual: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
+        raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
     pair: Dual[Any, Any] = Dual(async_ or fn, name=name) if sync is None else Dual(sync, async_, name)
-    pair.furnish(wears=fn, gate=gate or next(iter(gates), None), bridge=bridge)
-    registry.add(pair, fn, name)
+    pair.furnish(wears=fn, gate=gate, bridge=bridge)
+    registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()
     return pair
+
+
+def _gate_of(decorated: Function, sync: Function | None, async_: Function | None) -> Gate | None:
+    """Return the limit that the sides bring along."""
+    gates = [side.gate for side in (sync, async_) if is_pair(side) and side.gate is not None]
+    if any(gate != gates[0] for gate in gates):
+        raise PairError(f"dual: each side of {describe(decorated)} has a limit; put one @concurrency over the pair")
+    return gates[0] if gates else None
 
 
 @overload
@@ -183,24 +191,28 @@ def _function(side: None) -> None: ...
 def _function(side: Function | None) -> Function | None: ...
 def _function(side: Function | None) -> Function | None:
     """Return the function of a side that may be a pair of one side."""
-    if not isinstance(side, Dual):
+    if not is_pair(side):
         return side
     if hasattr(side, "func") and hasattr(side, "afunc"):
         raise PairError(f"dual: {describe(side)} is a pair with both sides already")
     return side.func if hasattr(side, "func") else side.afunc
 
 
-def _side_of(fn: Function) -> tuple[Function | None, Function | None]:
+def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None]:
     """Return a function as the sync or the async side, whichever it is."""
-    plain = _function(fn)
-    return (None, fn) if callable(plain) and is_async(plain) else (fn, None)
+    plain: object = _function(fn)
+    if not callable(plain):
+        raise PairError(f"{where}: expected a function, got {plain!r}")
+    return (None, fn) if is_async(plain) else (fn, None)
 
 
-def _decorate_stub(pair: Dual[Any, Any], stub: Function) -> None:
-    registry.rename(pair, stub)
+def _decorate_stub(name: str | None, pair: Dual[Any, Any], stub: Function) -> None:
+    registry.add(pair, stub, name, instead_of=pair)
     pair.furnish(wears=stub)
 
 
-def _check_bridge(bridge: Bridge) -> None:
+def _check_options(name: object, bridge: object) -> None:
+    if name is not None and not (isinstance(name, str) and name):
+        raise PairError(f'dual: name={name!r} is none; write name="quotes"')
     if not isinstance(bridge, Executor) and bridge not in ("thread", "error"):
         raise PairError(f'dual: bridge={bridge!r} is none; write "thread", "error", or a concurrent.futures.Executor')

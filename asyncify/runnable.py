@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
 from typing import Any, TypeVar, cast
@@ -147,16 +148,17 @@ class Dual(RunnableLambda[Input, Output]):
         return self._live.async_.run(*args, **kwargs) if self._is_async_def else self._live.sync.run(*args, **kwargs)
 
     def _is_stub_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        on_stub, self._on_stub = self._on_stub, None
+        on_stub = self._on_stub
         if on_stub is None or kwargs or len(args) != 1 or not _is_stub_of(args[0], self._entries.sync.fn):
+            self._on_stub = None
             return False
         if not has_empty_body(args[0]):
-            self._on_stub = on_stub
             raise PairError(
                 f"{describe(args[0])} has a body, and so have the sync and the async side: which of the three should "
                 "run? Leave only a docstring, or drop one of sync= and async_="
             )
         on_stub(self, args[0])
+        self._on_stub = None
         return True
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -347,7 +349,7 @@ def _fold(folded: Any, chunk: Any) -> Any:
 
 
 def _is_stub_of(candidate: object, fn: Function) -> bool:
-    return callable(candidate) and hasattr(candidate, "__code__") and same_parameters(candidate, fn)
+    return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
 
 
 def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:
