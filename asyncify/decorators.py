@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
 from asyncify.limiter import Gate, Limiter
-from asyncify.pairs import is_pair, registry
-from asyncify.runnable import Dual
+from asyncify.pairs import registry
+from asyncify.runnable import Dual, function_of, gate_of, is_pair
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
@@ -66,9 +66,9 @@ def dual(
     if fn is not None and (sync is not None or async_ is not None):
         raise PairError("dual: give a function to decorate, or sync= and async_=, but not both")
     if sync is not None:
-        check_side(_function(sync), "sync", "dual(sync=...)")
+        check_side(function_of(sync), "sync", "dual(sync=...)")
     if async_ is not None:
-        check_side(_function(async_), "async", "dual(async_=...)")
+        check_side(function_of(async_), "async", "dual(async_=...)")
     if sync is not None and async_ is not None:
         pair = _make_pair(sync, sync, async_, name=name, bridge=bridge)
         pair.expect_stub(partial(_decorate_stub, name))
@@ -158,8 +158,10 @@ def _make_pair(
     A side may be a pair of one side, which is what `@concurrency` makes of a plain function; its limit becomes that
     of the new pair, which takes its place in the registry if it is the one decorated.
     """
-    gate = gate or _gate_of(decorated, sync, async_)
-    fn, sync, async_ = _function(decorated), _function(sync), _function(async_)
+    gate = gate or gate_of(sync, async_)
+    fn = function_of(decorated)
+    sync = None if sync is None else function_of(sync)
+    async_ = None if async_ is None else function_of(async_)
     if sync is not None:
         check_side(sync, "sync", where)
     if async_ is not None:
@@ -168,39 +170,16 @@ def _make_pair(
         check_pair(sync, async_, where)
     if isinstance(bridge, Executor) and sync is None:
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
-    pair: Dual[Any, Any] = Dual(async_ or fn, name=name) if sync is None else Dual(sync, async_, name)
+    pair: Dual[Any, Any] = Dual(fn, name=name) if sync is None else Dual(sync, async_, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge)
     registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()
     return pair
 
 
-def _gate_of(decorated: Function, sync: Function | None, async_: Function | None) -> Gate | None:
-    """Return the limit that the sides bring along."""
-    gates = [side.gate for side in (sync, async_) if is_pair(side) and side.gate is not None]
-    if any(gate != gates[0] for gate in gates):
-        raise PairError(f"dual: each side of {describe(decorated)} has a limit; put one @concurrency over the pair")
-    return gates[0] if gates else None
-
-
-@overload
-def _function(side: Function) -> Function: ...
-@overload
-def _function(side: None) -> None: ...
-@overload
-def _function(side: Function | None) -> Function | None: ...
-def _function(side: Function | None) -> Function | None:
-    """Return the function of a side that may be a pair of one side."""
-    if not is_pair(side):
-        return side
-    if hasattr(side, "func") and hasattr(side, "afunc"):
-        raise PairError(f"dual: {describe(side)} is a pair with both sides already")
-    return side.func if hasattr(side, "func") else side.afunc
-
-
 def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None]:
     """Return a function as the sync or the async side, whichever it is."""
-    plain: object = _function(fn)
+    plain: object = function_of(fn)
     if not callable(plain):
         raise PairError(f"{where}: expected a function, got {plain!r}")
     return (None, fn) if is_async(plain) else (fn, None)

@@ -14,23 +14,18 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Signature
-from typing import Any, TypeGuard
+from typing import Any
 
 from asyncify.entries import Entries, Entry, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.limiter import Limiter
-from asyncify.runnable import Dual
+from asyncify.runnable import Dual, is_pair
 from asyncify.signatures import code_of, describe, is_async, is_generator, signature_of
 
-__all__ = ["Record", "Registry", "is_pair", "registry"]
+__all__ = ["Record", "Registry", "registry"]
 
 Function = Callable[..., Any]
 Pair = Dual[Any, Any]
-
-
-def is_pair(value: object) -> TypeGuard[Pair]:
-    """Tell whether a value is a pair."""
-    return isinstance(value, Dual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +219,7 @@ def _fake_entries(pair: Pair, fake: Function | None, sync: Function | None, asyn
     else:
         if fake is not None:
             sync, async_ = (None, fake) if is_async(fake) else (fake, None)
-        twin = async_ or sync
+        twin = sync if async_ is None else async_
         if twin is not None and not is_async(twin):
             async_ = _on_the_loop(twin)
         entries = make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name())

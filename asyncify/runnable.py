@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
@@ -20,7 +20,7 @@ from asyncify.limiter import Gate, Limiter
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
 from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
 
-__all__ = ["Dual"]
+__all__ = ["Dual", "function_of", "gate_of", "is_pair"]
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -125,18 +125,22 @@ class Dual(RunnableLambda[Input, Output]):
         """Add the sync side to a pair that has only the async one; a decorator that returns the pair."""
         if hasattr(self, "func"):
             raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
-        check_pair(fn, self.afunc, f"{self.get_name()}.sync")
-        self.func = fn
-        self._assemble()
+        plain = function_of(fn)
+        check_pair(plain, self.afunc, f"{self.get_name()}.sync")
+        gate = gate_of(self, fn)
+        self.func = plain
+        self.furnish(gate=gate)
         return self
 
     def async_(self, fn: Function) -> Dual[Input, Output]:
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
-        check_pair(self.func, fn, f"{self.get_name()}.async_")
-        self.afunc = fn
-        self._assemble()
+        plain = function_of(fn)
+        check_pair(self.func, plain, f"{self.get_name()}.async_")
+        gate = gate_of(self, fn)
+        self.afunc = plain
+        self.furnish(gate=gate)
         return self
 
     # --- called as the function it was ---
@@ -336,6 +340,39 @@ class Dual(RunnableLambda[Input, Output]):
         if not self._by_reference:
             return Dual, self._arguments
         return self.__qualname__
+
+
+def is_pair(value: object) -> TypeGuard[Dual[Any, Any]]:
+    """Tell whether a value is a pair."""
+    return isinstance(value, Dual)
+
+
+def function_of(side: Function) -> Function:
+    """Return the function of a side, which may be a pair of one side: `@concurrency` makes one of a function.
+
+    Raises:
+        PairError: it is a pair with both sides.
+    """
+    if not is_pair(side):
+        return side
+    if hasattr(side, "func") and hasattr(side, "afunc"):
+        raise PairError(f"{describe(side)} is a pair with both sides already, so it can't be a side of another")
+    return side.func if hasattr(side, "func") else side.afunc
+
+
+def gate_of(*sides: Function | None) -> Gate | None:
+    """Return the limit that the sides bring along.
+
+    Raises:
+        PairError: they bring different ones.
+    """
+    pairs = [side for side in sides if is_pair(side) and side.gate is not None]
+    gates = [pair.gate for pair in pairs]
+    if any(gate != gates[0] for gate in gates):
+        raise PairError(
+            f"{describe(pairs[0])} and {describe(pairs[1])} have a limit each; put one @concurrency over the pair"
+        )
+    return gates[0] if gates else None
 
 
 def _fold(folded: Any, chunk: Any) -> Any:
