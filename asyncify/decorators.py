@@ -39,8 +39,8 @@ def dual(
         @dual                                               # one side now, and @fetch.async_ when it is written
 
     The third and the fourth are told apart by the first call of the pair. One plain function with the pair's own
-    parameters and an empty body is a stub being decorated; with a body it is a `PairError`, for which of the three
-    should run? Anything else is an ordinary call.
+    parameters and an empty body (a docstring, `...`, `pass`, `raise NotImplementedError`) is a stub being decorated;
+    with a body it is a `PairError`, for which of the three should run? Anything else is an ordinary call.
 
     Args:
         fn: the function to decorate.

@@ -140,6 +140,7 @@ def check_pair(sync: Callable[..., Any], async_: Callable[..., Any], where: str)
 _EMPTY_BODY = {
     "RESUME",
     "NOP",
+    "CACHE",
     "COPY_FREE_VARS",
     "MAKE_CELL",
     "RETURN_GENERATOR",
@@ -149,17 +150,25 @@ _EMPTY_BODY = {
     "RETURN_VALUE",
     "CALL_INTRINSIC_1",  # these two end every coroutine since Python 3.12
     "RERAISE",
+    "LOAD_GLOBAL",  # these, only for `raise NotImplementedError`, with or without a pair of parentheses
+    "PUSH_NULL",
+    "PRECALL",
+    "CALL",
+    "RAISE_VARARGS",
 }
 
 
 def has_empty_body(fn: Callable[..., Any]) -> bool:
-    """Tell whether a function does nothing: a docstring, `...`, `pass`, or `return None`."""
-    for instruction in dis.get_instructions(fn):
-        if instruction.opname not in _EMPTY_BODY:
-            return False
-        if instruction.opname in ("LOAD_CONST", "RETURN_CONST") and instruction.argval is not None:
-            return False
-    return True
+    """Tell whether a function does nothing: a docstring, `...`, `pass`, `raise NotImplementedError`.
+
+    The last is what a type checker accepts for a stub that promises a result.
+    """
+    allowed = {"LOAD_CONST": None, "RETURN_CONST": None, "LOAD_GLOBAL": "NotImplementedError"}
+    return all(
+        instruction.opname in _EMPTY_BODY
+        and (instruction.opname not in allowed or instruction.argval == allowed[instruction.opname])
+        for instruction in dis.get_instructions(fn)
+    )
 
 
 @dataclass(frozen=True, slots=True)
