@@ -121,6 +121,14 @@ def _on_the_second_side(room: Room, limit: Decorator) -> Dual[Any, Any]:
     return stay.async_(limit(room.astay))
 
 
+def _on_the_second_side_sync(room: Room, limit: Decorator) -> Dual[Any, Any]:
+    @dual
+    async def stay(query: str) -> str:
+        return await room.astay(query)
+
+    return stay.sync(limit(room.stay))
+
+
 def _over_dual_async(room: Room, limit: Decorator) -> Dual[Any, Any]:
     @limit
     @dual(sync=room.stay)
@@ -139,6 +147,7 @@ PLACES = [
     _under_dual,
     _under_dual_async,
     _on_the_second_side,
+    _on_the_second_side_sync,
 ]
 Place = Callable[[Room, Decorator], Dual[Any, Any]]
 
