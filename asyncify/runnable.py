@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, closing
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, Generic, Self, TypeGuard, cast, overload
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
 from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
+from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
@@ -20,15 +21,21 @@ from asyncify.limiter import Gate, Limiter
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
 from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
 
-__all__ = ["Dual", "function_of", "gate_of", "is_pair"]
+__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
 
-Input = TypeVar("Input")
-Output = TypeVar("Output")
+Input = TypeVar("Input", default=Any)
+Output = TypeVar("Output", default=Any)
+Params = ParamSpec("Params", default=...)
+Returned = TypeVar("Returned", default=Output)
+Called = TypeVar("Called", default=Output)
+Acalled = TypeVar("Acalled", default=Coroutine[Any, Any, Output])
+P = ParamSpec("P")
+T = TypeVar("T")
 Function = Callable[..., Any]
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
-class Dual(RunnableLambda[Input, Output]):
+class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
     """A sync and an async implementation of one function, as one runnable.
 
     A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
@@ -37,6 +44,9 @@ class Dual(RunnableLambda[Input, Output]):
 
     Called directly, or by `call` and `acall`, it takes the function's own arguments. As a runnable it takes one
     input, which is a mapping, spread by name, for a function that needs two arguments or more.
+
+    Its type is `Dual[Input, Output]`, which may go on: `Params` are the function's own parameters; `Returned`, `Called`
+    and `Acalled` are what a direct call, `call` and `acall` return, where that is not simply `Output`.
 
     Args:
         func: the sync function; or the async one, if there is no other.
@@ -52,13 +62,43 @@ class Dual(RunnableLambda[Input, Output]):
     afunc: Function
     __qualname__: str
 
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, Coroutine[Any, Any, T]],
+        func: Callable[P, Coroutine[Any, Any, T]],
+        afunc: None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]],
+        func: Callable[P, AsyncIterator[T]],
+        afunc: None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]],
+        func: Callable[P, Iterator[T]],
+        afunc: Callable[P, AsyncIterator[T]] | None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, T],
+        func: Callable[P, T],
+        afunc: Callable[P, Coroutine[Any, Any, T]] | None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
         super().__init__(func, afunc, name)
         self._arguments = (func, afunc, name)
         self._gate: Gate | None = None
         self._bridge: Bridge = "thread"
         self._fakes: tuple[Entries, ...] = ()
-        self._on_stub: Callable[[Dual[Any, Any], Function], None] | None = None
+        self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
         self.furnish(wears=func)
 
@@ -115,13 +155,13 @@ class Dual(RunnableLambda[Input, Output]):
         """Pickle this pair as functions are, by module and name."""
         self._by_reference = True
 
-    def expect_stub(self, on_stub: Callable[[Dual[Any, Any], Function], None]) -> None:
+    def expect_stub(self, on_stub: Callable[[AnyDual, Function], None]) -> None:
         """Take the first call of the pair for a decoration, if it is one with a stub."""
         self._on_stub = on_stub
 
     # --- the second side, written later ---
 
-    def sync(self, fn: Function) -> Dual[Input, Output]:
+    def sync(self, fn: Callable[Params, Output | Iterator[Output]]) -> Self:
         """Add the sync side to a pair that has only the async one; a decorator that returns the pair."""
         if hasattr(self, "func"):
             raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
@@ -132,7 +172,7 @@ class Dual(RunnableLambda[Input, Output]):
         self.furnish(gate=gate)
         return self
 
-    def async_(self, fn: Function) -> Dual[Input, Output]:
+    def async_(self, fn: Callable[Params, Coroutine[Any, Any, Output] | AsyncIterator[Output]]) -> Self:
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
@@ -145,11 +185,12 @@ class Dual(RunnableLambda[Input, Output]):
 
     # --- called as the function it was ---
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Returned:
         """Do what the decorated function did, within the limit: an `async def` gives an awaitable."""
         if self._on_stub is not None and self._is_stub_call(args, kwargs):
-            return self
-        return self._live.async_.run(*args, **kwargs) if self._is_async_def else self._live.sync.run(*args, **kwargs)
+            return cast("Returned", self)
+        run = self._live.async_.run if self._is_async_def else self._live.sync.run
+        return cast("Returned", run(*args, **kwargs))
 
     def _is_stub_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         on_stub = self._on_stub
@@ -165,13 +206,13 @@ class Dual(RunnableLambda[Input, Output]):
         self._on_stub = None
         return True
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Params.args, **kwargs: Params.kwargs) -> Called:
         """Run the sync side, within the limit, with the function's own arguments."""
-        return self._live.sync.run(*args, **kwargs)
+        return cast("Called", self._live.sync.run(*args, **kwargs))
 
-    def acall(self, *args: Any, **kwargs: Any) -> Any:
+    def acall(self, *args: Params.args, **kwargs: Params.kwargs) -> Acalled:
         """Run the async side, within the limit, with the function's own arguments, in the caller's task."""
-        return self._live.async_.run(*args, **kwargs)
+        return cast("Acalled", self._live.async_.run(*args, **kwargs))
 
     # --- called as a runnable ---
 
@@ -342,7 +383,11 @@ class Dual(RunnableLambda[Input, Output]):
         return self.__qualname__
 
 
-def is_pair(value: object) -> TypeGuard[Dual[Any, Any]]:
+AnyDual = Dual[Any, Any, ..., Any, Any, Any]
+"""Any pair at all, a streaming one too."""
+
+
+def is_pair(value: object) -> TypeGuard[AnyDual]:
     """Tell whether a value is a pair."""
     return isinstance(value, Dual)
 
