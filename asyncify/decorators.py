@@ -2,23 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
 from asyncify.limiter import Gate, Limiter
 from asyncify.pairs import registry
-from asyncify.runnable import Dual, function_of, gate_of, is_pair
+from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
 
 Function = Callable[..., Any]
+P = ParamSpec("P")
+T = TypeVar("T")
+D = TypeVar("D", bound=AnyDual)
+
+# The overloads overlap on purpose: a coroutine function is a function too, and the first one that fits is meant.
+
+if TYPE_CHECKING:
+
+    class _OverStub(Dual[Any, T, P, T]):
+        """A pair of two functions, whose first call may decorate a stub."""
+
+        @overload
+        def __call__(self, stub: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
+        @overload
+        def __call__(self, stub: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class _OverStreamStub(Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]):
+        """A pair of two generators, whose first call may decorate a stub."""
+
+        @overload
+        def __call__(  # type: ignore[overload-overlap]
+            self, stub: Callable[P, AsyncIterator[T]], /
+        ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+        @overload
+        def __call__(  # type: ignore[overload-overlap]
+            self, stub: Callable[P, Iterator[T]], /
+        ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class Decorator(Protocol):
+    """Makes a pair of a function, or of what was already one."""
+
+    @overload
+    def __call__(self, fn: D, /) -> D: ...
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: Callable[P, AsyncIterator[T]], /
+    ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[P, Iterator[T]], /
+    ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+    @overload
+    def __call__(self, fn: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
+
+
+@overload
+def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread") -> D: ...
+@overload
+def dual(
+    fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
+@overload
+def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+    fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+@overload
+def dual(  # type: ignore[overload-overlap]
+    fn: Callable[P, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+@overload
+def dual(fn: Callable[P, T], /, *, name: str | None = None, bridge: Bridge = "thread") -> Dual[Any, T, P, T]: ...
+@overload
+def dual(
+    *,
+    sync: Callable[P, Iterator[T]],
+    async_: Callable[P, AsyncIterator[T]],
+    name: str | None = None,
+    bridge: Bridge = "thread",
+) -> _OverStreamStub[T, P]: ...
+@overload
+def dual(
+    *,
+    sync: Callable[P, T],
+    async_: Callable[P, Coroutine[Any, Any, T]],
+    name: str | None = None,
+    bridge: Bridge = "thread",
+) -> _OverStub[T, P]: ...
+@overload
+def dual(
+    *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, Iterator[T]]], Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]]: ...
+@overload
+def dual(
+    *, async_: Callable[P, Coroutine[Any, Any, T]], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, T]], Dual[Any, T, P, T]]: ...
+@overload
+def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+    *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, AsyncIterator[T]]], Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]]: ...
+@overload
+def dual(
+    *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[Any, Any, T]]]: ...
+@overload
+def dual(*, name: str | None = None, bridge: Bridge = "thread") -> Decorator: ...
 def dual(
     fn: Function | None = None,
     /,
@@ -74,7 +176,7 @@ def dual(
         pair.expect_stub(partial(_decorate_stub, name))
         return pair
 
-    def decorate(fn: Function) -> Dual[Any, Any]:
+    def decorate(fn: Function) -> AnyDual:
         if sync is not None:
             return _make_pair(fn, sync, fn, where="@dual(sync=...)", name=name, bridge=bridge)
         if async_ is not None:
@@ -92,7 +194,7 @@ def concurrency(
     burst: int | None = None,
     timeout: float | None = None,
     limiter: Limiter | None = None,
-) -> Callable[[Function], Dual[Any, Any]]:
+) -> Decorator:
     """Put one limit on a function or a pair, for every path, thread, event loop, pipe and batch together.
 
     A plain function becomes a pair. The order with `dual` is free.
@@ -129,7 +231,7 @@ def concurrency(
             )
         gate = Gate(limiter, timeout)
 
-    def decorate(fn: Function) -> Dual[Any, Any]:
+    def decorate(fn: Function, /) -> Any:
         if is_pair(fn):
             if fn.gate is not None:
                 raise PairError(
@@ -152,7 +254,7 @@ def _make_pair(
     name: str | None = None,
     bridge: Bridge = "thread",
     gate: Gate | None = None,
-) -> Dual[Any, Any]:
+) -> AnyDual:
     """Check everything, then make the pair and register it.
 
     A side may be a pair of one side, which is what `@concurrency` makes of a plain function; its limit becomes that
@@ -170,7 +272,7 @@ def _make_pair(
         check_pair(sync, async_, where)
     if isinstance(bridge, Executor) and sync is None:
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
-    pair: Dual[Any, Any] = Dual(fn, name=name) if sync is None else Dual(sync, async_, name)
+    pair: AnyDual = Dual(fn, name=name) if sync is None else Dual(sync, async_, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge)
     registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()
@@ -185,7 +287,7 @@ def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None
     return (None, fn) if is_async(plain) else (fn, None)
 
 
-def _decorate_stub(name: str | None, pair: Dual[Any, Any], stub: Function) -> None:
+def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
     registry.add(pair, stub, name, instead_of=pair)
     pair.furnish(wears=stub)
 

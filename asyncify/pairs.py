@@ -19,13 +19,12 @@ from typing import Any
 from asyncify.entries import Entries, Entry, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.limiter import Limiter
-from asyncify.runnable import Dual, is_pair
+from asyncify.runnable import AnyDual, is_pair
 from asyncify.signatures import code_of, describe, is_async, is_generator, signature_of
 
 __all__ = ["Record", "Registry", "registry"]
 
 Function = Callable[..., Any]
-Pair = Dual[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Record:
     limiter: Limiter | None
     module: str
     line: int | None
-    pair: Pair
+    pair: AnyDual
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._pairs: weakref.WeakValueDictionary[str, Pair] = weakref.WeakValueDictionary()
+        self._pairs: weakref.WeakValueDictionary[str, AnyDual] = weakref.WeakValueDictionary()
         self._origins: dict[str, _Origin] = {}
 
     def __getitem__(self, name: str) -> Record:
@@ -107,7 +106,7 @@ class Registry:
         """Show how many pairs there are: `<Registry of 3 pairs>`."""
         return f"<Registry of {len(self)} pairs>"
 
-    def add(self, pair: Pair, fn: Function, name: str | None = None, *, instead_of: Pair | None = None) -> None:
+    def add(self, pair: AnyDual, fn: Function, name: str | None = None, *, instead_of: AnyDual | None = None) -> None:
         """Register a pair under `name`, or else under that of the function that stands for it.
 
         A function without a name of its own, and one that another pair stands for already, get a number.
@@ -153,7 +152,7 @@ class Registry:
         if len(self._origins) > len(self._pairs):
             self._origins = {name: self._origins[name] for name in list(self._pairs)}
 
-    def _find(self, name: str) -> tuple[str, Pair, _Origin]:
+    def _find(self, name: str) -> tuple[str, AnyDual, _Origin]:
         """Return full name, pair and origin; called with the lock held."""
         known = dict(self._pairs.items())
         found = [name] if name in known else sorted(full for full in known if full.endswith(f".{name}"))
@@ -168,12 +167,12 @@ class Registry:
     @contextmanager
     def override(
         self,
-        pair: Pair | str,
+        pair: AnyDual | str,
         fake: Function | None = None,
         *,
         sync: Function | None = None,
         async_: Function | None = None,
-    ) -> Generator[Pair, None, None]:
+    ) -> Generator[AnyDual, None, None]:
         """Put a fake in the place of a pair for a `with` block, on both paths, in every thread and pipe.
 
         The fake is called as the function was, at once: the pair's limit does not hold for it. One function, of
@@ -212,7 +211,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {', '.join(names)}?" if names else "there is none like it; is its module imported?"
 
 
-def _fake_entries(pair: Pair, fake: Function | None, sync: Function | None, async_: Function | None) -> Entries:
+def _fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, async_: Function | None) -> Entries:
     _check_fakes(pair, fake, sync, async_)
     if is_pair(fake):
         entries = fake.entries
@@ -265,7 +264,7 @@ def _on_the_loop(fake: Function) -> Function:
     return stream if is_generator(fake) else run
 
 
-def _record(name: str, pair: Pair, origin: _Origin) -> Record:
+def _record(name: str, pair: AnyDual, origin: _Origin) -> Record:
     return Record(
         name=name,
         sync=pair.entries.sync.kind,

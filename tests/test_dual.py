@@ -240,12 +240,12 @@ def test_an_empty_body_makes_a_stub() -> None:
 
 def test_a_stub_with_a_body_is_refused() -> None:
     """Three bodies are one too many; the pair can then still be given a proper stub."""
-    pair = dual(sync=fetch_sync, async_=fetch_async)
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
 
     def fetch(query: str) -> str:
         return query
 
-    def stub(query: str) -> None: ...
+    def stub(query: str) -> Any: ...
 
     with pytest.raises(PairError, match=r"fetch .* has a body, .* which of the three should run\?"):
         pair(fetch)
@@ -265,10 +265,10 @@ def test_a_stub_keeps_the_name_that_dual_was_given() -> None:
 
 def test_a_pair_that_was_called_takes_no_stub() -> None:
     """Only the first call can be a decoration."""
-    pair = dual(sync=fetch_sync, async_=fetch_async)
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
     pair("EUR")
 
-    def stub(query: str) -> None: ...
+    def stub(query: str) -> Any: ...
 
     assert pair(stub) == f"sync {stub}"
 
@@ -285,14 +285,14 @@ def test_a_pair_that_was_called_takes_no_stub() -> None:
 )
 def test_an_ordinary_argument_is_no_stub(argument: object) -> None:
     """A pair from two functions is called with whatever is no stub of it."""
-    pair = dual(sync=fetch_sync, async_=fetch_async)
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
 
     assert pair(argument) == f"sync {argument}"
 
 
 def test_a_function_with_other_parameters_is_an_argument() -> None:
     """A function that does not take the pair's parameters is passed on."""
-    pair = dual(sync=fetch_sync, async_=fetch_async)
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
 
     def callback(event: str) -> None: ...
 
@@ -303,7 +303,7 @@ def test_a_pair_over_a_stub_takes_a_function_as_an_argument() -> None:
     """Once it has its stub, a pair takes anything as an argument."""
     pair = over_stub()
 
-    def stub(query: str) -> None: ...
+    def stub(query: str) -> Any: ...
 
     assert pair(stub) == f"sync {stub}"
 
@@ -344,7 +344,7 @@ def test_a_second_side_that_does_not_fit_is_refused() -> None:
         return text
 
     with pytest.raises(PairError, match=r"fetch.async_: the two sides take different parameters"):
-        fetch.async_(other)
+        fetch.async_(other)  # type: ignore[arg-type]
     assert registry[f"{__name__}.{fetch.__qualname__}"].async_ == "bridged"
 
 
