@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, closing
-from typing import Any, Generic, Self, TypeGuard, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, cast, overload
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
@@ -61,6 +61,13 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
     func: Function
     afunc: Function
     __qualname__: str
+
+    if not TYPE_CHECKING:
+
+        def __class_getitem__(cls, given: Any) -> Any:
+            """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
+            given = given if isinstance(given, tuple) else (given,)
+            return super().__class_getitem__((*given, *(Any, Any, ..., Any, Any, Any)[len(given) :]))
 
     @overload
     def __init__(
