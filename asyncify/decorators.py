@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import Executor
-from typing import Any, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
@@ -15,14 +16,116 @@ from asyncify.errors import PairError
 from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
 from asyncify.pairs import registry
-from asyncify.runnable import Dual
+from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
 
 Function = Callable[..., Any]
+P = ParamSpec("P")
+T = TypeVar("T")
+D = TypeVar("D", bound=AnyDual)
+
+# The overloads overlap on purpose: a coroutine function is a function too, and the first one that fits is meant.
+
+if TYPE_CHECKING:
+
+    class _OverStub(Dual[Any, T, P, T]):
+        """A pair of two functions, whose first call may decorate a stub."""
+
+        @overload
+        def __call__(self, stub: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
+        @overload
+        def __call__(self, stub: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class _OverStreamStub(Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]):
+        """A pair of two generators, whose first call may decorate a stub."""
+
+        @overload
+        def __call__(  # type: ignore[overload-overlap]
+            self, stub: Callable[P, AsyncIterator[T]], /
+        ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+        @overload
+        def __call__(  # type: ignore[overload-overlap]
+            self, stub: Callable[P, Iterator[T]], /
+        ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class Decorator(Protocol):
+    """Makes a pair of a function, or of what was already one."""
+
+    @overload
+    def __call__(self, fn: D, /) -> D: ...
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: Callable[P, AsyncIterator[T]], /
+    ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[P, Iterator[T]], /
+    ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+    @overload
+    def __call__(self, fn: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
+
+
+@overload
+def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread") -> D: ...
+@overload
+def dual(
+    fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
+@overload
+def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+    fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+@overload
+def dual(  # type: ignore[overload-overlap]
+    fn: Callable[P, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+@overload
+def dual(fn: Callable[P, T], /, *, name: str | None = None, bridge: Bridge = "thread") -> Dual[Any, T, P, T]: ...
+@overload
+def dual(
+    *,
+    sync: Callable[P, Iterator[T]],
+    async_: Callable[P, AsyncIterator[T]],
+    name: str | None = None,
+    bridge: Bridge = "thread",
+) -> _OverStreamStub[T, P]: ...
+@overload
+def dual(
+    *,
+    sync: Callable[P, T],
+    async_: Callable[P, Coroutine[Any, Any, T]],
+    name: str | None = None,
+    bridge: Bridge = "thread",
+) -> _OverStub[T, P]: ...
+@overload
+def dual(
+    *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, Iterator[T]]], Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]]: ...
+@overload
+def dual(
+    *, async_: Callable[P, Coroutine[Any, Any, T]], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, T]], Dual[Any, T, P, T]]: ...
+@overload
+def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+    *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, AsyncIterator[T]]], Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]]: ...
+@overload
+def dual(
+    *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread"
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[Any, Any, T]]]: ...
+@overload
+def dual(*, name: str | None = None, bridge: Bridge = "thread") -> Decorator: ...
 def dual(
     fn: Function | None = None,
     /,
@@ -43,8 +146,8 @@ def dual(
         @dual                                               # one side now, and @fetch.async_ when it is written
 
     The third and the fourth are told apart by the first call of the pair. One plain function with the pair's own
-    parameters and an empty body is a stub being decorated; with a body it is a `PairError`, for which of the three
-    should run? Anything else is an ordinary call.
+    parameters and an empty body (a docstring, `...`, `pass`, `raise NotImplementedError`) is a stub being decorated;
+    with a body it is a `PairError`, for which of the three should run? Anything else is an ordinary call.
 
     Args:
         fn: the function to decorate.
@@ -61,7 +164,7 @@ def dual(
         PairError: the sides do not make a pair.
         NameTakenError: a different function is registered under the name.
     """
-    _check_bridge(bridge)
+    _check_options(name, bridge)
     if fn is None and sync is None and async_ is None and name is None and bridge == "thread":
         raise PairError(
             "dual() was given no function; write @dual on one, @dual(async_=...) on the sync one, or "
@@ -70,20 +173,20 @@ def dual(
     if fn is not None and (sync is not None or async_ is not None):
         raise PairError("dual: give a function to decorate, or sync= and async_=, but not both")
     if sync is not None:
-        check_side(_function(sync), "sync", "dual(sync=...)")
+        check_side(function_of(sync), "sync", "dual(sync=...)")
     if async_ is not None:
-        check_side(_function(async_), "async", "dual(async_=...)")
+        check_side(function_of(async_), "async", "dual(async_=...)")
     if sync is not None and async_ is not None:
         pair = _make_pair(sync, sync, async_, name=name, bridge=bridge)
-        pair.expect_stub(_decorate_stub)
+        pair.expect_stub(partial(_decorate_stub, name))
         return pair
 
-    def decorate(fn: Function) -> Dual[Any, Any]:
+    def decorate(fn: Function) -> AnyDual:
         if sync is not None:
-            return _make_pair(fn, sync, fn, name=name, bridge=bridge)
+            return _make_pair(fn, sync, fn, where="@dual(sync=...)", name=name, bridge=bridge)
         if async_ is not None:
-            return _make_pair(fn, fn, async_, name=name, bridge=bridge)
-        return _make_pair(fn, *_side_of(fn), name=name, bridge=bridge)
+            return _make_pair(fn, fn, async_, where="@dual(async_=...)", name=name, bridge=bridge)
+        return _make_pair(fn, *_side_of(fn, "@dual"), where="@dual", name=name, bridge=bridge)
 
     return decorate if fn is None else decorate(fn)
 
@@ -100,7 +203,7 @@ def concurrency(
     timeout: float | None = None,
     limiter: Limiter | AsyncLimiter | BaseRateLimiter | None = None,
     name: str | None = None,
-) -> Callable[[Function], Dual[Any, Any]]:
+) -> Decorator:
     """Put one limit on a function or a pair, for every path, thread, event loop, pipe and batch together.
 
     A plain function becomes a pair. The order with `dual` is free. What `key` and `cost` are called with is the
@@ -140,8 +243,8 @@ def concurrency(
     except (TypeError, ValueError) as error:
         raise type(error)(f"@concurrency: {error}") from None
 
-    def decorate(fn: Function) -> Dual[Any, Any]:
-        if isinstance(fn, Dual):
+    def decorate(fn: Function, /) -> Any:
+        if is_pair(fn):
             if fn.gate is not None:
                 raise PairError(
                     f"@concurrency: {describe(fn)} has a limit already ({fn.gate.limiter!r}); give both in one place, "
@@ -149,7 +252,7 @@ def concurrency(
                 )
             fn.furnish(gate=gate)
             return fn
-        return _make_pair(fn, *_side_of(fn), gate=gate)
+        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate)
 
     return decorate
 
@@ -159,60 +262,50 @@ def _make_pair(
     sync: Function | None,
     async_: Function | None,
     *,
+    where: str = "dual",
     name: str | None = None,
     bridge: Bridge = "thread",
     gate: Gate | None = None,
-) -> Dual[Any, Any]:
+) -> AnyDual:
     """Check everything, then make the pair and register it.
 
     A side may be a pair of one side, which is what `@concurrency` makes of a plain function; its limit becomes that
-    of the new pair.
+    of the new pair, which takes its place in the registry if it is the one decorated.
     """
-    gates = [side.gate for side in (sync, async_) if isinstance(side, Dual) and side.gate is not None]
-    if len(gates) > 1:
-        raise PairError(f"dual: both sides of {describe(decorated)} have a limit; put one @concurrency over the pair")
-    fn, sync, async_ = _function(decorated), _function(sync), _function(async_)
+    gate = gate or gate_of(sync, async_)
+    fn = function_of(decorated)
+    sync = None if sync is None else function_of(sync)
+    async_ = None if async_ is None else function_of(async_)
     if sync is not None:
-        check_side(sync, "sync", "dual")
+        check_side(sync, "sync", where)
     if async_ is not None:
-        check_side(async_, "async", "dual")
+        check_side(async_, "async", where)
     if sync is not None and async_ is not None:
-        check_pair(sync, async_, "dual")
+        check_pair(sync, async_, where)
     if isinstance(bridge, Executor) and sync is None:
-        raise PairError(f"dual: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
-    pair: Dual[Any, Any] = Dual(async_ or fn, name=name) if sync is None else Dual(sync, async_, name)
-    pair.furnish(wears=fn, gate=gate or next(iter(gates), None), bridge=bridge)
-    registry.add(pair, fn, name)
+        raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
+    pair: AnyDual = Dual(fn, name=name) if sync is None else Dual(sync, async_, name)
+    pair.furnish(wears=fn, gate=gate, bridge=bridge)
+    registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()
     return pair
 
 
-@overload
-def _function(side: Function) -> Function: ...
-@overload
-def _function(side: None) -> None: ...
-@overload
-def _function(side: Function | None) -> Function | None: ...
-def _function(side: Function | None) -> Function | None:
-    """Return the function of a side that may be a pair of one side."""
-    if not isinstance(side, Dual):
-        return side
-    if hasattr(side, "func") and hasattr(side, "afunc"):
-        raise PairError(f"dual: {describe(side)} is a pair with both sides already")
-    return side.func if hasattr(side, "func") else side.afunc
-
-
-def _side_of(fn: Function) -> tuple[Function | None, Function | None]:
+def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None]:
     """Return a function as the sync or the async side, whichever it is."""
-    plain = _function(fn)
-    return (None, fn) if callable(plain) and is_async(plain) else (fn, None)
+    plain: object = function_of(fn)
+    if not callable(plain):
+        raise PairError(f"{where}: expected a function, got {plain!r}")
+    return (None, fn) if is_async(plain) else (fn, None)
 
 
-def _decorate_stub(pair: Dual[Any, Any], stub: Function) -> None:
-    registry.rename(pair, stub)
+def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
+    registry.add(pair, stub, name, instead_of=pair)
     pair.furnish(wears=stub)
 
 
-def _check_bridge(bridge: Bridge) -> None:
+def _check_options(name: object, bridge: object) -> None:
+    if name is not None and not (isinstance(name, str) and name):
+        raise PairError(f'dual: name={name!r} is none; write name="quotes"')
     if not isinstance(bridge, Executor) and bridge not in ("thread", "error"):
         raise PairError(f'dual: bridge={bridge!r} is none; write "thread", "error", or a concurrent.futures.Executor')

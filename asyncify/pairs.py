@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -9,18 +10,18 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Signature
 from typing import Any
 
-from asyncify.entries import Entries, Kind, make_entries
+from asyncify.entries import Entries, Entry, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.gate import ForeignLimiter, KeyedLimiter
 from asyncify.limiter import Limiter
-from asyncify.runnable import Dual
-from asyncify.signatures import describe, is_async, signature_of
+from asyncify.runnable import AnyDual, is_pair
+from asyncify.signatures import code_of, describe, is_async, is_generator, signature_of
 
 __all__ = ["Record", "Registry", "registry"]
 
@@ -38,7 +39,7 @@ class Record:
     limiter: Limiter | KeyedLimiter | ForeignLimiter | None
     module: str
     line: int | None
-    pair: Dual[Any, Any]
+    pair: AnyDual
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,10 @@ class _Origin:
     """Where a pair was written: tells the same function, loaded again, from another of its name.
 
     A module gets a new spec each time it is run, so a name that comes back under another spec has been reloaded.
+    A notebook has no spec; there each version of a cell is a file of its own.
     """
 
+    module: str
     qualname: str
     file: str | None
     line: int | None
@@ -69,7 +72,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._pairs: weakref.WeakValueDictionary[str, Dual[Any, Any]] = weakref.WeakValueDictionary()
+        self._pairs: weakref.WeakValueDictionary[str, AnyDual] = weakref.WeakValueDictionary()
         self._origins: dict[str, _Origin] = {}
 
     def __getitem__(self, name: str) -> Record:
@@ -78,20 +81,23 @@ class Registry:
         Raises:
             PairNotFoundError: no pair has this name, or several do; the message lists those that are near.
         """
-        full_name = self._full_name(name)
-        return _record(full_name, self._pairs[full_name])
+        with self._lock:
+            return _record(*self._find(name))
 
     def __contains__(self, name: object) -> bool:
         """Tell whether `registry[name]` finds a pair."""
         try:
-            return isinstance(name, str) and bool(self._full_name(name))
+            with self._lock:
+                return isinstance(name, str) and bool(self._find(name))
         except PairNotFoundError:
             return False
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the record of every pair, in the order of their names."""
-        for name, pair in sorted(self._pairs.items(), key=lambda item: item[0]):
-            yield _record(name, pair)
+        with self._lock:
+            known = [(name, pair, self._origins[name]) for name, pair in self._pairs.items()]
+        for name, pair, origin in sorted(known, key=lambda item: item[0]):
+            yield _record(name, pair, origin)
 
     def __len__(self) -> int:
         """Return how many pairs there are."""
@@ -101,74 +107,84 @@ class Registry:
         """Show how many pairs there are: `<Registry of 3 pairs>`."""
         return f"<Registry of {len(self)} pairs>"
 
-    def add(self, pair: Dual[Any, Any], fn: Function, name: str | None = None) -> None:
+    def add(self, pair: AnyDual, fn: Function, name: str | None = None, *, instead_of: AnyDual | None = None) -> None:
         """Register a pair under `name`, or else under that of the function that stands for it.
+
+        A function without a name of its own, and one that another pair stands for already, get a number.
+
+        Args:
+            pair: the pair.
+            fn: the function that stands for it.
+            name: what to call it, after its module.
+            instead_of: a pair that this one replaces, so that it is forgotten; or the pair itself, to rename it.
 
         Raises:
             NameTakenError: a different function has the name. The same one, loaded again, takes its own place.
         """
         origin = _origin(fn)
         with self._lock:
-            full_name = f"{_module(fn)}.{name or origin.qualname}"
-            if name is None and not _is_named(fn):
+            replaced = [known for known, other in self._pairs.items() if other is instead_of]
+            full_name = f"{origin.module}.{name or origin.qualname}"
+            if name is None and full_name not in replaced and self._needs_number(full_name, fn):
                 full_name = self._numbered(full_name)
-            taken = self._pairs.get(full_name)
-            if taken is not None and taken is not pair and not origin.is_reload_of(self._origins[full_name]):
+            taken = None if full_name in replaced else self._pairs.get(full_name)
+            if taken is not None and not origin.is_reload_of(self._origins[full_name]):
                 raise NameTakenError(
                     f"the name {full_name} is taken by {describe(taken)}, so {describe(fn)} can't have it; give it "
                     'another, as in dual(..., name="other")'
                 )
+            for old in replaced:
+                del self._pairs[old]
             self._pairs[full_name] = pair
             self._origins[full_name] = origin
+            self._drop_origins()
 
-    def rename(self, pair: Dual[Any, Any], fn: Function) -> None:
-        """Register a pair under the name of `fn` instead of the one that it has."""
-        with self._lock:
-            old = [name for name, known in self._pairs.items() if known is pair]
-            self.add(pair, fn)
-            for name in old:
-                del self._pairs[name]
+    def _needs_number(self, full_name: str, fn: Function) -> bool:
+        taken = self._pairs.get(full_name)
+        return not _is_named(fn) or (taken is not None and inspect.unwrap(taken) is inspect.unwrap(fn))
 
     def _numbered(self, name: str) -> str:
         """Return a free name for a function that has none of its own."""
         candidates = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
         return next(candidate for candidate in candidates if candidate not in self._pairs)
 
-    def _full_name(self, name: str) -> str:
-        with self._lock:
-            if name in self._pairs:
-                return name
-            found = sorted(full for full in self._pairs if full.endswith(f".{name}"))
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise PairNotFoundError(
-                    f"{name!r} is the short name of several pairs: {', '.join(found)}; write one in full"
-                )
-            short = {full.rpartition(".")[2]: full for full in self._pairs}
-            near = difflib.get_close_matches(name, [*self._pairs, *short], n=3)
-            names = ", ".join(dict.fromkeys(short.get(match, match) for match in near))
-            hint = f"did you mean {names}?" if names else "there is none like it; is its module imported?"
-            raise PairNotFoundError(f"no pair is called {name!r}; {hint}")
+    def _drop_origins(self) -> None:
+        """Forget where those pairs came from that nobody holds any more."""
+        if len(self._origins) > len(self._pairs):
+            self._origins = {name: self._origins[name] for name in list(self._pairs)}
+
+    def _find(self, name: str) -> tuple[str, AnyDual, _Origin]:
+        """Return full name, pair and origin; called with the lock held."""
+        known = dict(self._pairs.items())
+        found = [name] if name in known else sorted(full for full in known if full.endswith(f".{name}"))
+        if not found:
+            raise PairNotFoundError(f"no pair is called {name!r}; {_near(name, known)}")
+        if len(found) > 1:
+            raise PairNotFoundError(
+                f"{name!r} is the short name of several pairs: {', '.join(found)}; write one in full"
+            )
+        return found[0], known[found[0]], self._origins[found[0]]
 
     @contextmanager
     def override(
         self,
-        pair: Dual[Any, Any] | str,
+        pair: AnyDual | str,
         fake: Function | None = None,
         *,
         sync: Function | None = None,
         async_: Function | None = None,
-    ) -> Iterator[Dual[Any, Any]]:
+    ) -> Generator[AnyDual, None, None]:
         """Put a fake in the place of a pair for a `with` block, on both paths, in every thread and pipe.
 
-        The fake stands in for the pair with its limit: it runs at once. One function serves both paths; a sync one
-        is called on the event loop itself. Nested overrides are undone in any order.
+        The fake is called as the function was, at once: the pair's limit does not hold for it. One function, of
+        either colour, serves both paths; on the async path a sync one runs on the event loop itself. Nested
+        overrides may be undone in any order; the newest that is left counts.
 
         Args:
             pair: the pair, or its name.
             fake: a function, of either colour, or another pair.
-            sync, async_: a fake for each path, instead of `fake`.
+            sync, async_: a fake for each path, instead of `fake`; one alone serves both. A sync function may be
+            given as `async_` too.
 
         Raises:
             PairNotFoundError: no pair has this name.
@@ -185,67 +201,95 @@ class Registry:
                 target.set_fakes(tuple(other for other in target.fakes if other is not entries))
 
 
-def _fake_entries(
-    pair: Dual[Any, Any], fake: Function | None, sync: Function | None, async_: Function | None
-) -> Entries:
-    if not isinstance(pair, Dual):
+def _near(name: str, known: Iterable[str]) -> str:
+    """Say which names are near to one that is not there."""
+    by_short: dict[str, list[str]] = {}
+    for full in sorted(known):
+        by_short.setdefault(full.rpartition(".")[2], []).append(full)
+        by_short.setdefault(full, []).append(full)
+    matches = difflib.get_close_matches(name, by_short, n=3)
+    names = dict.fromkeys(full for match in matches for full in by_short[match])
+    return f"did you mean {', '.join(names)}?" if names else "there is none like it; is its module imported?"
+
+
+def _fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, async_: Function | None) -> Entries:
+    _check_fakes(pair, fake, sync, async_)
+    if is_pair(fake):
+        entries = fake.entries
+    else:
+        if fake is not None:
+            sync, async_ = (None, fake) if is_async(fake) else (fake, None)
+        twin = sync if async_ is None else async_
+        if twin is not None and not is_async(twin):
+            async_ = _on_the_loop(twin)
+        entries = make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name())
+    own = pair.entries
+    return Entries(_called_like(entries.sync, own.sync), _called_like(entries.async_, own.async_))
+
+
+def _check_fakes(pair: object, fake: Function | None, sync: Function | None, async_: Function | None) -> None:
+    if not is_pair(pair):
         raise TypeError(f"override takes a pair or its name, not {pair!r}")
     if (fake is None) == (sync is None and async_ is None):
         raise TypeError(
             f"override of {pair.get_name()}: give one fake for both paths, as in override(pair, fake), or one for "
             "each, as in override(pair, sync=..., async_=...)"
         )
-    for candidate in (fake, sync, async_):
+    candidates: tuple[object, ...] = (fake, sync, async_)
+    for candidate in candidates:
         if candidate is not None and not callable(candidate):
             raise TypeError(f"override of {pair.get_name()}: a fake is a function, not {candidate!r}")
-    if isinstance(fake, Dual):
-        return fake.entries
-    if fake is not None and is_async(fake):
-        async_ = fake
-    elif fake is not None:
-        sync = fake
-    if sync is not None and async_ is None:
-        return make_entries(sync, _on_the_loop(sync), gate=None, bridge="thread", name=pair.get_name())
-    return make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name())
+    if sync is not None and is_async(sync):
+        raise TypeError(f"override of {pair.get_name()}: sync={describe(sync)} is async; give it as async_=")
+
+
+def _called_like(fake: Entry, own: Entry) -> Entry:
+    """Return the fake's entry, which takes its input as the function does whose place it has."""
+    shape = dataclasses.replace(fake.shape, required=own.shape.required, positional_only=own.shape.positional_only)
+    return dataclasses.replace(fake, shape=shape)
 
 
 def _on_the_loop(fake: Function) -> Function:
     """Return the async twin of a sync fake; it takes no thread, as a fake answers at once."""
 
-    @functools.wraps(fake)
+    @functools.wraps(fake, updated=())
     async def run(*args: Any, **kwargs: Any) -> Any:
         result = fake(*args, **kwargs)
         return await result if inspect.isawaitable(result) else result
 
-    return run
+    @functools.wraps(fake, updated=())
+    async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        for chunk in fake(*args, **kwargs):
+            yield chunk
+
+    return stream if is_generator(fake) else run
 
 
-def _record(name: str, pair: Dual[Any, Any]) -> Record:
-    code = getattr(inspect.unwrap(pair), "__code__", None)
+def _record(name: str, pair: AnyDual, origin: _Origin) -> Record:
     return Record(
         name=name,
         sync=pair.entries.sync.kind,
         async_=pair.entries.async_.kind,
         signature=signature_of(pair),
         limiter=pair.limiter,
-        module=pair.__module__,
-        line=code.co_firstlineno if code is not None else None,
+        module=origin.module,
+        line=origin.line,
         pair=pair,
     )
 
 
 def _origin(fn: Function) -> _Origin:
-    code = getattr(inspect.unwrap(fn), "__code__", None)
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    code = code_of(fn)
+    module = getattr(fn, "__module__", None) or type(fn).__module__
     return _Origin(
+        module=module,
         qualname=getattr(fn, "__qualname__", type(fn).__qualname__),
         file=code.co_filename if code is not None else None,
         line=code.co_firstlineno if code is not None else None,
-        spec=getattr(sys.modules.get(_module(fn)), "__spec__", None),
+        spec=getattr(sys.modules.get(module), "__spec__", None),
     )
-
-
-def _module(fn: Function) -> str:
-    return getattr(fn, "__module__", None) or type(fn).__module__
 
 
 def _is_named(fn: Function) -> bool:

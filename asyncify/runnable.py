@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, closing
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, cast, overload
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
 from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
+from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
@@ -20,15 +22,21 @@ from asyncify.limiter import Limiter
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
 from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
 
-__all__ = ["Dual"]
+__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
 
-Input = TypeVar("Input")
-Output = TypeVar("Output")
+Input = TypeVar("Input", default=Any)
+Output = TypeVar("Output", default=Any)
+Params = ParamSpec("Params", default=...)
+Returned = TypeVar("Returned", default=Output)
+Called = TypeVar("Called", default=Output)
+Acalled = TypeVar("Acalled", default=Coroutine[Any, Any, Output])
+P = ParamSpec("P")
+T = TypeVar("T")
 Function = Callable[..., Any]
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
-class Dual(RunnableLambda[Input, Output]):
+class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
     """A sync and an async implementation of one function, as one runnable.
 
     A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
@@ -37,6 +45,9 @@ class Dual(RunnableLambda[Input, Output]):
 
     Called directly, or by `call` and `acall`, it takes the function's own arguments. As a runnable it takes one
     input, which is a mapping, spread by name, for a function that needs two arguments or more.
+
+    Its type is `Dual[Input, Output]`, which may go on: `Params` are the function's own parameters; `Returned`, `Called`
+    and `Acalled` are what a direct call, `call` and `acall` return, where that is not simply `Output`.
 
     Args:
         func: the sync function; or the async one, if there is no other.
@@ -52,13 +63,50 @@ class Dual(RunnableLambda[Input, Output]):
     afunc: Function
     __qualname__: str
 
+    if not TYPE_CHECKING:
+
+        def __class_getitem__(cls, given: Any) -> Any:
+            """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
+            given = given if isinstance(given, tuple) else (given,)
+            return super().__class_getitem__((*given, *(Any, Any, ..., Any, Any, Any)[len(given) :]))
+
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, Coroutine[Any, Any, T]],
+        func: Callable[P, Coroutine[Any, Any, T]],
+        afunc: None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]],
+        func: Callable[P, AsyncIterator[T]],
+        afunc: None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]],
+        func: Callable[P, Iterator[T]],
+        afunc: Callable[P, AsyncIterator[T]] | None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Dual[Any, T, P, T],
+        func: Callable[P, T],
+        afunc: Callable[P, Coroutine[Any, Any, T]] | None = None,
+        name: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
         super().__init__(func, afunc, name)
         self._arguments = (func, afunc, name)
         self._gate: Gate | None = None
         self._bridge: Bridge = "thread"
         self._fakes: tuple[Entries, ...] = ()
-        self._on_stub: Callable[[Dual[Any, Any], Function], None] | None = None
+        self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
         self.furnish(wears=func)
 
@@ -115,58 +163,64 @@ class Dual(RunnableLambda[Input, Output]):
         """Pickle this pair as functions are, by module and name."""
         self._by_reference = True
 
-    def expect_stub(self, on_stub: Callable[[Dual[Any, Any], Function], None]) -> None:
+    def expect_stub(self, on_stub: Callable[[AnyDual, Function], None]) -> None:
         """Take the first call of the pair for a decoration, if it is one with a stub."""
         self._on_stub = on_stub
 
     # --- the second side, written later ---
 
-    def sync(self, fn: Function) -> Dual[Input, Output]:
+    def sync(self, fn: Callable[Params, Output | Iterator[Output]]) -> Self:
         """Add the sync side to a pair that has only the async one; a decorator that returns the pair."""
         if hasattr(self, "func"):
             raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
-        check_pair(fn, self.afunc, f"{self.get_name()}.sync")
-        self.func = fn
-        self._assemble()
+        plain = function_of(fn)
+        check_pair(plain, self.afunc, f"{self.get_name()}.sync")
+        gate = gate_of(self, fn)
+        self.func = plain
+        self.furnish(gate=gate)
         return self
 
-    def async_(self, fn: Function) -> Dual[Input, Output]:
+    def async_(self, fn: Callable[Params, Coroutine[Any, Any, Output] | AsyncIterator[Output]]) -> Self:
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
-        check_pair(self.func, fn, f"{self.get_name()}.async_")
-        self.afunc = fn
-        self._assemble()
+        plain = function_of(fn)
+        check_pair(self.func, plain, f"{self.get_name()}.async_")
+        gate = gate_of(self, fn)
+        self.afunc = plain
+        self.furnish(gate=gate)
         return self
 
     # --- called as the function it was ---
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Returned:
         """Do what the decorated function did, within the limit: an `async def` gives an awaitable."""
         if self._on_stub is not None and self._is_stub_call(args, kwargs):
-            return self
-        return self._live.async_.run(*args, **kwargs) if self._is_async_def else self._live.sync.run(*args, **kwargs)
+            return cast("Returned", self)
+        run = self._live.async_.run if self._is_async_def else self._live.sync.run
+        return cast("Returned", run(*args, **kwargs))
 
     def _is_stub_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        on_stub, self._on_stub = self._on_stub, None
+        on_stub = self._on_stub
         if on_stub is None or kwargs or len(args) != 1 or not _is_stub_of(args[0], self._entries.sync.fn):
+            self._on_stub = None
             return False
         if not has_empty_body(args[0]):
-            self._on_stub = on_stub
             raise PairError(
                 f"{describe(args[0])} has a body, and so have the sync and the async side: which of the three should "
                 "run? Leave only a docstring, or drop one of sync= and async_="
             )
         on_stub(self, args[0])
+        self._on_stub = None
         return True
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Params.args, **kwargs: Params.kwargs) -> Called:
         """Run the sync side, within the limit, with the function's own arguments."""
-        return self._live.sync.run(*args, **kwargs)
+        return cast("Called", self._live.sync.run(*args, **kwargs))
 
-    def acall(self, *args: Any, **kwargs: Any) -> Any:
+    def acall(self, *args: Params.args, **kwargs: Params.kwargs) -> Acalled:
         """Run the async side, within the limit, with the function's own arguments, in the caller's task."""
-        return self._live.async_.run(*args, **kwargs)
+        return cast("Acalled", self._live.async_.run(*args, **kwargs))
 
     # --- called as a runnable ---
 
@@ -337,6 +391,43 @@ class Dual(RunnableLambda[Input, Output]):
         return self.__qualname__
 
 
+AnyDual = Dual[Any, Any, ..., Any, Any, Any]
+"""Any pair at all, a streaming one too."""
+
+
+def is_pair(value: object) -> TypeGuard[AnyDual]:
+    """Tell whether a value is a pair."""
+    return isinstance(value, Dual)
+
+
+def function_of(side: Function) -> Function:
+    """Return the function of a side, which may be a pair of one side: `@concurrency` makes one of a function.
+
+    Raises:
+        PairError: it is a pair with both sides.
+    """
+    if not is_pair(side):
+        return side
+    if hasattr(side, "func") and hasattr(side, "afunc"):
+        raise PairError(f"{describe(side)} is a pair with both sides already, so it can't be a side of another")
+    return side.func if hasattr(side, "func") else side.afunc
+
+
+def gate_of(*sides: Function | None) -> Gate | None:
+    """Return the limit that the sides bring along.
+
+    Raises:
+        PairError: they bring different ones.
+    """
+    pairs = [side for side in sides if is_pair(side) and side.gate is not None]
+    gates = [pair.gate for pair in pairs]
+    if any(gate != gates[0] for gate in gates):
+        raise PairError(
+            f"{describe(pairs[0])} and {describe(pairs[1])} have a limit each; put one @concurrency over the pair"
+        )
+    return gates[0] if gates else None
+
+
 def _fold(folded: Any, chunk: Any) -> Any:
     """Add up chunks as LangChain does: by `+`, else the last one wins."""
     if folded is None:
@@ -348,7 +439,7 @@ def _fold(folded: Any, chunk: Any) -> Any:
 
 
 def _is_stub_of(candidate: object, fn: Function) -> bool:
-    return callable(candidate) and hasattr(candidate, "__code__") and same_parameters(candidate, fn)
+    return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
 
 
 def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:

@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature
-from typing import Any, Literal
+from types import CodeType
+from typing import Any, Literal, cast
 
 from asyncify.errors import PairError
 
@@ -16,9 +17,11 @@ __all__ = [
     "Shape",
     "check_pair",
     "check_side",
+    "code_of",
     "describe",
     "has_empty_body",
     "is_async",
+    "is_generator",
     "same_parameters",
     "shape_of",
     "signature_of",
@@ -41,8 +44,8 @@ def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_async(fn: Callable[..., Any]) -> bool:
     """Tell whether calling `fn` gives a coroutine or an async generator."""
-    plain = _plain(fn)
-    return inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain)
+    # The object itself is asked first: a mock says what it is, and its `__call__` does not.
+    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (fn, _plain(fn)))
 
 
 def is_generator(fn: Callable[..., Any]) -> bool:
@@ -59,11 +62,17 @@ def signature_of(fn: Callable[..., Any]) -> Signature | None:
         return None
 
 
+def code_of(fn: Callable[..., Any]) -> CodeType | None:
+    """Return the code that stands in the source for this callable, or None for a builtin."""
+    code: object = getattr(_plain(inspect.unwrap(fn)), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
 def describe(fn: Callable[..., Any]) -> str:
     """Name a function for an error message: its qualified name, its file and its line."""
     plain = _plain(inspect.unwrap(fn))
     name = f"{plain.__module__}.{plain.__qualname__}" if hasattr(plain, "__qualname__") else repr(fn)
-    code = getattr(plain, "__code__", None)
+    code = code_of(fn)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
 
 
@@ -131,6 +140,7 @@ def check_pair(sync: Callable[..., Any], async_: Callable[..., Any], where: str)
 _EMPTY_BODY = {
     "RESUME",
     "NOP",
+    "CACHE",
     "COPY_FREE_VARS",
     "MAKE_CELL",
     "RETURN_GENERATOR",
@@ -140,17 +150,25 @@ _EMPTY_BODY = {
     "RETURN_VALUE",
     "CALL_INTRINSIC_1",  # these two end every coroutine since Python 3.12
     "RERAISE",
+    "LOAD_GLOBAL",  # these, only for `raise NotImplementedError`, with or without a pair of parentheses
+    "PUSH_NULL",
+    "PRECALL",
+    "CALL",
+    "RAISE_VARARGS",
 }
 
 
 def has_empty_body(fn: Callable[..., Any]) -> bool:
-    """Tell whether a function does nothing: a docstring, `...` or `pass`."""
-    for instruction in dis.get_instructions(fn):
-        if instruction.opname not in _EMPTY_BODY:
-            return False
-        if instruction.opname in ("LOAD_CONST", "RETURN_CONST") and instruction.argval is not None:
-            return False
-    return True
+    """Tell whether a function does nothing: a docstring, `...`, `pass`, `raise NotImplementedError`.
+
+    The last is what a type checker accepts for a stub that promises a result.
+    """
+    allowed = {"LOAD_CONST": None, "RETURN_CONST": None, "LOAD_GLOBAL": "NotImplementedError"}
+    return all(
+        instruction.opname in _EMPTY_BODY
+        and (instruction.opname not in allowed or instruction.argval == allowed[instruction.opname])
+        for instruction in dis.get_instructions(fn)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +202,13 @@ class Shape:
                 f"{describe(fn)} takes {', '.join(missing)}: its input must be a mapping with these keys, "
                 f"not {type(value).__name__}"
             )
-        if absent := [name for name in missing if name not in value]:
+        given = cast("Mapping[str, Any]", value)
+        if absent := [name for name in missing if name not in given]:
             raise TypeError(
                 f"{describe(fn)} takes {', '.join(missing)}: its input has no {', '.join(absent)}; "
-                f"it has {', '.join(map(str, value)) or 'nothing'}"
+                f"it has {', '.join(map(str, given)) or 'nothing'}"
             )
-        spread: dict[str, Any] = {**value, **kwargs}
+        spread: dict[str, Any] = {**given, **kwargs}
         return tuple(spread.pop(name) for name in self.positional_only if name in spread), spread
 
 

@@ -1,0 +1,360 @@
+"""The five forms of `dual`, on everything that can be called."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
+
+
+def fetch_sync(query: str) -> str:
+    """Fetch by threads."""
+    return f"sync {query}"
+
+
+async def fetch_async(query: str) -> str:
+    """Fetch by the loop."""
+    return f"async {query}"
+
+
+class Fetcher:
+    """A callable object."""
+
+    def __call__(self, query: str) -> str:
+        return f"sync {query}"
+
+
+class AsyncFetcher:
+    """A callable object with an async call."""
+
+    async def __call__(self, query: str) -> str:
+        return f"async {query}"
+
+
+def on_sync() -> Dual[Any, Any]:
+    """Form 1: on the sync function."""
+
+    @dual(async_=fetch_async)
+    def fetch(query: str) -> str:
+        return fetch_sync(query)
+
+    return fetch
+
+
+def on_async() -> Dual[Any, Any]:
+    """Form 2: on the async function."""
+
+    @dual(sync=fetch_sync)
+    async def fetch(query: str) -> str:
+        return await fetch_async(query)
+
+    return fetch
+
+
+def from_two() -> Dual[Any, Any]:
+    """Form 3: from two functions that exist."""
+    return dual(sync=fetch_sync, async_=fetch_async)
+
+
+def over_stub() -> Dual[Any, Any]:
+    """Form 4: over a stub."""
+
+    @dual(sync=fetch_sync, async_=fetch_async)
+    def fetch(query: str) -> str:  # type: ignore[empty-body]
+        """Fetch one quote."""
+
+    return fetch
+
+
+def over_async_stub() -> Dual[Any, Any]:
+    """Form 4, over an async stub."""
+
+    @dual(sync=fetch_sync, async_=fetch_async)
+    async def fetch(query: str) -> str:  # type: ignore[empty-body]
+        """Fetch one quote."""
+
+    return fetch
+
+
+def one_by_one() -> Dual[Any, Any]:
+    """Form 5: the sync side first."""
+
+    @dual
+    def fetch(query: str) -> str:
+        return fetch_sync(query)
+
+    return fetch.async_(fetch_async)
+
+
+def one_by_one_from_async() -> Dual[Any, Any]:
+    """Form 5: the async side first."""
+
+    @dual
+    async def fetch(query: str) -> str:
+        return await fetch_async(query)
+
+    return fetch.sync(fetch_sync)
+
+
+FORMS = [on_sync, on_async, from_two, over_stub, over_async_stub, one_by_one, one_by_one_from_async]
+ASYNC_FORMS = {on_async, over_async_stub, one_by_one_from_async}
+
+CALLABLES: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
+    ("functions", fetch_sync, fetch_async),
+    ("callable objects", Fetcher(), AsyncFetcher()),
+    (
+        "partials",
+        functools.partial(lambda prefix, query: f"{prefix} {query}", "sync"),
+        functools.partial(fetch_async),
+    ),
+    ("a lambda", lambda query: f"sync {query}", fetch_async),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_invoke_runs_the_sync_side(form: Callable[[], Dual[Any, Any]]) -> None:
+    """In every form `invoke` and `call` run the sync implementation."""
+    pair = form()
+
+    assert pair.invoke("EUR") == "sync EUR"
+    assert pair.call("EUR") == "sync EUR"
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_ainvoke_runs_the_async_side(form: Callable[[], Dual[Any, Any]]) -> None:
+    """In every form `ainvoke` and `acall` run the async implementation."""
+    pair = form()
+
+    assert await pair.ainvoke("EUR") == "async EUR"
+    assert await pair.acall("EUR") == "async EUR"
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_call_does_what_the_decorated_function_did(form: Callable[[], Dual[Any, Any]]) -> None:
+    """A `def` gives its result, an `async def` an awaitable."""
+    result = form()("EUR")
+
+    if form in ASYNC_FORMS:
+        assert inspect.isawaitable(result)
+        assert await result == "async EUR"
+    else:
+        assert result == "sync EUR"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_registers_the_pair(form: Callable[[], Dual[Any, Any]]) -> None:
+    """The registry knows the pair, with both sides native."""
+    pair = form()
+    record = next(record for record in registry if record.pair is pair)
+
+    assert (record.sync, record.async_) == ("native", "native")
+    assert repr(pair).startswith(f"<Dual {pair.get_name()} sync+async")
+
+
+@pytest.mark.parametrize(("sync", "async_"), [case[1:] for case in CALLABLES], ids=[case[0] for case in CALLABLES])
+async def test_two_callables_make_a_pair(sync: Callable[..., Any], async_: Callable[..., Any]) -> None:
+    """Whatever can be called can be a side."""
+    pair = dual(sync=sync, async_=async_, name="callables")
+
+    assert pair.invoke("EUR") == "sync EUR"
+    assert await pair.ainvoke("EUR") == "async EUR"
+
+
+def test_a_partial_must_keep_the_parameters_of_the_other_side() -> None:
+    """A parameter that a partial gives by name stays, as keyword-only: the two sides then differ."""
+    sync = functools.partial(lambda query, prefix: query, prefix="x")
+
+    with pytest.raises(PairError, match="the two sides take different parameters"):
+        dual(sync=sync, async_=fetch_async)
+
+
+@pytest.mark.parametrize(("builtin", "value", "expected"), [(len, "EUR", 3), (operator.neg, 1, -1), (int, "7", 7)])
+async def test_a_builtin_is_a_sync_side(builtin: Callable[..., Any], value: object, expected: object) -> None:
+    """A builtin and a class serve as a sync side, and are bridged."""
+    pair = dual(builtin, name=f"builtin_{builtin.__name__}")
+
+    assert pair.invoke(value) == expected
+    assert await pair.ainvoke(value) == expected
+
+
+async def test_a_missing_side_is_bridged() -> None:
+    """`@dual` alone gives a pair that works on both paths."""
+
+    @dual
+    def from_sync(query: str) -> str:
+        return fetch_sync(query)
+
+    @dual
+    async def from_async(query: str) -> str:
+        return await fetch_async(query)
+
+    assert await from_sync.ainvoke("EUR") == "sync EUR"
+    assert from_async.invoke("EUR") == "async EUR"
+
+
+async def test_bridge_error_forbids_to_make_a_side() -> None:
+    """With `bridge="error"` the missing side raises, and says what to write."""
+
+    @dual(bridge="error")
+    def fetch(query: str) -> str:
+        return fetch_sync(query)
+
+    with pytest.raises(BridgeError, match=r"fetch .* has no async side .* give it as async_="):
+        await fetch.ainvoke("EUR")
+    assert fetch.invoke("EUR") == "sync EUR"
+
+
+# --- the first call: a stub or an ordinary call ---
+
+
+def test_a_stub_gives_name_docs_and_signature() -> None:
+    """Over a stub the pair is called, documented and registered as the stub."""
+    pair = over_stub()
+
+    assert inspect.unwrap(pair).__name__ == "fetch"
+    assert pair.name == "fetch"
+    assert pair.__doc__ == "Fetch one quote."
+    assert f"{__name__}.over_stub.<locals>.fetch" in registry
+
+
+def test_an_empty_body_makes_a_stub() -> None:
+    """A body of `...`, of `pass` or of `raise NotImplementedError` is as empty as a docstring."""
+
+    @dual(sync=fetch_sync, async_=fetch_async)
+    def dots(query: str) -> Any: ...
+
+    @dual(sync=fetch_sync, async_=fetch_async)
+    def nothing(query: str) -> Any:
+        pass
+
+    @dual(sync=fetch_sync, async_=fetch_async)
+    def unwritten(query: str) -> str:
+        raise NotImplementedError
+
+    assert [pair.get_name() for pair in (dots, nothing, unwritten)] == ["dots", "nothing", "unwritten"]
+
+
+def test_a_stub_with_a_body_is_refused() -> None:
+    """Three bodies are one too many; the pair can then still be given a proper stub."""
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
+
+    def fetch(query: str) -> str:
+        return query
+
+    def stub(query: str) -> Any: ...
+
+    with pytest.raises(PairError, match=r"fetch .* has a body, .* which of the three should run\?"):
+        pair(fetch)
+    assert pair(stub) is pair
+
+
+def test_a_stub_keeps_the_name_that_dual_was_given() -> None:
+    """`name=` wins over the name of the stub."""
+
+    @dual(sync=fetch_sync, async_=fetch_async, name="quotes")
+    def fetch(query: str) -> str:  # type: ignore[empty-body]
+        """Fetch one quote."""
+
+    assert registry[f"{__name__}.quotes"].pair is fetch
+    assert fetch.name == "quotes"
+
+
+def test_a_pair_that_was_called_takes_no_stub() -> None:
+    """Only the first call can be a decoration."""
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
+    pair("EUR")
+
+    def stub(query: str) -> Any: ...
+
+    assert pair(stub) == f"sync {stub}"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        pytest.param(lambda query: None, id="a lambda"),
+        pytest.param(lambda: None, id="another lambda"),
+        pytest.param(len, id="a builtin"),
+        pytest.param(Fetcher(), id="an object"),
+        pytest.param("EUR", id="text"),
+    ],
+)
+def test_an_ordinary_argument_is_no_stub(argument: object) -> None:
+    """A pair from two functions is called with whatever is no stub of it."""
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
+
+    assert pair(argument) == f"sync {argument}"
+
+
+def test_a_function_with_other_parameters_is_an_argument() -> None:
+    """A function that does not take the pair's parameters is passed on."""
+    pair: Dual[Any, Any] = dual(sync=fetch_sync, async_=fetch_async)
+
+    def callback(event: str) -> None: ...
+
+    assert pair(callback) == f"sync {callback}"
+
+
+def test_a_pair_over_a_stub_takes_a_function_as_an_argument() -> None:
+    """Once it has its stub, a pair takes anything as an argument."""
+    pair = over_stub()
+
+    def stub(query: str) -> Any: ...
+
+    assert pair(stub) == f"sync {stub}"
+
+
+# --- what a pair shows ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_signature_survives(form: Callable[[], Dual[Any, Any]]) -> None:
+    """`inspect.signature` shows the function's parameters."""
+    assert str(inspect.signature(form())) == "(query: str) -> str"
+
+
+def test_func_and_afunc_are_the_raw_implementations() -> None:
+    """The two functions are at hand, unwrapped."""
+    pair = from_two()
+
+    assert pair.func is fetch_sync
+    assert pair.afunc is fetch_async
+
+
+def test_the_second_side_is_added_once() -> None:
+    """A side that is there already is not replaced."""
+    with pytest.raises(PairError, match="has an async side already"):
+        one_by_one().async_(fetch_async)
+    with pytest.raises(PairError, match="has a sync side already"):
+        one_by_one_from_async().sync(fetch_sync)
+
+
+def test_a_second_side_that_does_not_fit_is_refused() -> None:
+    """The second side is checked like the first, and the pair stays as it was."""
+
+    @dual
+    def fetch(query: str) -> str:
+        return fetch_sync(query)
+
+    async def other(text: str) -> str:
+        return text
+
+    with pytest.raises(PairError, match=r"fetch.async_: the two sides take different parameters"):
+        fetch.async_(other)  # type: ignore[arg-type]
+    assert registry[f"{__name__}.{fetch.__qualname__}"].async_ == "bridged"
+
+
+def test_a_limit_on_the_decorated_side_is_the_limit_of_the_pair() -> None:
+    """`@concurrency` below `@dual` limits the pair, which takes the place of the limited function."""
+
+    @dual(async_=fetch_async)
+    @concurrency(limit=3)
+    def fetch(query: str) -> str:
+        return fetch_sync(query)
+
+    assert repr(fetch) == "<Dual fetch sync+async 0/3 in flight, 0 waiting>"
+    assert registry[f"{__name__}.{fetch.__qualname__}"].pair is fetch

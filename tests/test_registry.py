@@ -1,0 +1,314 @@
+"""The registry: every decorated pair by name, its record, and what happens when a module is loaded again."""
+
+import functools
+import gc
+import importlib
+import linecache
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from asyncify import Dual, Limiter, NameTakenError, PairNotFoundError, Registry, concurrency, dual, registry
+
+
+@dual
+def quote(query: str) -> str:
+    """Return a quote."""
+    return f"sync {query}"
+
+
+@concurrency(limit=3)
+async def news(query: str, count: int = 1) -> str:
+    """Return the news."""
+    return f"async {query} {count}"
+
+
+def test_a_record_tells_what_a_pair_is() -> None:
+    """A record holds name, sides, signature, limiter, module, line and the pair."""
+    record = registry[f"{__name__}.news"]
+
+    assert (record.name, record.module) == (f"{__name__}.news", __name__)
+    assert (record.sync, record.async_) == ("bridged", "native")
+    assert str(record.signature) == "(query: str, count: int = 1) -> str"
+    assert record.line == news.afunc.__code__.co_firstlineno
+    assert isinstance(record.limiter, Limiter)
+    assert record.pair is news
+
+
+def test_a_record_is_frozen() -> None:
+    """What the registry knows can't be changed by a reader."""
+    with pytest.raises(AttributeError):
+        registry["news"].line = 3  # type: ignore[misc]
+
+
+def test_a_missing_side_is_recorded_as_missing() -> None:
+    """Where a bridge is forbidden, a side is missing."""
+    pair = dual(lambda query: query, bridge="error", name="no_bridge")
+
+    assert registry["no_bridge"].pair is pair
+    assert (registry["no_bridge"].sync, registry["no_bridge"].async_) == ("native", "missing")
+
+
+def test_a_short_name_finds_a_pair() -> None:
+    """The end of a full name is enough, from a dot on."""
+    assert registry["news"].pair is news
+    assert "news" in registry
+    assert "ews" not in registry
+    assert 3 not in registry
+
+
+def test_the_registry_iterates_by_name() -> None:
+    """Records come in the order of their names, and there are as many as `len` says."""
+    names = [record.name for record in registry]
+
+    assert {f"{__name__}.news", f"{__name__}.quote"} <= set(names)
+    assert names == sorted(names)
+    assert len(names) == len(registry)
+    assert repr(registry) == f"<Registry of {len(registry)} pairs>"
+
+
+def test_a_pair_made_by_hand_is_not_registered() -> None:
+    """`Dual(...)` registers nothing."""
+    before = len(registry)
+    pair: Dual[Any, Any] = Dual(lambda query: query)
+
+    assert len(registry) == before
+    assert all(record.pair is not pair for record in registry)
+
+
+def test_a_pair_that_nobody_holds_is_forgotten() -> None:
+    """The registry keeps no pair alive, and nothing of it."""
+    own = Registry()
+    for number in range(10):
+        own.add(Dual[Any, Any](lambda query: query), quote.func, f"pair_{number}")
+    gc.collect()
+    own.add(quote, quote.func)
+
+    assert [record.name for record in own] == [f"{__name__}.quote"]
+    assert set(own._origins) == {f"{__name__}.quote"}
+
+
+def test_functions_without_a_name_get_a_number() -> None:
+    """Lambdas and partials do not take each other's place."""
+    lambdas = [dual(lambda query: query), dual(lambda query: query)]
+    partials = [dual(functools.partial(quote.func)), dual(functools.partial(quote.func))]
+    names = [record.name for pair in (*lambdas, *partials) for record in registry if record.pair is pair]
+
+    prefix = f"{__name__}.test_functions_without_a_name_get_a_number.<locals>.<lambda>"
+    assert names == [prefix, f"{prefix}#2", f"{__name__}.quote#2", f"{__name__}.quote#3"]
+
+
+def test_two_pairs_of_one_function_are_both_known() -> None:
+    """A second pair of the same function gets a number; the first keeps its name."""
+
+    async def one(query: str) -> str:
+        return "one"
+
+    async def two(query: str) -> str:
+        return "two"
+
+    def fetch(query: str) -> str:
+        return query
+
+    first, second = dual(sync=fetch, async_=one), dual(sync=fetch, async_=two)
+
+    name = f"{__name__}.{fetch.__qualname__}"
+    assert registry[name].pair is first
+    assert registry[f"{name}#2"].pair is second
+
+
+def test_a_stub_leaves_the_first_pair_of_the_function_alone() -> None:
+    """Decorating a stub over a function that another pair uses takes nothing from that pair."""
+
+    async def one(query: str) -> str:
+        return "one"
+
+    def fetch(query: str) -> str:
+        return query
+
+    first = dual(sync=fetch, async_=one)
+
+    @dual(sync=fetch, async_=one)
+    def other(query: str) -> Any:
+        """Fetch."""
+
+    assert registry[f"{__name__}.{fetch.__qualname__}"].pair is first
+    assert registry[other.__qualname__].pair is other
+    assert f"{fetch.__qualname__}#2" not in registry
+
+
+def test_a_stub_may_have_the_name_of_the_sync_side() -> None:
+    """A stub called as the function that it stands for keeps the registration."""
+
+    async def one(query: str) -> str:
+        return "one"
+
+    def fetch(query: str) -> str:
+        return query
+
+    pair = dual(sync=fetch, async_=one)
+
+    def stub(query: str) -> None: ...
+
+    stub.__qualname__ = fetch.__qualname__
+    pair(stub)  # type: ignore[arg-type]  # a stub that promises nothing
+
+    assert registry[fetch.__qualname__].pair is pair
+
+
+def test_a_limited_function_gives_its_place_to_the_pair_made_of_it() -> None:
+    """`@dual(name=...)` over `@concurrency` leaves no second registration."""
+
+    @concurrency(limit=1)
+    def fetch(query: str) -> str:
+        return query
+
+    pair = dual(fetch, name="fetch_by_name")
+
+    assert registry["fetch_by_name"].pair is pair
+    assert fetch.__qualname__ not in registry
+
+
+def test_a_callable_object_is_named_by_its_class() -> None:
+    """An object has the name of its class."""
+
+    class Fetcher:
+        def __call__(self, query: str) -> str:
+            return query
+
+    pair = dual(Fetcher())
+
+    record = registry[f"{__name__}.{Fetcher.__qualname__}"]
+    assert record.pair is pair
+    assert record.line == Fetcher.__call__.__code__.co_firstlineno
+
+
+def test_a_sum_of_threads_registers_all() -> None:
+    """Registering, listing and looking up at once lose nothing and disturb nobody."""
+    own = Registry()
+    pairs: list[Dual[Any, Any]] = [Dual(lambda query: query) for _ in range(400)]
+    start = threading.Barrier(5)
+    failures: list[BaseException] = []
+
+    def register(part: int) -> None:
+        start.wait()
+        for number in range(part, 400, 4):
+            own.add(pairs[number], quote.func, f"pair_{number}")
+
+    def read() -> None:
+        start.wait()
+        try:
+            while len(list(own)) < 400:
+                assert "nothing" not in own
+        except BaseException as error:  # noqa: BLE001  (it is what the test looks for)
+            failures.append(error)
+
+    threads = [*(threading.Thread(target=register, args=(part,)) for part in range(4)), threading.Thread(target=read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert failures == []
+    assert len(own) == 400
+
+
+# --- the same function, loaded again ---
+
+SOURCE = """
+from asyncify import dual
+
+@dual
+def fetch(query):
+    return "first"
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module with one pair, in a file that a test may edit."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "reloaded_quotes.py").write_text(SOURCE)
+    importlib.invalidate_caches()
+    module = importlib.import_module("reloaded_quotes")
+    yield module
+    del sys.modules["reloaded_quotes"]
+
+
+def _rewrite(module: ModuleType, source: str) -> None:
+    assert module.__file__ is not None
+    Path(module.__file__).write_text(source)
+    linecache.checkcache()
+    importlib.invalidate_caches()
+    importlib.reload(module)
+
+
+def test_a_reloaded_module_takes_its_own_place(module: ModuleType) -> None:
+    """`importlib.reload` registers the new pair under the old name."""
+    old = module.fetch
+    importlib.reload(module)
+
+    assert module.fetch is not old
+    assert registry["reloaded_quotes.fetch"].pair is module.fetch
+
+
+def test_a_module_edited_and_reloaded_takes_its_own_place(module: ModuleType) -> None:
+    """That an edit has moved the function to another line makes no difference."""
+    old = module.fetch
+    _rewrite(module, SOURCE.replace("@dual", "# a\n# comment\n\n@dual").replace("first", "second"))
+
+    assert old.invoke("EUR") == "first"
+    assert registry["reloaded_quotes.fetch"].pair.invoke("EUR") == "second"
+    assert registry["reloaded_quotes.fetch"].line == 7
+
+
+def test_a_module_that_defines_a_name_twice_is_refused(module: ModuleType) -> None:
+    """Two functions of one name in one run of a module are different functions."""
+    with pytest.raises(NameTakenError, match=r"reloaded_quotes.fetch is taken by .*reloaded_quotes.py:4.*py:7"):
+        _rewrite(module, SOURCE + SOURCE.split("\n\n")[1])
+
+
+def _run_cell(source: str, cell: str) -> dict[str, Any]:
+    """Run a notebook's cell: the module is `__main__`-like, and the file is named after the content."""
+    namespace: dict[str, Any] = {"__name__": "notebook_main"}
+    exec(compile(source, f"<ipython-input-{cell}>", "exec"), namespace)  # noqa: S102  (that is what a notebook does)
+    return namespace
+
+
+def test_a_cell_that_is_run_again_takes_its_own_place() -> None:
+    """The same cell, and the cell after an edit, replace what they registered."""
+    first = _run_cell(SOURCE, "1-aa")
+    again = _run_cell(SOURCE, "1-aa")
+    assert registry["notebook_main.fetch"].pair is again["fetch"]
+
+    edited = _run_cell("\n\n" + SOURCE, "2-bb")
+    assert registry["notebook_main.fetch"].pair is edited["fetch"]
+    assert first["fetch"].invoke("EUR") == "first"
+
+
+def test_a_function_made_again_and_again_takes_its_own_place() -> None:
+    """A factory's pairs share a line: the newest has the name."""
+
+    def make(result: str) -> Any:
+        @dual
+        def made(query: str) -> str:
+            return result
+
+        return made
+
+    pairs = [make("one"), make("two")]
+
+    assert registry[pairs[0].__qualname__].pair is pairs[1]
+
+
+def test_an_unknown_name_is_a_key_error() -> None:
+    """The error is a `KeyError` too, and shows its message as it is."""
+    with pytest.raises(KeyError) as caught:
+        registry["newss"]
+    assert isinstance(caught.value, PairNotFoundError)
+    assert str(caught.value).startswith("no pair is called 'newss'; did you mean ")

@@ -1,0 +1,243 @@
+"""What a function is, seen from outside."""
+
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+
+from asyncify import PairError
+from asyncify.signatures import (
+    check_pair,
+    describe,
+    has_empty_body,
+    is_async,
+    is_generator,
+    same_parameters,
+    shape_of,
+    signature_of,
+)
+
+
+def _plain(query: str) -> str:
+    return query
+
+
+async def _coroutine(query: str) -> str:
+    return query
+
+
+def _generator(query: str) -> Iterator[str]:
+    yield query
+
+
+async def _async_generator(query: str) -> AsyncIterator[str]:
+    yield query
+
+
+class Callables:
+    """A callable of either colour by its methods."""
+
+    def method(self, query: str) -> str:
+        return query
+
+    async def amethod(self, query: str) -> str:
+        return query
+
+    async def __call__(self, query: str) -> str:
+        return query
+
+
+@pytest.mark.parametrize(
+    ("fn", "colour", "yields"),
+    [
+        (_plain, False, False),
+        (_coroutine, True, False),
+        (_generator, False, True),
+        (_async_generator, True, True),
+        (functools.partial(_coroutine), True, False),
+        (functools.partial(functools.partial(_async_generator)), True, True),
+        (Callables().method, False, False),
+        (Callables().amethod, True, False),
+        (Callables(), True, False),
+        (Callables, False, False),
+        (len, False, False),
+        (Mock(), False, False),
+        (AsyncMock(), True, False),
+    ],
+    ids=str,
+)
+def test_colour_and_kind(fn: Callable[..., object], colour: bool, yields: bool) -> None:  # noqa: FBT001
+    """Async or not, generator or not: of functions, partials, methods, objects, classes, mocks."""
+    assert (is_async(fn), is_generator(fn)) == (colour, yields)
+
+
+def _docstring_only(query: str) -> None:
+    """Fetch."""
+
+
+def _dots(query: str) -> None: ...
+
+
+def _passing(query: str) -> None:
+    pass
+
+
+async def _async_stub(query: str) -> None:
+    """Fetch."""
+
+
+async def _async_dots(query: str) -> None: ...
+
+
+def _returning_none(query: str) -> None:
+    """Fetch."""
+    return None  # noqa: RET501
+
+
+@pytest.mark.parametrize("fn", [_docstring_only, _dots, _passing, _async_stub, _async_dots, _returning_none])
+def test_an_empty_body_is_empty(fn: Callable[..., object]) -> None:
+    """A docstring, _dots, `pass` and `return None` do nothing, in either colour."""
+    assert has_empty_body(fn)
+
+
+def _failing(query: str) -> str:
+    raise ValueError
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        _plain,
+        _coroutine,
+        _generator,
+        _async_generator,
+        _failing,
+        pytest.param(lambda query: 0, id="returns a constant"),
+        pytest.param(lambda query: print, id="reads a global"),
+    ],
+)
+def test_a_body_is_a_body(fn: Callable[..., object]) -> None:
+    """Whatever returns, yields or reads something has a body."""
+    assert not has_empty_body(fn)
+
+
+def test_parameters_are_compared_by_name_kind_and_default() -> None:
+    """Types and results may differ; names, kinds, order and defaults may not."""
+
+    def base(a, b=1, *, c=2): ...
+
+    def same(a: int, b: int = 1, *, c: int = 2) -> None: ...
+
+    assert same_parameters(base, same)
+    assert not same_parameters(base, lambda a, b=2, *, c=2: None)
+    assert not same_parameters(base, lambda b, a=1, *, c=2: None)
+    assert not same_parameters(base, lambda a, b=1, c=2: None)
+    assert not same_parameters(base, lambda a, b=1, *, c: None)
+
+
+def test_what_langchain_injects_is_not_compared() -> None:
+    """Either side may ask for the config or the run manager."""
+    assert same_parameters(lambda x, config: x, lambda x: x)
+    assert same_parameters(lambda x: x, lambda x, run_manager: x)
+
+
+def test_a_default_without_a_truth_is_compared() -> None:
+    """A default whose `==` is no bool, an array say, is compared as it is written."""
+
+    class Array:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("ambiguous")
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __repr__(self) -> str:
+            return "array([1, 2])"
+
+    one, other = Array(), Array()
+
+    assert same_parameters(lambda x, y=one: x, lambda x, y=other: x)
+
+
+def test_a_builtin_without_a_signature_is_taken_at_its_word() -> None:
+    """`int` shows no signature on every version, and fits any other side."""
+    assert signature_of(dict) is None
+    assert same_parameters(dict, _plain)
+    assert shape_of(dict).has_parameters
+
+
+def test_describe_names_file_and_line() -> None:
+    """Name, file and line; for a partial and a wrapped function those of the function inside."""
+    where = f"{__name__}._plain ({__file__}:{_plain.__code__.co_firstlineno})"
+
+    assert describe(_plain) == where
+    assert describe(functools.partial(_plain)) == where
+    assert describe(functools.wraps(_plain)(lambda *a: None)) == where
+    assert describe(len) == "builtins.len"
+    assert describe(Callables()).startswith(f"{__name__}.Callables.__call__ (")
+
+
+def test_sides_that_differ_are_shown_side_by_side() -> None:
+    """The error shows both signatures, one under the other."""
+
+    async def other(text: str = "x") -> str:
+        return text
+
+    with pytest.raises(PairError) as caught:
+        check_pair(_plain, other, "dual")
+
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "dual: the two sides take different parameters; make them the same"
+    assert lines[1].startswith("  sync   (query: str) -> str  ")
+    assert lines[2].startswith("  async  (text: str = 'x') -> str  ")
+
+
+def _two(amount: float, rate: float, digits: int = 2) -> float:
+    return round(amount * rate, digits)
+
+
+def _positional(amount: float, rate: float, /) -> float:
+    return amount * rate
+
+
+def test_one_required_parameter_takes_the_value() -> None:
+    """With one required parameter the input goes in as it is, a mapping too."""
+    assert shape_of(_plain).arguments(_plain, {"query": 1}, {}) == (({"query": 1},), {})
+
+
+def test_two_required_parameters_take_a_mapping() -> None:
+    """With two the mapping is spread by name; keyword arguments fill in or win."""
+    shape = shape_of(_two)
+
+    assert shape.arguments(_two, {"amount": 1, "rate": 2, "digits": 3}, {}) == (
+        (),
+        {"amount": 1, "rate": 2, "digits": 3},
+    )
+    assert shape.arguments(_two, {"amount": 1, "rate": 2}, {"digits": 0}) == (
+        (),
+        {"amount": 1, "rate": 2, "digits": 0},
+    )
+
+
+def test_a_bound_keyword_leaves_one_parameter() -> None:
+    """Where all but one of the required are bound, the input is that one."""
+    assert shape_of(_two).arguments(_two, 1.5, {"rate": 2}) == ((1.5,), {"rate": 2})
+
+
+def test_positional_only_parameters_are_spread_by_position() -> None:
+    """A parameter that has no keyword is still found in the mapping by its name."""
+    assert shape_of(_positional).arguments(_positional, {"rate": 2, "amount": 1}, {}) == ((1, 2), {})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, r"two .* takes amount, rate: its input must be a mapping with these keys, not int"),
+        ({"amount": 1}, r"two .* takes amount, rate: its input has no rate; it has amount"),
+        ({}, r"its input has no amount, rate; it has nothing"),
+    ],
+)
+def test_an_input_that_can_not_be_spread_is_refused(value: object, message: str) -> None:
+    """The error names the function, what it takes and what was given."""
+    with pytest.raises(TypeError, match=message):
+        shape_of(_two).arguments(_two, value, {})
