@@ -6,12 +6,12 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
-from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableConfig, ensure_config, patch_config
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
@@ -194,7 +194,7 @@ class Dual(RunnableLambda[Input, Output]):
         if entry.shape.takes_config:
             kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
         output = entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return output.invoke(value, self._one_deeper(config, value))
         return output
 
@@ -204,7 +204,7 @@ class Dual(RunnableLambda[Input, Output]):
         if entry.shape.takes_config:
             kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
         output = await entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return await output.ainvoke(value, self._one_deeper(config, value))
         return output
 
@@ -219,7 +219,7 @@ class Dual(RunnableLambda[Input, Output]):
             with closing(entry.run(*args, **kwargs)) as chunks:
                 return functools.reduce(_fold, chunks, None)
         output = entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return output.invoke(input_, self._one_deeper(config, input_, run_manager))
         return output
 
@@ -235,7 +235,7 @@ class Dual(RunnableLambda[Input, Output]):
                     folded = _fold(folded, chunk)
             return folded
         output = await entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return await output.ainvoke(value, self._one_deeper(config, value, run_manager))
         return output
 
@@ -254,7 +254,7 @@ class Dual(RunnableLambda[Input, Output]):
                 yield from output_chunks
             return
         output = entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             yield from output.stream(value, self._one_deeper(config, value, run_manager))
         else:
             yield output
@@ -277,7 +277,7 @@ class Dual(RunnableLambda[Input, Output]):
                     yield chunk
             return
         output = await entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             async for chunk in output.astream(value, self._one_deeper(config, value, run_manager)):
                 yield chunk
         else:
@@ -304,7 +304,7 @@ class Dual(RunnableLambda[Input, Output]):
 
     def _one_deeper(self, config: RunnableConfig, value: Any, run_manager: ChainRun | None = None) -> RunnableConfig:
         """Return the config for a runnable that the function has returned."""
-        limit = config["recursion_limit"]
+        limit = config.get("recursion_limit", DEFAULT_RECURSION_LIMIT)
         if limit <= 0:
             raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
         callbacks = None if run_manager is None else run_manager.get_child()
@@ -319,7 +319,9 @@ class Dual(RunnableLambda[Input, Output]):
         except TypeError:  # a callable that has no hash
             return id(self)
 
-    __eq__ = RunnableLambda.__eq__
+    def __eq__(self, other: object) -> bool:
+        """Compare as a `RunnableLambda` does: by the sync side, or else the async one."""
+        return super().__eq__(other)
 
     def __repr__(self) -> str:
         """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`."""
@@ -334,6 +336,10 @@ class Dual(RunnableLambda[Input, Output]):
         if not self._by_reference:
             return Dual, self._arguments
         return self.__qualname__
+
+
+def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
+    return isinstance(output, Runnable)
 
 
 def _fold(folded: Any, chunk: Any) -> Any:

@@ -63,9 +63,12 @@ def observed(config: RunnableConfig | None) -> bool:
 
 def _traced() -> bool:
     # Imported late, as LangChain does: langsmith takes longer to import than all the rest.
-    from langchain_core.tracers.context import _configure_hooks, tracing_v2_callback_var  # noqa: PLC0415
+    from langchain_core.tracers.context import (  # noqa: PLC0415
+        _configure_hooks,  # pyright: ignore[reportPrivateUsage]
+        tracing_v2_callback_var,
+    )
     from langsmith.run_helpers import get_tracing_context  # noqa: PLC0415
-    from langsmith.utils import tracing_is_enabled  # noqa: PLC0415
+    from langsmith.utils import tracing_is_enabled  # noqa: PLC0415  # pyright: ignore[reportUnknownVariableType]
 
     tracing = get_tracing_context()
     return (
@@ -98,13 +101,13 @@ class _LazyRunId:
 class _QuietManager(CallbackManager):
     """The callback manager of an unobserved run."""
 
-    parent_run_id = _LazyRunId()
+    parent_run_id = _LazyRunId()  # pyright: ignore[reportAssignmentType]  (it stands in for the attribute)
 
 
 class _AsyncQuietManager(AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
-    parent_run_id = _LazyRunId()
+    parent_run_id = _LazyRunId()  # pyright: ignore[reportAssignmentType]  (it stands in for the attribute)
 
 
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
@@ -125,15 +128,15 @@ def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableCo
     if isinstance(parent, BaseCallbackManager):
         manager.add_tags(parent.inheritable_tags)
         manager.add_metadata(parent.inheritable_metadata)
-    manager.add_tags(child["tags"])
-    manager.add_metadata(child["metadata"])
+    manager.add_tags(child.get("tags") or [])
+    manager.add_metadata(child.get("metadata") or {})
     child["callbacks"] = manager
     return child
 
 
 def recoloured(config: RunnableConfig, *, is_async: bool) -> RunnableConfig:
     """Return a copy of a quiet config for a function of this colour: an async one gets an async manager."""
-    manager = cast("BaseCallbackManager", config["callbacks"])
+    manager = cast("BaseCallbackManager", config.get("callbacks"))
     callbacks = (_AsyncQuietManager if is_async else _QuietManager)(
         [],
         parent_run_id=manager.parent_run_id,
