@@ -16,7 +16,8 @@ from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableCon
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
 from asyncify.limiter import Gate, Limiter
-from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
+from asyncify.pipes import Piped
+from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
 from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
 
 __all__ = ["Dual"]
@@ -27,7 +28,7 @@ Function = Callable[..., Any]
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
-class Dual(RunnableLambda[Input, Output]):
+class Dual(Piped, RunnableLambda[Input, Output]):
     """A sync and an async implementation of one function, as one runnable.
 
     A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
@@ -171,38 +172,60 @@ class Dual(RunnableLambda[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync side on one input."""
-        if self._goes_upstream(self._live.sync, config, kwargs):
-            return self._call_with_config(self._invoke, input, ensure_config(config), **kwargs)
-        child = quiet_config(config, is_async=False)
-        return cast("Output", context_of(child).run(self._quiet_invoke, input, child, kwargs))
+        entry = self._live.sync
+        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+            return self._invoke_upstream(input, config, kwargs)
+        return cast("Output", self._run(entry, input, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async side on one input, in a task of its own."""
-        if self._goes_upstream(self._live.async_, config, kwargs):
-            return await self._acall_with_config(self._ainvoke, input, ensure_config(config), **kwargs)
-        child = quiet_config(config, is_async=True)
-        run = self._quiet_ainvoke(input, child, kwargs)
-        return cast("Output", await asyncio.create_task(run, context=context_of(child)))
+        entry = self._live.async_
+        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+            return await self._ainvoke_upstream(input, config, kwargs)
+        return cast("Output", await self._start(entry, input, config, kwargs))
 
-    def _goes_upstream(self, entry: Entry, config: RunnableConfig | None, kwargs: dict[str, Any]) -> bool:
-        shape = entry.shape
-        return shape.is_generator or shape.takes_run_manager or is_reserved(kwargs) or observed(config)
-
-    def _quiet_invoke(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
+    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        """Run the sync side, where it is known that nobody watches."""
         entry = self._live.sync
-        args, kwargs = entry.shape.arguments(entry.fn, value, kwargs)
-        if entry.shape.takes_config:
-            kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
-        output = entry.run(*args, **kwargs)
+        if _needs_a_run(entry):
+            return self._invoke_upstream(value, quiet_config(config, is_async=False), kwargs)
+        return self._run(entry, value, config, kwargs)
+
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+        """Start the async side, where it is known that nobody watches."""
+        entry = self._live.async_
+        if _needs_a_run(entry):
+            return asyncio.create_task(self._ainvoke_upstream(value, quiet_config(config, is_async=True), kwargs))
+        return self._start(entry, value, config, kwargs)
+
+    def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
+        if hasattr(self, "func"):
+            return super().invoke(value, config, **kwargs)
+        return self._call_with_config(self._invoke, value, ensure_config(config), **kwargs)
+
+    async def _ainvoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
+        return await super().ainvoke(value, config, **kwargs)
+
+    def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        child = quiet_config(config, is_async=False)
+        context = context_of(child)
+        args, kwargs = _arguments(entry, value, child, kwargs)
+        output = context.run(entry.run, *args, **kwargs)
         if _is_runnable(output):
-            return output.invoke(value, self._one_deeper(config, value))
+            return context.run(self._hand_on, output, value, child)
         return output
 
-    async def _quiet_ainvoke(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
-        entry = self._live.async_
-        args, kwargs = entry.shape.arguments(entry.fn, value, kwargs)
-        if entry.shape.takes_config:
-            kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
+    def _hand_on(self, output: Runnable[Any, Any], value: Any, config: RunnableConfig) -> Any:
+        return output.invoke(value, self._one_deeper(config, value))
+
+    def _start(
+        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> asyncio.Task[Any]:
+        child = quiet_config(config, is_async=True)
+        return asyncio.create_task(self._arun(entry, value, child, kwargs), context=context_of(child))
+
+    async def _arun(self, entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _arguments(entry, value, config, kwargs)
         output = await entry.run(*args, **kwargs)
         if _is_runnable(output):
             return await output.ainvoke(value, self._one_deeper(config, value))
@@ -210,6 +233,7 @@ class Dual(RunnableLambda[Input, Output]):
 
     # The four below are what LangChain calls on an observed run, inside the run that it has started.
 
+    @signed
     def _invoke(
         self, input_: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> Any:
@@ -223,6 +247,7 @@ class Dual(RunnableLambda[Input, Output]):
             return output.invoke(input_, self._one_deeper(config, input_, run_manager))
         return output
 
+    @signed
     async def _ainvoke(
         self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> Any:
@@ -239,6 +264,7 @@ class Dual(RunnableLambda[Input, Output]):
             return await output.ainvoke(value, self._one_deeper(config, value, run_manager))
         return output
 
+    @signed
     def _transform(
         self,
         chunks: Iterator[Any],
@@ -259,6 +285,7 @@ class Dual(RunnableLambda[Input, Output]):
         else:
             yield output
 
+    @signed
     async def _atransform(
         self,
         chunks: AsyncIterator[Any],
@@ -336,6 +363,24 @@ class Dual(RunnableLambda[Input, Output]):
         if not self._by_reference:
             return Dual, self._arguments
         return self.__qualname__
+
+
+def _needs_a_run(entry: Entry) -> bool:
+    """Tell whether a side can't do without a run of LangChain's, observed or not."""
+    return entry.shape.is_generator or entry.shape.takes_run_manager
+
+
+def _arguments(
+    entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the function's arguments on an unobserved run."""
+    shape = entry.shape
+    args: tuple[Any, ...] = (value,)
+    if len(shape.required) > 1:
+        args, kwargs = shape.arguments(entry.fn, value, kwargs)
+    if shape.takes_config:
+        kwargs = {**kwargs, "config": recoloured(config, is_async=shape.is_async)}
+    return args, kwargs
 
 
 def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
