@@ -146,7 +146,7 @@ def _pairs(steps: Iterable[Runnable[Any, Any]]) -> Iterable[Piped]:
 
 def _of_pairs(composed: Any) -> Any:
     """Return a sequence or a dict as one of pairs if it holds nothing else, and anything else as it is."""
-    kind: object = type(composed)
+    kind = composed.__class__
     if kind is RunnableSequence:
         steps = [_of_pairs(step) for step in composed.steps]
         return _sequence(*steps, name=composed.name) if _are_pairs(steps) else composed
