@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import pytest
 from langchain_core.callbacks import (
@@ -639,18 +639,14 @@ def test_a_lambda_around_a_pair_loses_the_async_side() -> None:
     assert not hasattr(make_lambda(pair), "afunc")
 
 
-class Words(TypedDict):
-    text: str
+def shout(words: Any) -> str:
+    """Say it loudly; the key that is read becomes the tool's argument."""
+    return str(words["text"]).upper()
 
 
-def shout(words: Words) -> str:
+async def ashout(words: Any) -> str:
     """Say it loudly."""
-    return words["text"].upper()
-
-
-async def ashout(words: Words) -> str:
-    """Say it loudly."""
-    return words["text"].upper()
+    return str(words["text"]).upper()
 
 
 def test_tool_takes_a_pair_as_a_runnable() -> None:
