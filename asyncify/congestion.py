@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 
 from asyncify.errors import AsyncifyError
 
@@ -43,7 +43,8 @@ def _retry_after(headers: Any) -> float | None:
     """Read `Retry-After`, in seconds or as a date (RFC 9110, section 10.2.3); None if it is not there or is garbled."""
     if not isinstance(headers, Mapping):
         return None
-    value = next((str(text) for name, text in headers.items() if str(name).lower() == "retry-after"), "")
+    pairs = cast("Mapping[object, object]", headers).items()
+    value = next((str(text) for name, text in pairs if str(name).lower() == "retry-after"), "")
     try:
         seconds = float(value)
     except (TypeError, ValueError):

@@ -118,7 +118,7 @@ class ForeignLimiter:
     bounds_calls = False
 
     def __init__(self, limiter: AsyncLimiter | BaseRateLimiter) -> None:
-        if not isinstance(limiter, (AsyncLimiter, BaseRateLimiter)):
+        if not isinstance(limiter, (AsyncLimiter, BaseRateLimiter)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"limiter={limiter!r} is no limiter; write limiter=Limiter(limit=10), or give an "
                 "aiolimiter.AsyncLimiter or a LangChain BaseRateLimiter"
@@ -227,7 +227,7 @@ class Gate:
         if isinstance(limiter, Limiter):
             return limiter
         key = limiter.key(self._input(args, kwargs))
-        if not isinstance(key, Hashable):
+        if not isinstance(key, Hashable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"key= of {self._title} gave {key!r}, which has no hash; let it give a string, say")
         return limiter[key]
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, cast, overload
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
-from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableConfig, ensure_config, patch_config
 from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
-from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured
+from asyncify.pipes import Piped
+from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
 from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
@@ -36,7 +37,7 @@ Function = Callable[..., Any]
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
-class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
+class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
     """A sync and an async implementation of one function, as one runnable.
 
     A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
@@ -226,45 +227,68 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync side on one input."""
-        if self._goes_upstream(self._live.sync, config, kwargs):
-            return self._call_with_config(self._invoke, input, ensure_config(config), **kwargs)
-        child = quiet_config(config, is_async=False)
-        return cast("Output", context_of(child).run(self._quiet_invoke, input, child, kwargs))
+        entry = self._live.sync
+        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+            return self._invoke_upstream(input, config, kwargs)
+        return cast("Output", self._run(entry, input, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async side on one input, in a task of its own."""
-        if self._goes_upstream(self._live.async_, config, kwargs):
-            return await self._acall_with_config(self._ainvoke, input, ensure_config(config), **kwargs)
-        child = quiet_config(config, is_async=True)
-        run = self._quiet_ainvoke(input, child, kwargs)
-        return cast("Output", await asyncio.create_task(run, context=context_of(child)))
+        entry = self._live.async_
+        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+            return await self._ainvoke_upstream(input, config, kwargs)
+        return cast("Output", await self._start(entry, input, config, kwargs))
 
-    def _goes_upstream(self, entry: Entry, config: RunnableConfig | None, kwargs: dict[str, Any]) -> bool:
-        shape = entry.shape
-        return shape.is_generator or shape.takes_run_manager or is_reserved(kwargs) or observed(config)
-
-    def _quiet_invoke(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
+    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        """Run the sync side, where it is known that nobody watches."""
         entry = self._live.sync
-        args, kwargs = entry.shape.arguments(entry.fn, value, kwargs)
-        if entry.shape.takes_config:
-            kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
-        output = entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
-            return output.invoke(value, self._one_deeper(config, value))
+        if _needs_a_run(entry):
+            return self._invoke_upstream(value, quiet_config(config, is_async=False), kwargs)
+        return self._run(entry, value, config, kwargs)
+
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+        """Start the async side, where it is known that nobody watches."""
+        entry = self._live.async_
+        if _needs_a_run(entry):
+            return asyncio.create_task(self._ainvoke_upstream(value, quiet_config(config, is_async=True), kwargs))
+        return self._start(entry, value, config, kwargs)
+
+    def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
+        if hasattr(self, "func"):
+            return super().invoke(value, config, **kwargs)
+        return self._call_with_config(self._invoke, value, ensure_config(config), **kwargs)
+
+    async def _ainvoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
+        return await super().ainvoke(value, config, **kwargs)
+
+    def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        child = quiet_config(config, is_async=False)
+        context = context_of(child)
+        args, kwargs = _arguments(entry, value, child, kwargs)
+        output = context.run(entry.run, *args, **kwargs)
+        if _is_runnable(output):
+            return context.run(self._hand_on, output, value, child)
         return output
 
-    async def _quiet_ainvoke(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
-        entry = self._live.async_
-        args, kwargs = entry.shape.arguments(entry.fn, value, kwargs)
-        if entry.shape.takes_config:
-            kwargs["config"] = recoloured(config, is_async=entry.shape.is_async)
+    def _hand_on(self, output: Runnable[Any, Any], value: Any, config: RunnableConfig) -> Any:
+        return output.invoke(value, self._one_deeper(config, value))
+
+    def _start(
+        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> asyncio.Task[Any]:
+        child = quiet_config(config, is_async=True)
+        return asyncio.create_task(self._arun(entry, value, child, kwargs), context=context_of(child))
+
+    async def _arun(self, entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _arguments(entry, value, config, kwargs)
         output = await entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return await output.ainvoke(value, self._one_deeper(config, value))
         return output
 
     # The four below are what LangChain calls on an observed run, inside the run that it has started.
 
+    @signed
     def _invoke(
         self, input_: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> Any:
@@ -274,10 +298,11 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
             with closing(entry.run(*args, **kwargs)) as chunks:
                 return functools.reduce(_fold, chunks, None)
         output = entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return output.invoke(input_, self._one_deeper(config, input_, run_manager))
         return output
 
+    @signed
     async def _ainvoke(
         self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> Any:
@@ -290,10 +315,11 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
                     folded = _fold(folded, chunk)
             return folded
         output = await entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             return await output.ainvoke(value, self._one_deeper(config, value, run_manager))
         return output
 
+    @signed
     def _transform(
         self,
         chunks: Iterator[Any],
@@ -309,11 +335,12 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
                 yield from output_chunks
             return
         output = entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             yield from output.stream(value, self._one_deeper(config, value, run_manager))
         else:
             yield output
 
+    @signed
     async def _atransform(
         self,
         chunks: AsyncIterator[Any],
@@ -332,7 +359,7 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
                     yield chunk
             return
         output = await entry.run(*args, **kwargs)
-        if isinstance(output, Runnable):
+        if _is_runnable(output):
             async for chunk in output.astream(value, self._one_deeper(config, value, run_manager)):
                 yield chunk
         else:
@@ -359,7 +386,7 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
 
     def _one_deeper(self, config: RunnableConfig, value: Any, run_manager: ChainRun | None = None) -> RunnableConfig:
         """Return the config for a runnable that the function has returned."""
-        limit = config["recursion_limit"]
+        limit = config.get("recursion_limit", DEFAULT_RECURSION_LIMIT)
         if limit <= 0:
             raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
         callbacks = None if run_manager is None else run_manager.get_child()
@@ -374,7 +401,9 @@ class Dual(RunnableLambda[Input, Output], Generic[Input, Output, Params, Returne
         except TypeError:  # a callable that has no hash
             return id(self)
 
-    __eq__ = RunnableLambda.__eq__
+    def __eq__(self, other: object) -> bool:
+        """Compare as a `RunnableLambda` does: by the sync side, or else the async one."""
+        return super().__eq__(other)
 
     def __repr__(self) -> str:
         """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`."""
@@ -426,6 +455,28 @@ def gate_of(*sides: Function | None) -> Gate | None:
             f"{describe(pairs[0])} and {describe(pairs[1])} have a limit each; put one @concurrency over the pair"
         )
     return gates[0] if gates else None
+
+
+def _needs_a_run(entry: Entry) -> bool:
+    """Tell whether a side can't do without a run of LangChain's, observed or not."""
+    return entry.shape.is_generator or entry.shape.takes_run_manager
+
+
+def _arguments(
+    entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the function's arguments on an unobserved run."""
+    shape = entry.shape
+    args: tuple[Any, ...] = (value,)
+    if len(shape.required) > 1:
+        args, kwargs = shape.arguments(entry.fn, value, kwargs)
+    if shape.takes_config:
+        kwargs = {**kwargs, "config": recoloured(config, is_async=shape.is_async)}
+    return args, kwargs
+
+
+def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
+    return isinstance(output, Runnable)
 
 
 def _fold(folded: Any, chunk: Any) -> Any:

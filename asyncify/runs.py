@@ -6,15 +6,18 @@ must leave everything else that a user can see as it is: the child config above 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
 from contextvars import Context, copy_context
 from types import FunctionType
-from typing import Any, cast
-from uuid import UUID
+from typing import Any, TypeVar, cast
 
 from langchain_core import globals as langchain_globals
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.callbacks.manager import AsyncCallbackManager, CallbackManager
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import (
     DEFAULT_RECURSION_LIMIT,
     RunnableConfig,
@@ -25,7 +28,9 @@ from langchain_core.runnables.config import (
 from langchain_core.utils.env import env_var_is_set
 from langchain_core.utils.uuid import uuid7
 
-__all__ = ["RESERVED", "context_of", "is_reserved", "observed", "quiet_config", "recoloured"]
+__all__ = ["RESERVED", "context_of", "is_reserved", "observed", "quiet_config", "recoloured", "signed"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 RESERVED = frozenset(
     ("run_type", "serialized", "func", "input_", "input", "value", "run_manager", "config", "defers_inputs")
@@ -33,83 +38,194 @@ RESERVED = frozenset(
 """Keyword arguments that LangChain's own path takes for itself: with one of them a call goes that way."""
 
 
-def _is_pristine(init: object) -> bool:
-    # Instrumentors (OpenInference, OpenLLMetry) add their handler by wrapping this constructor.
-    return (
-        isinstance(init, FunctionType)
-        and init.__module__ == "langchain_core.callbacks.base"
-        and not hasattr(init, "__wrapped__")
-    )
+def is_reserved(kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a keyword argument would collide with one of LangChain's own."""
+    return bool(kwargs) and not RESERVED.isdisjoint(kwargs)
+
+
+# --- who watches ---
 
 
 def observed(config: RunnableConfig | None) -> bool:
     """Tell whether anybody watches a run that is started with this config here and now.
 
     True for a handler in the config or else in the ambient config, LangSmith tracing in any of its forms, debug
-    mode, a configure hook that is set, and a callback manager class that somebody has instrumented.
+    mode, a configure hook that is set, and a method of LangChain's that somebody has instrumented.
     """
-    callbacks = config.get("callbacks") if config else None
+    callbacks: Any = config.get("callbacks") if config else None
     if callbacks is None and (ambient := var_child_runnable_config.get()) is not None:
         callbacks = ambient.get("callbacks")
-    if callbacks and (isinstance(callbacks, list) or callbacks.handlers or callbacks.inheritable_handlers):
-        return True
     return (
-        langchain_globals.get_debug()
-        or not _is_pristine(CallbackManager.__init__)
-        or not _is_pristine(AsyncCallbackManager.__init__)
-        or _traced()
+        (bool(callbacks) and _has_handlers(callbacks))
+        or langchain_globals.get_debug()
+        or _is_instrumented()
+        or _is_traced()
+        or _is_hooked()
     )
 
 
-def _traced() -> bool:
+def _has_handlers(callbacks: object) -> bool:
+    if isinstance(callbacks, BaseCallbackManager):
+        return not _is_untouched(callbacks) and bool(callbacks.handlers or callbacks.inheritable_handlers)
+    return bool(callbacks)
+
+
+def _original(method: Callable[..., Any]) -> object:
+    """Return LangChain's own function from under an instrumentation, or None if it can't be told any more."""
+    function = inspect.unwrap(method)
+    return function if type(function) is FunctionType and function.__module__.startswith("langchain_core.") else None
+
+
+# Tracing products see runs by wrapping one of these: the constructor of the managers, to add their handler, or the
+# methods that start a run.
+_lambda: Any = RunnableLambda
+_sequence: Any = RunnableSequence
+_parallel: Any = RunnableParallel
+_sync_init = _original(CallbackManager.__init__)
+_async_init = _original(AsyncCallbackManager.__init__)
+_lambda_invoke = _original(_lambda.invoke)
+_lambda_ainvoke = _original(_lambda.ainvoke)
+_sequence_invoke = _original(_sequence.invoke)
+_sequence_ainvoke = _original(_sequence.ainvoke)
+_parallel_invoke = _original(_parallel.invoke)
+_parallel_ainvoke = _original(_parallel.ainvoke)
+
+
+def _is_instrumented() -> bool:
+    # Compared one by one: a loop takes four times as long, and `==` of a wrapper says what its function says.
+    return (
+        CallbackManager.__init__ is not _sync_init
+        or AsyncCallbackManager.__init__ is not _async_init
+        or _lambda.invoke is not _lambda_invoke
+        or _lambda.ainvoke is not _lambda_ainvoke
+        or _sequence.invoke is not _sequence_invoke
+        or _sequence.ainvoke is not _sequence_ainvoke
+        or _parallel.invoke is not _parallel_invoke
+        or _parallel.ainvoke is not _parallel_ainvoke
+    )
+
+
+@functools.cache
+def _tracer_context() -> Any:
     # Imported late, as LangChain does: langsmith takes longer to import than all the rest.
-    from langchain_core.tracers.context import _configure_hooks, tracing_v2_callback_var  # noqa: PLC0415
+    from langchain_core.tracers import context  # noqa: PLC0415
+
+    return context
+
+
+def _is_traced() -> bool:
+    return (
+        _langsmith_reader()()
+        or _tracer_context().tracing_v2_callback_var.get() is not None
+        or _is_set("LANGCHAIN_TRACING")
+        or _is_set("LANGCHAIN_HANDLER")
+    )
+
+
+def _is_hooked() -> bool:
+    for variable, _, handler, switch in _tracer_context()._configure_hooks:
+        if variable.get() is not None or (switch is not None and handler is not None and _is_set(switch)):
+            return True
+    return False
+
+
+def _is_set(variable: str) -> bool:
+    """Tell whether LangChain takes an environment variable for set.
+
+    A look-up in `os.environ` encodes, decodes, and raises for what is not there. The dictionary under it says at
+    once that a name is not there, which is nearly always so.
+    """
+    try:
+        if _environment_key(variable) not in os.environ._data:  # type: ignore[attr-defined]
+            return False
+    except AttributeError:  # somebody has put another mapping in its place
+        pass
+    return env_var_is_set(variable)
+
+
+@functools.cache
+def _environment_key(variable: str) -> object:
+    environ: Any = os.environ
+    return environ.encodekey(variable)
+
+
+@functools.cache
+def _langsmith_reader() -> Callable[[], bool]:
+    """Return the function that tells whether LangSmith would trace a run here and now.
+
+    It reads the variables that LangSmith keeps, and the environment through LangSmith's own reader, which remembers
+    what it has once seen. Where another version keeps them elsewhere, it asks LangSmith's public functions.
+    """
+    from langsmith import utils  # noqa: PLC0415
+    from langsmith._internal import _context  # noqa: PLC0415
+
+    kept: Any = _context
+    try:
+        parent, tags, metadata = kept._PARENT_RUN_TREE_REF, kept._TAGS, kept._METADATA
+        enabled, _ = kept._TRACING_ENABLED, kept._GLOBAL_TRACING_ENABLED
+    except AttributeError:
+        return _ask_langsmith
+    from_environment: Callable[..., str] = utils.get_env_var
+
+    def read() -> bool:
+        if parent.get() is not None or tags.get() or metadata.get():
+            return True
+        for switch in (enabled.get(), kept._GLOBAL_TRACING_ENABLED):
+            if switch is not None:
+                return bool(switch)
+        return from_environment("TRACING_V2", default=from_environment("TRACING", default="")) == "true"
+
+    return read
+
+
+def _ask_langsmith() -> bool:
     from langsmith.run_helpers import get_tracing_context  # noqa: PLC0415
-    from langsmith.utils import tracing_is_enabled  # noqa: PLC0415
+    from langsmith.utils import tracing_is_enabled  # noqa: PLC0415  # pyright: ignore[reportUnknownVariableType]
 
     tracing = get_tracing_context()
-    return (
-        tracing["parent"] is not None
-        or bool(tracing["tags"] or tracing["metadata"])
-        or bool(tracing_is_enabled(tracing))
-        or tracing_v2_callback_var.get() is not None
-        or env_var_is_set("LANGCHAIN_TRACING")
-        or env_var_is_set("LANGCHAIN_HANDLER")
-        or any(
-            variable.get() is not None or (switch is not None and handler is not None and env_var_is_set(switch))
-            for variable, _, handler, switch in _configure_hooks
-        )
-    )
+    return bool(tracing["parent"] is not None or tracing["tags"] or tracing["metadata"] or tracing_is_enabled(tracing))
 
 
-class _LazyRunId:
-    """The run id that a child sees as its parent's, drawn when it is first looked at."""
+# --- what an unobserved run hands down ---
 
-    def __get__(self, manager: BaseCallbackManager, owner: type) -> UUID:
-        run_id = manager.__dict__.get("parent_run_id")
-        if run_id is None:
-            run_id = manager.__dict__["parent_run_id"] = uuid7()
-        return cast("UUID", run_id)
+_MADE_LATE: dict[str, Callable[[], Any]] = {
+    "handlers": list,
+    "inheritable_handlers": list,
+    "parent_run_id": uuid7,
+    "tags": list,
+    "inheritable_tags": list,
+    "metadata": dict,
+    "inheritable_metadata": dict,
+}
 
-    def __set__(self, manager: BaseCallbackManager, run_id: UUID | None) -> None:
-        manager.__dict__["parent_run_id"] = run_id
+
+class _MadeLate:
+    """A callback manager whose attributes are made when they are first looked at, which is hardly ever."""
+
+    def __getattr__(self, name: str) -> Any:
+        make = _MADE_LATE.get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__.setdefault(name, make())
 
 
-class _QuietManager(CallbackManager):
+class _QuietManager(_MadeLate, CallbackManager):
     """The callback manager of an unobserved run."""
 
-    parent_run_id = _LazyRunId()
 
-
-class _AsyncQuietManager(AsyncCallbackManager):
+class _AsyncQuietManager(_MadeLate, AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
-    parent_run_id = _LazyRunId()
+
+def _is_untouched(manager: object) -> bool:
+    """Tell whether nobody has looked at a manager, so that it holds nothing."""
+    return isinstance(manager, _MadeLate) and not manager.__dict__
 
 
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
     """Return the config that an unobserved run hands to what runs inside it."""
-    manager = (_AsyncQuietManager if is_async else _QuietManager)([])
+    kind = _AsyncQuietManager if is_async else _QuietManager
+    manager = kind.__new__(kind)
     if not config and var_child_runnable_config.get() is None:
         return {
             "tags": [],
@@ -122,27 +238,26 @@ def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableCo
     child.pop("run_name", None)
     child.pop("run_id", None)
     parent = child.get("callbacks")
-    if isinstance(parent, BaseCallbackManager):
+    if isinstance(parent, BaseCallbackManager) and not _is_untouched(parent):
         manager.add_tags(parent.inheritable_tags)
         manager.add_metadata(parent.inheritable_metadata)
-    manager.add_tags(child["tags"])
-    manager.add_metadata(child["metadata"])
+    if tags := child.get("tags"):
+        manager.add_tags(tags)
+    if metadata := child.get("metadata"):
+        manager.add_metadata(metadata)
     child["callbacks"] = manager
     return child
 
 
 def recoloured(config: RunnableConfig, *, is_async: bool) -> RunnableConfig:
     """Return a copy of a quiet config for a function of this colour: an async one gets an async manager."""
-    manager = cast("BaseCallbackManager", config["callbacks"])
-    callbacks = (_AsyncQuietManager if is_async else _QuietManager)(
-        [],
-        parent_run_id=manager.parent_run_id,
-        tags=manager.tags.copy(),
-        inheritable_tags=manager.inheritable_tags.copy(),
-        metadata=manager.metadata.copy(),
-        inheritable_metadata=manager.inheritable_metadata.copy(),
-    )
-    return patch_config(config, callbacks=callbacks)
+    kind = _AsyncQuietManager if is_async else _QuietManager
+    manager = kind.__new__(kind)
+    quiet = config.get("callbacks")
+    for name in _MADE_LATE:
+        value: Any = getattr(quiet, name)
+        setattr(manager, name, value.copy() if isinstance(value, list | dict) else value)
+    return patch_config(config, callbacks=manager)
 
 
 def context_of(config: RunnableConfig) -> Context:
@@ -152,6 +267,28 @@ def context_of(config: RunnableConfig) -> Context:
     return context
 
 
-def is_reserved(kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a keyword argument would collide with one of LangChain's own."""
-    return bool(kwargs) and not RESERVED.isdisjoint(kwargs)
+class _Signed:
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        signature = inspect.signature(method)
+        self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        return _Bound(self._method, instance, self._signature)
+
+
+class _Bound:
+    __slots__ = ("__signature__", "_instance", "_method")
+
+    def __init__(self, method: Callable[..., Any], instance: object, signature: inspect.Signature) -> None:
+        self._method = method
+        self._instance = instance
+        self.__signature__ = signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(self._instance, *args, **kwargs)
+
+
+def signed(method: F) -> F:
+    """Keep the signature of a method at hand: LangChain asks for it twice in each run, which is a quarter of it."""
+    return cast("F", _Signed(method))

@@ -25,6 +25,7 @@ LEVELS = {
     "gate": 4,
     "entries": 5,
     "fanout": 5,
+    "pipes": 5,
     "runnable": 6,
     "pairs": 7,
     "decorators": 8,

@@ -1,0 +1,171 @@
+"""Pipes and dicts of pairs: runnables that decide once, for all the pairs in them, whether a run is observed.
+
+With anything else among its steps a pipe is LangChain's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Iterable
+from concurrent.futures import wait
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
+from langchain_core.runnables.config import RunnableConfig, ensure_config
+
+from asyncify.bridge import ThreadPool
+from asyncify.runs import is_reserved, observed, quiet_config
+
+__all__ = ["DualParallel", "DualSequence", "Piped"]
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+class Piped:
+    """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
+
+    @abstractmethod
+    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        """Run the sync side; the config is that of the caller."""
+
+    @abstractmethod
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+        """Start the async side in a task of its own; the config is that of the caller."""
+
+    if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
+
+        def __or__(self, other: Any) -> Any:
+            """Compose, as `Runnable` does."""
+            return _of_pairs(super().__or__(other))
+
+        def __ror__(self, other: Any) -> Any:
+            """Compose, as `Runnable` does."""
+            return _of_pairs(super().__ror__(other))
+
+        def pipe(self, *others: Any, name: str | None = None) -> Any:
+            """Compose, as `Runnable` does."""
+            return _of_pairs(super().pipe(*others, name=name))
+
+
+class DualSequence(Piped, RunnableSequence[Input, Output]):
+    """A pipe that consists of pairs alone."""
+
+    def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Run the sync sides one after the other."""
+        if is_reserved(kwargs) or observed(config):
+            return super().invoke(input, config, **kwargs)
+        return cast("Output", self.run_unobserved(input, config, kwargs))
+
+    async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Run the async sides one after the other, each in a task of its own."""
+        if is_reserved(kwargs) or observed(config):
+            return await super().ainvoke(input, config, **kwargs)
+        return cast("Output", await self._arun_unobserved(input, config, kwargs))
+
+    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        """Run the sync sides; only the first gets the keyword arguments."""
+        for step in _pairs(self.steps):
+            value = step.run_unobserved(value, config, kwargs)
+            kwargs = {}
+        return value
+
+    async def _arun_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        for step in _pairs(self.steps):
+            value = await step.start_unobserved(value, config, kwargs)
+            kwargs = {}
+        return value
+
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+        """Start the async sides; only the first gets the keyword arguments."""
+        return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
+
+    # LangChain calls a run and a serialized object by the class; it is to know this one as its own.
+
+    def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
+        """Return the name that a `RunnableSequence` would have."""
+        return super().get_name(suffix, name=name or self.name or RunnableSequence.__name__)
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        """Return the id of `RunnableSequence`."""
+        return RunnableSequence.lc_id()
+
+
+class DualParallel(Piped, RunnableParallel[Input]):
+    """A dict in a pipe that holds pairs, or pipes of pairs, alone."""
+
+    def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Run the sync sides, each in a thread."""
+        if observed(config):
+            return super().invoke(input, config, **kwargs)
+        return self.run_unobserved(input, config, kwargs)
+
+    async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Run the async sides, each in a task of its own."""
+        if observed(config):
+            return await super().ainvoke(input, config, **kwargs)
+        return await self._arun_unobserved(input, config)
+
+    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Run the sync sides; keyword arguments go to none of them."""
+        if ensure_config(config).get("max_concurrency") is not None:
+            return super().invoke(value, quiet_config(config, is_async=False))
+        steps = dict(self.steps__)
+        pool = ThreadPool(None, self.get_name())
+        futures = [
+            pool.submit(copy_context().run, step.run_unobserved, value, config, {}) for step in _pairs(steps.values())
+        ]
+        try:
+            return {key: future.result() for key, future in zip(steps, futures, strict=True)}
+        finally:
+            wait(futures)
+
+    async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
+        steps = dict(self.steps__)
+        tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
+        return dict(zip(steps, await asyncio.gather(*tasks), strict=True))
+
+    def start_unobserved(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+    ) -> asyncio.Task[dict[str, Any]]:
+        """Start the async sides; keyword arguments go to none of them."""
+        return asyncio.create_task(self._arun_unobserved(value, config))
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        """Return the id of `RunnableParallel`."""
+        return RunnableParallel.lc_id()
+
+
+def _pairs(steps: Iterable[Runnable[Any, Any]]) -> Iterable[Piped]:
+    return cast("Iterable[Piped]", steps)
+
+
+def _of_pairs(composed: Any) -> Any:
+    """Return a sequence or a dict as one of pairs if it holds nothing else, and anything else as it is."""
+    kind = composed.__class__
+    if kind is RunnableSequence:
+        steps = [_of_pairs(step) for step in composed.steps]
+        return _sequence(*steps, name=composed.name) if _are_pairs(steps) else composed
+    if kind is RunnableParallel:
+        branches = {key: _of_pairs(branch) for key, branch in composed.steps__.items()}
+        return _parallel_of(branches, composed.name) if _are_pairs(branches.values()) else composed
+    return composed
+
+
+def _parallel_of(branches: dict[str, Any], name: str | None) -> Any:
+    parallel = _parallel(branches)
+    parallel.name = name
+    return parallel
+
+
+def _are_pairs(steps: Iterable[object]) -> bool:
+    return all(isinstance(step, Piped) for step in steps)
+
+
+# The constructors take steps, which a type checker that reads the fields of the models does not know.
+_sequence: Any = DualSequence
+_parallel: Any = DualParallel

@@ -1,0 +1,331 @@
+"""A pair composes in LCEL wherever a `RunnableLambda` does."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
+from langchain_core.runnables import (
+    Runnable,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+    RunnableSequence,
+)
+
+from asyncify import Dual, PairError, registry
+
+
+def _double(x: int) -> int:
+    return 2 * x
+
+
+async def _adouble(x: int) -> int:
+    return 2 * x
+
+
+def _split(x: int) -> dict[str, int]:
+    return {"tens": x // 10, "ones": x % 10}
+
+
+async def _asplit(x: int) -> dict[str, int]:
+    return {"tens": x // 10, "ones": x % 10}
+
+
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+async def _atotal(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _scale(x: int, by: int = 1) -> int:
+    return by * x
+
+
+async def _ascale(x: int, by: int = 1) -> int:
+    return by * x
+
+
+def _plus_one(x: int) -> int:
+    return x + 1
+
+
+def _pair_of(fn: Callable[..., Any], afn: Callable[..., Any]) -> Dual[Any, Any]:
+    return Dual(fn, afn)
+
+
+COMPOSITIONS: list[Any] = [
+    pytest.param(_pair_of(_double, _adouble) | _plus_one, 21, 43, id="on the left of a pipe"),
+    pytest.param(RunnableLambda(_plus_one) | _pair_of(_double, _adouble), 20, 42, id="on the right of a pipe"),
+    pytest.param(
+        {"a": _pair_of(_double, _adouble), "b": _plus_one} | _pair_of(_total, _atotal),
+        3,
+        10,
+        id="in a dict and behind one",
+    ),
+    pytest.param(
+        _pair_of(_double, _adouble) | {"a": _pair_of(_double, _adouble), "b": RunnablePassthrough()},
+        3,
+        {"a": 12, "b": 6},
+        id="in front of a dict",
+    ),
+    pytest.param(
+        RunnableParallel(a=_pair_of(_double, _adouble), b=_plus_one), 3, {"a": 6, "b": 4}, id="in a RunnableParallel"
+    ),
+    pytest.param(
+        RunnableSequence(_pair_of(_double, _adouble), _pair_of(_double, _adouble)), 3, 12, id="in a RunnableSequence"
+    ),
+    pytest.param(_pair_of(_double, _adouble).pipe(_plus_one, _pair_of(_double, _adouble)), 3, 14, id="pipe"),
+    pytest.param(_pair_of(_scale, _ascale).bind(by=5), 3, 15, id="bind"),
+    pytest.param(_pair_of(_double, _adouble).with_config(tags=["t"], run_name="renamed"), 3, 6, id="with_config"),
+    pytest.param(_pair_of(_double, _adouble).with_retry(stop_after_attempt=2), 3, 6, id="with_retry"),
+    pytest.param(_pair_of(_double, _adouble).with_fallbacks([RunnableLambda(_plus_one)]), 3, 6, id="with_fallbacks"),
+    pytest.param(_pair_of(_double, _adouble).map(), [1, 2, 3], [2, 4, 6], id="map"),
+    pytest.param(_pair_of(_split, _asplit).pick("tens"), 42, 4, id="pick"),
+    pytest.param(_pair_of(_split, _asplit).pick(["tens"]), 42, {"tens": 4}, id="pick a list"),
+    pytest.param(
+        _pair_of(_split, _asplit).assign(sum=_pair_of(_total, _atotal)),
+        42,
+        {"tens": 4, "ones": 2, "sum": 6},
+        id="assign around it",
+    ),
+    pytest.param(
+        RunnablePassthrough.assign(sum=_pair_of(_total, _atotal)),
+        {"a": 1, "b": 2},
+        {"a": 1, "b": 2, "sum": 3},
+        id="in an assign",
+    ),
+    pytest.param(_pair_of(_double, _adouble).with_types(input_type=int), 3, 6, id="with_types"),
+]
+
+
+@pytest.mark.parametrize(("composed", "given", "expected"), COMPOSITIONS)
+def test_a_composition_runs(composed: Runnable[Any, Any], given: Any, expected: Any) -> None:
+    """A composition with pairs in it gives the result on the sync path, and its batch gives it for each input."""
+    assert composed.invoke(given) == expected
+    assert composed.batch([given, given]) == [expected, expected]
+
+
+@pytest.mark.parametrize(("composed", "given", "expected"), COMPOSITIONS)
+async def test_a_composition_runs_async(composed: Runnable[Any, Any], given: Any, expected: Any) -> None:
+    """The async twin."""
+    assert await composed.ainvoke(given) == expected
+    assert await composed.abatch([given, given]) == [expected, expected]
+
+
+@pytest.mark.parametrize(("composed", "given", "expected"), COMPOSITIONS)
+def test_a_composition_streams(composed: Runnable[Any, Any], given: Any, expected: Any) -> None:
+    """The streamed chunks of a composition add up to its result."""
+    chunks = list(composed.stream(given))
+    folded = chunks[0]
+    for chunk in chunks[1:]:
+        folded = folded + chunk
+
+    assert folded == expected
+
+
+@pytest.mark.parametrize(("composed", "given", "expected"), COMPOSITIONS)
+async def test_a_composition_streams_async(composed: Runnable[Any, Any], given: Any, expected: Any) -> None:
+    """The async twin."""
+    chunks = [chunk async for chunk in composed.astream(given)]
+    folded = chunks[0]
+    for chunk in chunks[1:]:
+        folded = folded + chunk
+
+    assert folded == expected
+
+
+class Flaky:
+    """Both sides of a function that fails the first times it is called."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.calls = 0
+
+    def call(self, x: int) -> int:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise ValueError(f"call {self.calls}")
+        return x
+
+    async def acall(self, x: int) -> int:
+        return self.call(x)
+
+
+def test_with_retry_calls_the_sync_side_again() -> None:
+    """A failed call is repeated until it succeeds."""
+    flaky = Flaky(failures=2)
+    retried = _pair_of(flaky.call, flaky.acall).with_retry(stop_after_attempt=3, wait_exponential_jitter=False)
+
+    assert retried.invoke(7) == 7
+    assert flaky.calls == 3
+
+
+async def test_with_retry_calls_the_async_side_again() -> None:
+    """The async twin."""
+    flaky = Flaky(failures=2)
+    retried = _pair_of(flaky.call, flaky.acall).with_retry(stop_after_attempt=3, wait_exponential_jitter=False)
+
+    assert await retried.ainvoke(7) == 7
+    assert flaky.calls == 3
+
+
+def test_with_fallbacks_runs_the_fallback_of_a_failed_pair() -> None:
+    """The fallback, a pair as well, gets the input of the pair that failed."""
+    flaky = Flaky(failures=1)
+
+    assert _pair_of(flaky.call, flaky.acall).with_fallbacks([_pair_of(_double, _adouble)]).invoke(7) == 14
+
+
+async def test_with_fallbacks_runs_the_fallback_of_a_failed_pair_async() -> None:
+    """The async twin."""
+    flaky = Flaky(failures=1)
+
+    assert await _pair_of(flaky.call, flaky.acall).with_fallbacks([_pair_of(_double, _adouble)]).ainvoke(7) == 14
+
+
+class Names(BaseCallbackHandler):
+    """A handler that notes the names and outputs of the runs it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_chain_start(self, serialized: Any, inputs: Any, *, name: str = "", **kwargs: Any) -> None:
+        self.seen.append(("start", name, inputs))
+
+    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+        self.seen.append(("end", outputs))
+
+
+class AsyncNames(AsyncCallbackHandler):
+    """The async twin."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    async def on_chain_start(self, serialized: Any, inputs: Any, *, name: str = "", **kwargs: Any) -> None:
+        self.seen.append(("start", name, inputs))
+
+    async def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+        self.seen.append(("end", outputs))
+
+
+PIPE_RUNS = [
+    ("start", "RunnableSequence", 3),
+    ("start", "_double", 3),
+    ("end", 6),
+    ("start", "_total_of_one", 6),
+    ("end", 6),
+    ("end", 6),
+]
+
+
+def _total_of_one(x: int) -> int:
+    return x
+
+
+async def _atotal_of_one(x: int) -> int:
+    return x
+
+
+def test_a_handler_sees_the_runs_of_pairs() -> None:
+    """A callback handler is told of the start and end of the pipe and of each pair in it, by name."""
+    handler = Names()
+    (_pair_of(_double, _adouble) | _pair_of(_total_of_one, _atotal_of_one)).invoke(3, {"callbacks": [handler]})
+
+    assert handler.seen == PIPE_RUNS
+
+
+@pytest.mark.parametrize("handler", [Names(), AsyncNames()], ids=["sync handler", "async handler"])
+async def test_a_handler_sees_the_runs_of_pairs_async(handler: Names | AsyncNames) -> None:
+    """The async twin, for handlers of both colours."""
+    pipe = _pair_of(_double, _adouble) | _pair_of(_total_of_one, _atotal_of_one)
+    await pipe.ainvoke(3, {"callbacks": [handler]})
+
+    assert handler.seen == PIPE_RUNS
+
+
+async def test_astream_events_shows_pairs() -> None:
+    """The events of a pipe of pairs are those of a pipe of lambdas of the same functions."""
+    pairs = _pair_of(_double, _adouble) | _pair_of(_total_of_one, _atotal_of_one)
+    lambdas = RunnableLambda(_double, _adouble, "_double") | RunnableLambda(
+        _total_of_one, _atotal_of_one, "_total_of_one"
+    )
+
+    async def events(pipe: Runnable[Any, Any]) -> list[tuple[str, str, Any]]:
+        return [(e["event"], e["name"], e["data"]) async for e in pipe.astream_events(3, version="v2")]
+
+    assert await events(pairs) == await events(lambdas)
+    assert ("on_chain_stream", "_double", {"chunk": 6}) in await events(pairs)
+
+
+def test_dual_takes_what_a_runnable_lambda_takes() -> None:
+    """`Dual(func, afunc, name)` fills the same attributes as `RunnableLambda(func, afunc, name)`."""
+    pair: Dual[Any, Any] = Dual(_double, _adouble, "both")
+    runnable = RunnableLambda(_double, _adouble, "both")
+
+    assert (pair.func, pair.afunc, pair.name) == (runnable.func, runnable.afunc, runnable.name)
+    assert isinstance(pair, RunnableLambda)
+
+
+def test_dual_of_an_async_function_alone_runs_sync() -> None:
+    """`Dual(afunc)` has no sync side and bridges it; upstream raises TypeError there."""
+    pair: Dual[Any, Any] = Dual(_adouble)
+
+    assert pair.invoke(3) == 6
+    with pytest.raises(TypeError, match="Cannot invoke a coroutine function synchronously"):
+        RunnableLambda(_adouble).invoke(3)
+
+
+async def test_dual_of_a_sync_function_alone_runs_async() -> None:
+    """`Dual(func)` has no async side and bridges it."""
+    pair: Dual[Any, Any] = Dual(_double)
+
+    assert await pair.ainvoke(3) == 6
+
+
+@pytest.mark.parametrize("args", [(_adouble, _adouble), (None,), ("_double",)], ids=["two async", "None", "a string"])
+def test_dual_refuses_what_a_runnable_lambda_refuses(args: tuple[Any, ...]) -> None:
+    """Bad arguments raise the error that upstream raises for them."""
+    with pytest.raises(TypeError) as ours:
+        Dual(*args)
+    with pytest.raises(TypeError) as theirs:
+        RunnableLambda(*args)
+
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_dual_registers_nothing() -> None:
+    """A drop-in pair is unknown to the registry, so that one function can be in many."""
+    pair = _pair_of(_double, _adouble)
+
+    assert all(record.pair is not pair for record in registry)
+
+
+def test_the_same_side_is_not_given_twice() -> None:
+    """A pair that has both sides takes no third."""
+    pair = _pair_of(_double, _adouble)
+
+    with pytest.raises(PairError, match="has a sync side already"):
+        pair.sync(_plus_one)
+    with pytest.raises(PairError, match="has an async side already"):
+        pair.async_(_ascale)
+
+
+def test_a_composition_of_pairs_pickles() -> None:
+    """A pipe of drop-in pairs of module functions pickles, as one of lambdas of them does."""
+    pipe = pickle.loads(pickle.dumps(_pair_of(_double, _adouble) | _pair_of(_double, _adouble)))  # noqa: S301
+
+    assert pipe.invoke(3) == 12
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+async def test_as_tool_runs_both_sides() -> None:
+    """A pair becomes a tool whose two paths are its two sides."""
+    tool = _pair_of(_total, _atotal).as_tool(name="total", description="Add up.", arg_types={"a": int, "b": int})
+
+    assert tool.invoke({"a": 1, "b": 2}) == 3
+    assert await tool.ainvoke({"a": 1, "b": 2}) == 3
