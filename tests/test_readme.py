@@ -1,0 +1,44 @@
+"""The documentation is true: its programs run and print what it says."""
+
+import contextlib
+import io
+import itertools
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_programs_of_a_page_run_and_print_what_it_says(page: Path) -> None:
+    """The Python blocks of a page are one program; a text block behind one is its output."""
+    blocks = BLOCK.findall(page.read_text())
+    module = types.ModuleType(page.stem)
+    sys.modules[page.stem] = module
+    try:
+        for (language, source), (next_language, expected) in itertools.pairwise([*blocks, ("", "")]):
+            if language != "python":
+                continue
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(source, page.name, "exec"), module.__dict__)  # noqa: S102  (our own documentation)
+
+            if next_language == "text":
+                assert printed.getvalue() == expected
+    finally:
+        del sys.modules[page.stem]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    """Each relative link names a file of the project."""
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+
+    assert missing == []
