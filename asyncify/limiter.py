@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from _thread import allocate_lock
+from asyncio import _get_running_loop, get_running_loop
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -134,7 +135,15 @@ class Limiter(BaseRateLimiter):
         """Wait in this thread for a slot and the rate; the caller must `leave()` the permit."""
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
-            self._wait(permit, timeout)
+            permit.ready = ready = allocate_lock()
+            ready.acquire()
+            try:
+                if self._must_wait(permit, held_by_this_thread, timeout):
+                    ready.acquire()
+            except BaseException:
+                permit.give_up()
+                raise
+            self._check_in_time(permit)
         permit.begin()
         return permit
 
@@ -142,7 +151,15 @@ class Limiter(BaseRateLimiter):
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
-            await self._await(permit, timeout)
+            permit.loop = loop = get_running_loop()
+            permit.ready = ready = loop.create_future()
+            try:
+                if self._must_wait(permit, held_by_this_task, timeout):
+                    await ready
+            except BaseException:
+                permit.give_up()
+                raise
+            self._check_in_time(permit)
         permit.begin()
         return permit
 
@@ -162,41 +179,12 @@ class Limiter(BaseRateLimiter):
                     return True
                 if queue:
                     self._call_back_at(at)
-            permit.at = None
-            permit.wake = None
             if queue:
-                permit.since = now
-                permit.ahead = len(self._queue)
+                permit.queue_up(now, len(self._queue))
                 self._queue[permit] = None
             return False
         finally:
             lock.release()
-
-    def _wait(self, permit: Permit, timeout: float | None) -> None:
-        ready = allocate_lock()
-        ready.acquire()
-        try:
-            if permit.outer is not None:
-                self._check_certain_end(permit, held_by_this_thread())
-            if self._must_wait(permit, ready.release, timeout):
-                ready.acquire()
-        except BaseException:
-            permit.give_up()
-            raise
-        self._check_in_time(permit)
-
-    async def _await(self, permit: Permit, timeout: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        try:
-            if permit.outer is not None:
-                self._check_certain_end(permit, held_by_this_task())
-            if self._must_wait(permit, partial(_resolve, loop, ready), timeout):
-                await ready
-        except BaseException:
-            permit.give_up()
-            raise
-        self._check_in_time(permit)
 
     def _check_certain_end(self, permit: Permit, held: Iterable[Permit]) -> None:
         """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside."""
@@ -212,12 +200,14 @@ class Limiter(BaseRateLimiter):
         if doomed:
             raise DeadlockError(self._deadlock_message())
 
-    def _must_wait(self, permit: Permit, wake: Callable[[], None], timeout: float | None) -> bool:
-        """Say how to wake a queued call; False if it has been admitted meanwhile.
+    def _must_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> bool:
+        """Look after a call that has been queued and can be woken now; False if it was admitted meanwhile.
 
-        The queue admits first and looks for `wake` then, here it is the other way round: so one sees the other.
+        The queue admits a call and then looks whether it can be woken; here it is the other way round: so one sees
+        the other.
         """
-        permit.wake = wake
+        if permit.outer is not None:
+            self._check_certain_end(permit, held())
         if self._departed:
             self._settle()
         timeout = self.timeout if timeout is None else timeout
@@ -350,32 +340,30 @@ class Limiter(BaseRateLimiter):
         self._settle(wait=True)
 
     def _wake(self, granted: list[Permit]) -> None:
+        here = _get_running_loop() if granted else None
         for permit in granted:
-            if permit.wake is not None:
+            ready = permit.ready
+            if ready is None:
+                continue  # it has not begun to wait, and will see that it is admitted
+            if permit.loop is None:
+                ready.release()
+            elif permit.loop is here:
+                _set_done(ready)
+            else:
                 try:
-                    permit.wake()
-                except RuntimeError:  # its event loop is closed: nobody is left to start this call
+                    permit.loop.call_soon_threadsafe(_set_done, ready)
+                except RuntimeError:  # the event loop is closed: nobody is left to start this call
                     permit.give_up()
 
     # --- the faces ---
 
-    def __enter__(self) -> None:
-        """Wait in this thread for a slot and the rate."""
-        permit = Permit(self, 1, 1)
-        if not self._admit(permit):
-            self._wait(permit, None)
-        permit.begin()
+    __enter__ = enter
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
         self._entered().leave(error)
 
-    async def __aenter__(self) -> None:
-        """Wait in this task for a slot and the rate."""
-        permit = Permit(self, 1, 1)
-        if not self._admit(permit):
-            await self._await(permit, None)
-        permit.begin()
+    __aenter__ = aenter
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
@@ -384,11 +372,11 @@ class Limiter(BaseRateLimiter):
     def _entered(self) -> Permit:
         """Return the innermost permit of this limiter that this context runs under."""
         permit = innermost.get()
-        while permit is not None:
-            if permit.place is self and not permit.ended:
-                return permit
+        while permit is None or permit.place is not self or permit.ended:
+            if permit is None:
+                raise RuntimeError(f"{self._title()}: this context is not inside a call that it has admitted")
             permit = permit.outer
-        raise RuntimeError(f"{self._title()}: this context is not inside a call that it has admitted")
+        return permit
 
     def acquire(self, *, blocking: bool = True) -> bool:
         """Wait in this thread for the rate alone; without `blocking`, say whether it was there at once."""
@@ -532,14 +520,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _resolve(loop: asyncio.AbstractEventLoop, ready: asyncio.Future[None]) -> None:
-    """Wake a waiting task, from any thread; RuntimeError if its loop is closed."""
-    if asyncio._get_running_loop() is loop:
-        _set_done(ready)
-    else:
-        loop.call_soon_threadsafe(_set_done, ready)
 
 
 def _set_done(ready: asyncio.Future[None]) -> None:

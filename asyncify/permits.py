@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from _thread import get_ident
-from collections.abc import Callable, Iterator
+from asyncio import AbstractEventLoop
+from collections.abc import Iterator
 from contextvars import Context, ContextVar, Token
 from typing import Any, Protocol
 
@@ -40,27 +41,34 @@ class Permit:
         "cost",
         "ended",
         "epoch",
+        "loop",
         "outcome",
         "outer",
         "place",
+        "ready",
         "since",
         "slots",
         "thread",
         "timer",
         "token",
-        "wake",
     )
 
     at: float | None
     """When it was admitted; None while it waits."""
 
-    since: float
-    ahead: int
-    wake: Callable[[], None] | None
-    token: Token[Permit | None]
-
     outcome: object
     """What the limiter learned from how the call ended; None if it ended well."""
+
+    token: Token[Permit | None]
+
+    # Only a call that has to wait has these:
+    since: float
+    ahead: int
+    blocks: tuple[Permit, ...]
+    timer: Timer | None
+    loop: AbstractEventLoop | None
+    ready: Any
+    """What it waits on: a future of `loop`, or a lock."""
 
     def __init__(self, place: Place, cost: float, slots: int) -> None:
         self.place = place
@@ -71,8 +79,16 @@ class Permit:
         self.thread = get_ident()
         self.ended = False
         self.outcome = None
-        self.timer: Timer | None = None
-        self.blocks: tuple[Permit, ...] = ()
+
+    def queue_up(self, since: float, ahead: int) -> None:
+        """Begin to wait, behind so many others."""
+        self.at = None
+        self.since = since
+        self.ahead = ahead
+        self.blocks = ()
+        self.timer = None
+        self.loop = None
+        self.ready = None
 
     def begin(self) -> None:
         """Run this context under the permit from now on."""
