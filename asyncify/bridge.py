@@ -1,4 +1,4 @@
-"""A side made from the other: threads for a sync function, one background event loop for an async one.
+"""Threads for calls that a task waits for: at most so many at once for each pool, drawn from one stock.
 
 The threads are this module's own. Those of `concurrent.futures` are never let go and are waited for at exit; those
 of anyio belong to one event loop, and are waited for as well. Here an abandoned call can't keep a program from
@@ -8,21 +8,25 @@ ending, and a thousand pairs that were called once leave no thousand threads.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import threading
 import weakref
 from _thread import allocate_lock
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Executor, Future
-from contextvars import Context
+from contextvars import Context, ContextVar
 from functools import partial
+from inspect import iscoroutine
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["DEFAULT_THREADS", "BackgroundLoop", "ThreadPool", "background", "call_guarded"]
+__all__ = ["DEFAULT_THREADS", "Ended", "ThreadPool", "call_guarded"]
 
 T = TypeVar("T")
+
+Ended = Callable[[BaseException | None], None]
+"""Is told that a call has ended, and with which error; told again, it does nothing."""
 
 DEFAULT_THREADS = 64
 """Threads for the calls of a pair that has no limit on its calls in flight."""
@@ -84,69 +88,6 @@ class _Stock:
 
 
 _stock = _Stock()
-_pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
-
-
-class ThreadPool(Executor):
-    """At most `size` calls at once on threads that carry its name; more wait, first come, first served.
-
-    A thread belongs to the pool for as long as it has work, and goes back to a stock that all pools draw from;
-    the stock has no bound, so no pool waits for another.
-
-    Args:
-        size: threads at most; None for as many as there are calls, where something else bounds those.
-        name: what the threads are called while they work.
-    """
-
-    def __init__(self, size: int | None, name: str) -> None:
-        self.size = size
-        self.name = name
-        self._reset()
-        _pools.add(self)
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._busy = 0
-        self._backlog: deque[Callable[[], None]] = deque()
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run `fn` on a thread; its context is a new one, unless `fn` is the `run` of another."""
-        future: Future[T] = Future()
-        job = partial(_fulfil, future, fn, args, kwargs)
-        with self._lock:
-            if self.size is not None and self._busy >= self.size:
-                self._backlog.append(job)
-                return future
-            self._busy += 1
-        try:
-            _stock.start(partial(self._work, job))
-        except RuntimeError:  # the system has no thread left
-            with self._lock:
-                self._busy -= 1
-            raise
-        return future
-
-    def _work(self, job: Callable[[], None]) -> None:
-        threading.current_thread().name = self.name
-        while True:
-            job()
-            with self._lock:
-                if not self._backlog:
-                    self._busy -= 1
-                    break
-                job = self._backlog.popleft()
-        threading.current_thread().name = "asyncify"
-
-
-def _fulfil(future: Future[T], fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = fn(*args, **kwargs)
-    except BaseException as error:  # noqa: BLE001  (it is handed to whoever waits for the future)
-        future.set_exception(error)
-    else:
-        future.set_result(result)
 
 
 def call_guarded(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -157,100 +98,223 @@ def call_guarded(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         raise RuntimeError("the function raised StopIteration") from error
 
 
-class BackgroundLoop:
-    """An event loop on a thread of its own, started by the first call and closed at exit.
+def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    # A frame of its own: the error's traceback holds it, so it must not hold who holds the error.
+    try:
+        return call_guarded(work), None
+    except BaseException as error:  # noqa: BLE001  (it is handed to whoever waits)
+        return None, error
 
-    All bridged calls share it, so that a client which is bound to its loop lives on from call to call.
+
+class _Call:
+    """Work on a thread, and the task that waits for it.
+
+    `ended` is told when nothing of the work runs any more, nor ever will. After a cancellation that may be much later,
+    for a thread can't be stopped.
     """
 
-    def __init__(self) -> None:
-        self._reset()
-        os.register_at_fork(after_in_child=self._reset)
-        atexit.register(self.close)
+    __slots__ = ("_ended", "_loop", "_outcome", "_work")
 
-    def _reset(self) -> None:
-        # After a fork the old loop is kept: closing it would unregister the parent's own wake-up pipe.
-        self._forked_from = getattr(self, "_loop", None)
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._deeper: BackgroundLoop | None = None
+    def __init__(self, work: Callable[[], Any], ended: Ended) -> None:
+        self._work = [work]  # taken by the thread, or by the task that gives up: whoever comes first
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._outcome: asyncio.Future[Any] = self._loop.create_future()
 
-    def run(self, call: Callable[[], Coroutine[Any, Any, T]], context: Context) -> T:
-        """Run the coroutine that `call` makes, in this context, and wait for it in this thread.
-
-        An interrupt of the waiting thread cancels the coroutine and waits for its end, as `asyncio.run` does.
-        """
-        if threading.current_thread() is self._thread:
-            # The coroutine that runs here waits for this very call: it needs a loop that is free.
-            return self._next_deeper().run(call, context)
-        loop = self.loop()
-        done: Future[T] = Future()
-        task: list[asyncio.Task[T]] = []
-
-        def start() -> None:
-            task.append(loop.create_task(call(), context=context))
-            task[0].add_done_callback(partial(_copy_outcome, done))
-
-        loop.call_soon_threadsafe(start, context=context)
+    def run(self) -> BaseException | None:
+        """Do the work, in this thread, unless it was given up; return its error."""
+        work = self._take()
+        if work is None:
+            return None
         try:
-            return done.result()
-        except BaseException:
-            if not done.done():
-                loop.call_soon_threadsafe(lambda: task[0].cancel())  # noqa: PLW0108  (there is no task yet)
-                done.exception()
+            return self._report(*_attempt(work))
+        finally:
+            del self, work  # an error's traceback holds this frame too, as the caller of its own
+
+    def _report(self, result: Any, error: BaseException | None) -> BaseException | None:
+        if not iscoroutine(result):
+            self._ended(error)
+        try:
+            self._loop.call_soon_threadsafe(self._settle, result, error)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            self._ended(error)
+        return error
+
+    def _take(self) -> Callable[[], Any] | None:
+        try:
+            return self._work.pop()
+        except IndexError:
+            return None
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        if self._outcome.cancelled():
+            self._ended(error)
+        elif error is not None:
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(result)
+
+    async def wait(self) -> Any:
+        """Wait for the result; a coroutine is awaited too, as part of the work."""
+        try:
+            result = await self._outcome
+            if iscoroutine(result):
+                result = await result
+        except BaseException as error:
+            if self._take() is not None or not self._outcome.cancelled():
+                self._ended(error)
+            raise
+        else:
+            self._ended(None)
+            return result
+        finally:
+            del self  # the error's traceback holds this frame
+
+
+_inside: ContextVar[tuple[ThreadPool, ...]] = ContextVar("asyncify_pools", default=())
+"""The pools for whose calls this context runs."""
+
+_END: Any = object()
+
+
+class ThreadPool(Executor):
+    """At most `size` calls at once on threads that carry its name; more wait, first come, first served.
+
+    A thread belongs to the pool for as long as it has work, and goes back to a stock that all pools draw from;
+    the stock has no bound, so no pool waits for another. A call made by a call of the same pool, which waits for
+    it, never waits for a thread.
+
+    Args:
+        size: threads at most; None for as many as there are calls, where something else bounds those.
+        name: what the threads are called while they work.
+    """
+
+    def __init__(self, size: int | None, name: str) -> None:
+        self.size = size
+        self.name = name
+        self.forget()
+        _pools.add(self)
+
+    def forget(self) -> None:
+        """Start with no call: those of the process that this one was forked from are not here."""
+        self._lock = threading.Lock()
+        self._busy = 0
+        self._backlog: deque[Callable[[], object]] = deque()
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run `fn` on a thread; its context is a new one, unless `fn` is the `run` of another."""
+        future: Future[T] = Future()
+        self._start(partial(_fulfil, future, partial(fn, *args, **kwargs)))
+        return future
+
+    async def call(self, work: Callable[[], Any], ended: Ended, context: Context) -> Any:
+        """Run `work` on a thread, in this context, and wait for it in this task.
+
+        `ended` is told as soon as the work has ended, and in any case, whatever happens here.
+        """
+        call = _Call(lambda: context.run(self._within, work), ended)
+        try:
+            self._start(call.run)
+        except BaseException as error:
+            ended(error)
+            raise
+        try:
+            return await call.wait()
+        finally:
+            del call  # the error's traceback holds this frame
+
+    async def stream(self, chunks: Generator[T, Any, Any], ended: Ended, context: Context) -> AsyncGenerator[T]:
+        """Yield what a generator yields, which lives in one thread from its first chunk to its end.
+
+        Closed early, it closes the generator first; cancelled, it leaves that to the thread.
+        """
+        requests: SimpleQueue[_Call | None] = SimpleQueue()
+        try:
+            self._start(partial(_serve, requests, ended))
+        except BaseException as error:
+            ended(error)
             raise
 
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the loop, running."""
+        def ask(work: Callable[[], Any]) -> Awaitable[Any]:
+            call = _Call(lambda: context.run(self._within, work), _nothing)
+            requests.put(call)
+            return call.wait()
+
+        try:
+            while (chunk := await ask(partial(next, chunks, _END))) is not _END:
+                yield chunk
+        except asyncio.CancelledError:
+            requests.put(_Call(lambda: context.run(chunks.close), _nothing))
+            raise
+        except BaseException:
+            await ask(chunks.close)
+            raise
+        finally:
+            requests.put(None)
+
+    def _within(self, work: Callable[[], Any]) -> Any:
+        inside = _inside.get()
+        if self not in inside:
+            _inside.set((*inside, self))
+        return work()
+
+    def _start(self, job: Callable[[], object]) -> None:
+        """Run `job`, which must not raise, on a thread, or put it in line for one."""
         with self._lock:
-            if self._loop is None:
-                started: Future[asyncio.AbstractEventLoop] = Future()
-                self._thread = threading.Thread(target=self._main, args=(started,), name="asyncify-loop", daemon=True)
-                self._thread.start()
-                self._loop = started.result()
-            return self._loop
+            if self.size is not None and self._busy >= self.size and self not in _inside.get():
+                self._backlog.append(job)
+                return
+            self._busy += 1
+        try:
+            _stock.start(partial(self._work, job))
+        except RuntimeError:  # the system has no thread left
+            with self._lock:
+                self._busy -= 1
+            raise
 
-    def _main(self, started: Future[asyncio.AbstractEventLoop]) -> None:
-        with asyncio.Runner() as runner:
-            runner.run(self._until_closed(started))
-
-    async def _until_closed(self, started: Future[asyncio.AbstractEventLoop]) -> None:
-        self._closing = asyncio.Event()
-        started.set_result(asyncio.get_running_loop())
-        await self._closing.wait()
-
-    def _next_deeper(self) -> BackgroundLoop:
-        with self._lock:
-            if self._deeper is None:
-                self._deeper = BackgroundLoop()
-            return self._deeper
-
-    def close(self) -> None:
-        """Cancel what still runs, close the async generators, and end the thread."""
-        with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(self._closing.set)
-            thread.join()
+    def _work(self, job: Callable[[], object]) -> None:
+        threading.current_thread().name = self.name
+        while True:
+            job()
+            del job  # an error's traceback holds this frame too
+            with self._lock:
+                if not self._backlog or (self.size is not None and self._busy > self.size):
+                    self._busy -= 1
+                    break
+                job = self._backlog.popleft()
+        threading.current_thread().name = "asyncify"
 
 
-def _copy_outcome(done: Future[T], task: asyncio.Task[T]) -> None:
-    if task.cancelled():
-        done.set_exception(asyncio.CancelledError())
-    elif (error := task.exception()) is not None:
-        done.set_exception(error)
-    else:
-        done.set_result(task.result())
+_pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
 
 
-background = BackgroundLoop()
-"""The loop of all async sides that are called by sync code."""
-
-
-def _reset_pools() -> None:
+def _forget_calls() -> None:
     for pool in list(_pools):
-        pool._reset()
+        pool.forget()
 
 
-os.register_at_fork(after_in_child=_reset_pools)
+os.register_at_fork(after_in_child=_forget_calls)
+
+
+def _nothing(error: BaseException | None) -> None:
+    pass
+
+
+def _serve(requests: SimpleQueue[_Call | None], ended: Ended) -> None:
+    failed = None
+    while (request := requests.get()) is not None:
+        failed = request.run() or failed
+        del request
+    ended(failed)
+    del failed  # its traceback holds this frame too
+
+
+def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    result, error = _attempt(work)
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+    del future, result, error  # an error's traceback holds this frame too

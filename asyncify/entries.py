@@ -7,18 +7,19 @@ ended, which for a thread may be after its caller has given up.
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import aclosing, closing
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from asyncify.bridge import DEFAULT_THREADS, ThreadPool, background, call_guarded
+from asyncify.background import background
+from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
 from asyncify.errors import BridgeError
 from asyncify.gate import Gate, Pass
+from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
 from asyncify.signatures import Shape, describe, shape_of
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
@@ -87,8 +88,10 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
         try:
             with closing(fn(*args, **kwargs)) as chunks:
                 yield from chunks
-        finally:
-            permit.leave()
+        except BaseException as error:
+            permit.leave(error)
+            raise
+        permit.leave()
 
     return stream if shape.is_generator else run
 
@@ -110,8 +113,10 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
             async with aclosing(fn(*args, **kwargs)) as chunks:
                 async for chunk in chunks:
                     yield chunk
-        finally:
-            permit.leave()
+        except BaseException as error:
+            permit.leave(error)
+            raise
+        permit.leave()
 
     return stream if shape.is_generator else run
 
@@ -121,19 +126,10 @@ def _bridged(fn: Function, gate: Gate | None, bridge: Bridge) -> Entry:
     shape = shape_of(fn)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return background.run(partial(fn, *args, **kwargs), copy_context())
+        return background.run(partial(fn, *args, **kwargs), _context_of_thread())
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        context = copy_context()  # one for all chunks, as a generator has one life
-        chunks = fn(*args, **kwargs)
-        try:
-            while True:
-                try:
-                    yield background.run(chunks.__anext__, context)
-                except StopAsyncIteration:
-                    return
-        finally:
-            background.run(chunks.aclose, context)
+        return background.stream(fn(*args, **kwargs), _context_of_thread())
 
     if bridge == "error":
         return Entry(_refuse(fn, "sync"), fn, shape, "missing")
@@ -143,63 +139,86 @@ def _bridged(fn: Function, gate: Gate | None, bridge: Bridge) -> Entry:
 
 def _abridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
     """Make the async side of a sync function: on threads of its own, or on the executor that it was given."""
-    if bridge == "error":
-        return Entry(_arefuse(fn, "async"), fn, shape_of(fn), "missing")
-    bounded = gate is not None and gate.limiter.bounds_calls
-    executor = ThreadPool(None if bounded else DEFAULT_THREADS, name) if isinstance(bridge, str) else bridge
     shape = shape_of(fn)
+    if bridge == "error":
+        return Entry(_arefuse(fn, "async"), fn, shape, "missing")
+    if isinstance(bridge, Executor):
+        return Entry(_delegated(fn, gate, bridge), fn, shape, "bridged")
+    bounded = gate is not None and gate.limiter.bounds_calls
+    pool = ThreadPool(None if bounded else DEFAULT_THREADS, name)
+    return Entry(_threaded(fn, shape, gate, pool), fn, shape, "bridged")
 
+
+def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -> Function:
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        work = partial(fn, *args, **kwargs)
+        if gate is None:
+            return await pool.call(work, _nothing, _context_of_task())
+        permit = await gate.aenter(args, kwargs)
+        permit.step_out()
+        return await pool.call(partial(_under, permit, work), permit.end, _context_of_task())
+
+    async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        chunks: Generator[Any, Any, Any] = fn(*args, **kwargs)
+        ended: Ended = _nothing
+        if gate is not None:
+            permit = await gate.aenter(args, kwargs)
+            permit.step_out()
+            chunks, ended = _chunks_under(permit, chunks), permit.end
+        async with aclosing(pool.stream(chunks, ended, _context_of_task())) as threaded:
+            async for chunk in threaded:
+                yield chunk
+
+    return stream if shape.is_generator else run
+
+
+def _context_of_thread() -> Context:
+    """Return the context for a coroutine that this thread waits for."""
+    context = copy_context()
+    hand_over(held_by_this_thread(), context)
+    return context
+
+
+def _context_of_task() -> Context:
+    """Return the context for a thread that this task waits for."""
+    context = copy_context()
+    hand_over(held_by_this_task(), context)
+    return context
+
+
+def _under(permit: Pass, work: Callable[[], Any]) -> Any:
+    permit.move_to_this_thread()
+    return work()
+
+
+def _chunks_under(permit: Pass, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    permit.move_to_this_thread()
+    return (yield from chunks)
+
+
+def _nothing(error: BaseException | None) -> None:
+    pass
+
+
+def _delegated(fn: Function, gate: Gate | None, executor: Executor) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
         permit = await gate.aenter(args, kwargs) if gate is not None else None
         try:
-            future = _submit(executor, permit, fn, args, kwargs)
-        except BaseException:
+            future = executor.submit(call_guarded, fn, *args, **kwargs)
+        except BaseException as error:
             if permit is not None:
-                permit.leave()
+                permit.leave(error)
             raise
         if permit is not None:
             permit.step_out()
             future.add_done_callback(partial(_end, permit))
-        result = await asyncio.wrap_future(future)
-        return await result if inspect.iscoroutine(result) else result
+        return await asyncio.wrap_future(future)
 
-    async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        permit = await gate.aenter(args, kwargs) if gate is not None else None
-        context = copy_context()
-        end = object()
-        try:
-            chunks = fn(*args, **kwargs)
-            try:
-                while True:
-                    chunk = await asyncio.wrap_future(executor.submit(lambda: context.run(next, chunks, end)))
-                    if chunk is end:
-                        return
-                    yield chunk
-            finally:
-                chunks.close()
-        finally:
-            if permit is not None:
-                permit.leave()
-
-    return Entry(stream if shape.is_generator else run, fn, shape, "bridged")
+    return run
 
 
 def _end(permit: Pass, future: Future[Any]) -> None:
     permit.end(None if future.cancelled() else future.exception())
-
-
-def _submit(
-    executor: Executor, permit: Pass | None, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Future[Any]:
-    if isinstance(executor, ThreadPool):
-        return executor.submit(copy_context().run, _run_in_thread, permit, fn, args, kwargs)
-    return executor.submit(call_guarded, fn, *args, **kwargs)
-
-
-def _run_in_thread(permit: Pass | None, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if permit is not None:
-        permit.move_to_this_thread()
-    return call_guarded(fn, *args, **kwargs)
 
 
 def _refuse(fn: Function, colour: str) -> Function:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
-from asyncify.bridge import background
+from asyncify.background import background
 from asyncify.limiter import Limiter, check_cost
 from asyncify.meter import Limits, check_positive
 from asyncify.permits import permits

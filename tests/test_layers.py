@@ -17,6 +17,7 @@ LEVELS = {
     "congestion": 1,
     "drive": 1,
     "bridge": 1,
+    "background": 1,
     "runs": 1,
     "signatures": 1,
     "adaptive": 2,

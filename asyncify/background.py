@@ -1,0 +1,238 @@
+"""One event loop in the background, for async functions that sync code calls."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import aclosing
+from contextvars import Context
+from typing import Any, Generic, TypeVar
+
+__all__ = ["BackgroundLoop", "background"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_CLOSE_SECONDS = 5.0
+"""How long the end of the program waits for a loop that somebody has blocked."""
+
+
+class _Visit(Generic[T]):
+    """A coroutine on a background loop, and the thread that waits for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]], context: Context) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[T] | None = None
+        self.ended: Future[T] = Future()
+        loop.call_soon_threadsafe(self._begin, call, context, context=context)
+
+    def _begin(self, call: Callable[[], Awaitable[T]], context: Context) -> None:
+        self._task = self._loop.create_task(_awaited(call), context=context)
+        self._task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self.ended.set_exception(asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(task.result())
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def wait(self, answer: Future[U]) -> U:
+        """Wait for something that the coroutine will bring; an interrupt cancels it, and waits for its end."""
+        try:
+            return answer.result()
+        except BaseException:
+            if not answer.done():
+                self._loop.call_soon_threadsafe(self._cancel)
+                self.ended.exception()
+            raise
+        finally:
+            del self, answer  # the error's traceback holds this frame
+
+
+_END: Any = object()
+
+
+class _Source:
+    """An async generator in a task of its own, which makes a chunk when it is asked for one."""
+
+    def __init__(self, chunks: AsyncGenerator[Any, Any]) -> None:
+        self._chunks = chunks
+        self._questions: asyncio.Queue[Future[Any] | None] = asyncio.Queue()
+        self._made: tuple[Any, BaseException | None] | None = None
+        self._over = False
+
+    def ask(self, answer: Future[Any] | None) -> None:
+        """Ask for a chunk, or with None for the end; called on the loop."""
+        if answer is not None and self._over:
+            answer.set_exception(asyncio.CancelledError())
+        else:
+            self._questions.put_nowait(answer)
+
+    async def serve(self) -> None:
+        """Answer until no more is asked."""
+        try:
+            async with aclosing(self._chunks):
+                while (answer := await self._next_question()) is not None:
+                    made, self._made = self._made or await _attempt(anext(self._chunks)), None
+                    _answer(answer, *made)
+                    if isinstance(made[1], asyncio.CancelledError):
+                        return
+        finally:
+            self._over = True
+            while not self._questions.empty():
+                if (answer := self._questions.get_nowait()) is not None:
+                    self.ask(answer)
+
+    async def _next_question(self) -> Future[Any] | None:
+        while True:
+            try:
+                return await self._questions.get()
+            except asyncio.CancelledError as error:
+                # A timeout or a task group in the generator has cancelled the task: it hears of it at its yield.
+                self._made = await _attempt(self._chunks.athrow(error))
+                if isinstance(self._made[1], asyncio.CancelledError):
+                    raise
+
+
+async def _attempt(chunk: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    # A frame of its own: the error's traceback holds it, so it must not hold who holds the error.
+    try:
+        return await chunk, None
+    except StopAsyncIteration:
+        return _END, None
+    except BaseException as error:  # noqa: BLE001  (it is handed to whoever asked)
+        return None, error
+
+
+def _answer(answer: Future[Any], chunk: Any, error: BaseException | None) -> None:
+    if error is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(chunk)
+
+
+def _ask(loop: asyncio.AbstractEventLoop, source: _Source, visit: _Visit[None]) -> Any:
+    answer: Future[Any] = Future()
+    loop.call_soon_threadsafe(source.ask, answer)
+    try:
+        return visit.wait(answer)
+    finally:
+        del answer  # the error's traceback holds this frame
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+class BackgroundLoop:
+    """An event loop on a thread of its own, started by the first call and closed at exit.
+
+    All bridged calls share it, so that a client which is bound to its loop lives on from call to call.
+    """
+
+    def __init__(self) -> None:
+        self._forked_from: list[asyncio.AbstractEventLoop] = []
+        self._reset()
+        os.register_at_fork(after_in_child=self._after_fork)
+        atexit.register(self.close)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._deeper: BackgroundLoop | None = None
+
+    def _after_fork(self) -> None:
+        if self._loop is not None:
+            # Kept, for closing it would unregister the parent's own wake-up pipe.
+            self._forked_from.append(self._loop)
+        self._reset()
+
+    def run(self, call: Callable[[], Awaitable[T]], context: Context) -> T:
+        """Await what `call` makes, in a task of the loop and in this context, and wait for it in this thread.
+
+        An interrupt of the waiting thread cancels the task and waits for its end, as `asyncio.run` does.
+        """
+        visit = _Visit(self._free(), call, context)
+        try:
+            return visit.wait(visit.ended)
+        finally:
+            del visit  # the error's traceback holds this frame
+
+    def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Iterator[T]:
+        """Yield what an async generator yields, which lives in one task from its first chunk to its end."""
+        loop = self._free()
+        source = _Source(chunks)
+        visit = _Visit(loop, source.serve, context)
+        try:
+            while (chunk := _ask(loop, source, visit)) is not _END:
+                yield chunk
+        finally:
+            loop.call_soon_threadsafe(source.ask, None)
+            if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
+                visit.wait(visit.ended)
+
+    def _free(self) -> asyncio.AbstractEventLoop:
+        """Return a loop that this thread can wait for.
+
+        A coroutine that runs here and calls the sync side of a pair waits for that very call: it needs another loop.
+        """
+        if threading.current_thread() is self._thread:
+            return self._next_deeper()._free()
+        return self.loop()
+
+    def _next_deeper(self) -> BackgroundLoop:
+        with self._lock:
+            if self._deeper is None:
+                self._deeper = BackgroundLoop()
+            return self._deeper
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the loop, running."""
+        return self._loop or self._started()
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                started: Future[asyncio.AbstractEventLoop] = Future()
+                thread = threading.Thread(target=self._main, args=(started,), name="asyncify-loop", daemon=True)
+                thread.start()
+                self._loop = started.result()
+                self._thread = thread
+            return self._loop
+
+    def _main(self, started: Future[asyncio.AbstractEventLoop]) -> None:
+        with asyncio.Runner() as runner:
+            try:
+                runner.get_loop()
+            except BaseException as error:  # noqa: BLE001  (it is raised where the loop is waited for)
+                started.set_exception(error)
+            else:
+                runner.run(self._until_closed(started))
+
+    async def _until_closed(self, started: Future[asyncio.AbstractEventLoop]) -> None:
+        self._closing = asyncio.Event()
+        started.set_result(asyncio.get_running_loop())
+        await self._closing.wait()
+
+    def close(self) -> None:
+        """Cancel what still runs, close the async generators, and end the thread; the next call starts another."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(self._closing.set)
+            thread.join(_CLOSE_SECONDS)
+
+
+background = BackgroundLoop()
+"""The loop of all async sides that are called by sync code."""
