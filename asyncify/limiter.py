@@ -188,7 +188,8 @@ class Limiter(BaseRateLimiter):
 
     def _check_certain_end(self, permit: Permit, held: Iterable[Permit]) -> None:
         """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside."""
-        blocks = tuple(other for other in held if other.place is self and other.slots)
+        inside = (other for other in held if other.place is self and other.slots)
+        blocks = tuple(dict.fromkeys(inside))  # a permit may be held by this thread and be handed over to it as well
         with self._lock:
             if not blocks or permit not in self._queue:
                 return
