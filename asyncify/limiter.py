@@ -220,9 +220,10 @@ class Limiter(BaseRateLimiter):
         """Turn a waiter away whose time is up; the clock calls this."""
         with self._lock:
             late = permit in self._queue
-            self._rejected += late
+            if late:  # in one step: a moment later somebody may have admitted it
+                self._dequeue(permit)
+                self._rejected += 1
         if late:
-            permit.end()
             self._wake([permit])
         self._settle(wait=True)
 
