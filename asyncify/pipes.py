@@ -28,6 +28,10 @@ class Piped:
     """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
 
     @abstractmethod
+    def needs_a_run(self, *, is_async: bool) -> bool:
+        """Tell whether a part of it, on this path, can't do without a run of LangChain's, observed or not."""
+
+    @abstractmethod
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync side; the config is that of the caller."""
 
@@ -55,15 +59,19 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync sides one after the other."""
-        if is_reserved(kwargs) or observed(config):
+        if is_reserved(kwargs) or self.needs_a_run(is_async=False) or observed(config):
             return super().invoke(input, config, **kwargs)
         return cast("Output", self.run_unobserved(input, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async sides one after the other, each in a task of its own."""
-        if is_reserved(kwargs) or observed(config):
+        if is_reserved(kwargs) or self.needs_a_run(is_async=True) or observed(config):
             return await super().ainvoke(input, config, **kwargs)
         return cast("Output", await self._arun_unobserved(input, config, kwargs))
+
+    def needs_a_run(self, *, is_async: bool) -> bool:
+        """Tell whether a step does."""
+        return any(step.needs_a_run(is_async=is_async) for step in _pairs(self.steps))
 
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync sides; only the first gets the keyword arguments."""
@@ -99,15 +107,19 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the sync sides, each in a thread."""
-        if observed(config):
+        if self.needs_a_run(is_async=False) or observed(config):
             return super().invoke(input, config, **kwargs)
         return self.run_unobserved(input, config, kwargs)
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the async sides, each in a task of its own."""
-        if observed(config):
+        if self.needs_a_run(is_async=True) or observed(config):
             return await super().ainvoke(input, config, **kwargs)
         return await self._arun_unobserved(input, config)
+
+    def needs_a_run(self, *, is_async: bool) -> bool:
+        """Tell whether a branch does."""
+        return any(branch.needs_a_run(is_async=is_async) for branch in _pairs(self.steps__.values()))
 
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the sync sides; keyword arguments go to none of them."""

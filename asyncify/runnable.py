@@ -239,19 +239,17 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             return await self._ainvoke_upstream(input, config, kwargs)
         return cast("Output", await self._start(entry, input, config, kwargs))
 
+    def needs_a_run(self, *, is_async: bool) -> bool:
+        """Tell whether a side can't do without a run of LangChain's, observed or not."""
+        return _needs_a_run(self._live.async_ if is_async else self._live.sync)
+
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync side, where it is known that nobody watches."""
-        entry = self._live.sync
-        if _needs_a_run(entry):
-            return self._invoke_upstream(value, quiet_config(config, is_async=False), kwargs)
-        return self._run(entry, value, config, kwargs)
+        return self._run(self._live.sync, value, config, kwargs)
 
     def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
         """Start the async side, where it is known that nobody watches."""
-        entry = self._live.async_
-        if _needs_a_run(entry):
-            return asyncio.create_task(self._ainvoke_upstream(value, quiet_config(config, is_async=True), kwargs))
-        return self._start(entry, value, config, kwargs)
+        return self._start(self._live.async_, value, config, kwargs)
 
     def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
         if hasattr(self, "func"):
@@ -458,7 +456,6 @@ def gate_of(*sides: Function | None) -> Gate | None:
 
 
 def _needs_a_run(entry: Entry) -> bool:
-    """Tell whether a side can't do without a run of LangChain's, observed or not."""
     return entry.shape.is_generator or entry.shape.takes_run_manager
 
 
