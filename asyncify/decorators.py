@@ -15,6 +15,7 @@ from asyncify.entries import Bridge
 from asyncify.errors import PairError
 from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
+from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
 from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair
 from asyncify.signatures import check_pair, check_side, describe, is_async
@@ -290,6 +291,7 @@ def _make_pair(
     _copy_binding(decorated, pair)
     registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()
+    watch_class_body()
     return pair
 
 

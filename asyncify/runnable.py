@@ -185,12 +185,13 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """What the pair is bound to where it is looked up on an instance or a class."""
         if self._binding is not None:
             return self._binding
-        wears = self.__wrapped__
-        return "instance" if hasattr(type(wears), "__get__") and not inspect.ismethod(wears) else "nothing"
+        wears = self.__wrapped__  # a partial of Python 3.13 has a __get__, which binds nothing yet
+        binds = hasattr(type(wears), "__get__") and not isinstance(wears, (MethodType, functools.partial))
+        return "instance" if binds else "nothing"
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Take the attribute's name as the pair's own, if its function was written here under another."""
-        where, _, written = self.__qualname__.rpartition(".")
+        where, _, written = getattr(self, "__qualname__", "").rpartition(".")
         is_here = (self.__module__, where) == (owner.__module__, owner.__qualname__)
         if is_here and vars(owner).get(written) is not self:
             self.__qualname__ = f"{where}.{name}"
