@@ -15,6 +15,7 @@ from asyncify.entries import Bridge
 from asyncify.errors import PairError
 from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
+from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
 from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair
 from asyncify.signatures import check_pair, check_side, describe, is_async
@@ -173,11 +174,12 @@ def dual(
     if fn is not None and (sync is not None or async_ is not None):
         raise PairError("dual: give a function to decorate, or sync= and async_=, but not both")
     if sync is not None:
-        check_side(function_of(sync), "sync", "dual(sync=...)")
+        check_side(function_of(sync, "sync"), "sync", "dual(sync=...)")
     if async_ is not None:
-        check_side(function_of(async_), "async", "dual(async_=...)")
+        check_side(function_of(async_, "async"), "async", "dual(async_=...)")
     if sync is not None and async_ is not None:
-        pair = _make_pair(sync, sync, async_, name=name, bridge=bridge)
+        stands = function_of(sync, "sync") if is_pair(sync) else sync
+        pair = _make_pair(stands, sync, async_, name=name, bridge=bridge)
         pair.expect_stub(partial(_decorate_stub, name))
         return pair
 
@@ -269,25 +271,27 @@ def _make_pair(
 ) -> AnyDual:
     """Check everything, then make the pair and register it.
 
-    A side may be a pair of one side, which is what `@concurrency` makes of a plain function; its limit becomes that
-    of the new pair, which takes its place in the registry if it is the one decorated.
+    A side may be a pair, of one side where `@concurrency` has made it of a plain function; its limit becomes that of
+    the new pair, which takes its place in the registry if it is the one decorated.
     """
     gate = gate or gate_of(sync, async_)
+    plain_sync = None if sync is None else function_of(sync, "sync")
+    plain_async = None if async_ is None else function_of(async_, "async")
     fn = function_of(decorated)
-    sync = None if sync is None else function_of(sync)
-    async_ = None if async_ is None else function_of(async_)
-    if sync is not None:
-        check_side(sync, "sync", where)
-    if async_ is not None:
-        check_side(async_, "async", where)
-    if sync is not None and async_ is not None:
-        check_pair(sync, async_, where)
-    if isinstance(bridge, Executor) and sync is None:
+    if plain_sync is not None:
+        check_side(plain_sync, "sync", where)
+    if plain_async is not None:
+        check_side(plain_async, "async", where)
+    if plain_sync is not None and plain_async is not None:
+        check_pair(plain_sync, plain_async, where)
+    if isinstance(bridge, Executor) and plain_sync is None:
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
-    pair: AnyDual = Dual(fn, name=name) if sync is None else Dual(sync, async_, name)
+    pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge)
+    _copy_binding(decorated, pair)
     registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()
+    watch_class_body()
     return pair
 
 
@@ -297,6 +301,16 @@ def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None
     if not callable(plain):
         raise PairError(f"{where}: expected a function, got {plain!r}")
     return (None, fn) if is_async(plain) else (fn, None)
+
+
+def _copy_binding(decorated: object, pair: AnyDual) -> None:
+    """Bind the pair as what it was made of would be bound."""
+    if is_pair(decorated):
+        pair.bind_as(decorated.binding)
+    elif isinstance(decorated, classmethod):
+        pair.bind_as("class")
+    elif isinstance(decorated, staticmethod):
+        pair.bind_as("nothing")
 
 
 def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, cast, overload
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, overload
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
@@ -21,7 +24,7 @@ from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.pipes import Piped
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
-from asyncify.signatures import check_pair, describe, has_empty_body, is_async, same_parameters
+from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
 
@@ -34,6 +37,7 @@ Acalled = TypeVar("Acalled", default=Coroutine[Any, Any, Output])
 P = ParamSpec("P")
 T = TypeVar("T")
 Function = Callable[..., Any]
+Binding = Literal["instance", "class", "nothing"]
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
@@ -63,6 +67,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     func: Function
     afunc: Function
     __qualname__: str
+    __wrapped__: Function
 
     if not TYPE_CHECKING:
 
@@ -109,6 +114,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._fakes: tuple[Entries, ...] = ()
         self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
+        self._binding: Binding | None = None
         self.furnish(wears=func)
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
@@ -168,13 +174,49 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Take the first call of the pair for a decoration, if it is one with a stub."""
         self._on_stub = on_stub
 
+    # --- as a method ---
+
+    def bind_as(self, binding: Binding) -> None:
+        """Bind to the instance as a function does, to the class, or to nothing."""
+        self._binding = binding
+
+    @property
+    def binding(self) -> Binding:
+        """What the pair is bound to where it is looked up on an instance or a class."""
+        if self._binding is not None:
+            return self._binding
+        wears = self.__wrapped__  # a partial of Python 3.13 has a __get__, which binds nothing yet
+        binds = hasattr(type(wears), "__get__") and not isinstance(wears, (MethodType, functools.partial))
+        return "instance" if binds else "nothing"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Take the attribute's name as the pair's own, if its function was written here under another."""
+        where, _, written = getattr(self, "__qualname__", "").rpartition(".")
+        is_here = (self.__module__, where) == (owner.__module__, owner.__qualname__)
+        if is_here and vars(owner).get(written) is not self:
+            self.__qualname__ = f"{where}.{name}"
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Dual[Input, Output, Concatenate[Any, P], Returned, Called, Acalled],
+        instance: object,
+        owner: type | None = None,
+    ) -> Dual[Any, Output, P, Returned, Called, Acalled]: ...
+    def __get__(self, instance: object, owner: type | None = None) -> AnyDual:
+        """Bind like the function that it was: an equal pair on each access, under the one limit."""
+        if self.binding == "nothing" or (self.binding == "instance" and instance is None):
+            return self
+        return _Bound(self, instance if self.binding == "instance" else owner or type(instance))
+
     # --- the second side, written later ---
 
     def sync(self, fn: Callable[Params, Output | Iterator[Output]]) -> Self:
         """Add the sync side to a pair that has only the async one; a decorator that returns the pair."""
         if hasattr(self, "func"):
             raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
-        plain = function_of(fn)
+        plain = function_of(fn, "sync")
         check_pair(plain, self.afunc, f"{self.get_name()}.sync")
         gate = gate_of(self, fn)
         self.func = plain
@@ -185,7 +227,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
-        plain = function_of(fn)
+        plain = function_of(fn, "async")
         check_pair(self.func, plain, f"{self.get_name()}.async_")
         gate = gate_of(self, fn)
         self.afunc = plain
@@ -415,7 +457,78 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Pickle a decorated pair by its module and name, any other by its functions."""
         if not self._by_reference:
             return Dual, self._arguments
-        return self.__qualname__
+        return self._global_name() or self.__qualname__
+
+    def _global_name(self) -> str | None:
+        """Return the name that this pair was given in its module, which may not be that of its function."""
+        for name, value in list(vars(sys.modules.get(self.__module__, object)).items()):
+            if value is self:
+                return name
+        return None
+
+
+class _Bound(Dual[Any, Any]):
+    """A pair as a method of one instance or class; it lives and dies with whoever looked it up."""
+
+    def __init__(self, pair: AnyDual, receiver: object) -> None:  # the pair has been looked at already
+        self._pair = pair
+        self._receiver = receiver
+        self.name = pair.name
+        self._on_stub = None
+        self._is_async_def = pair._is_async_def
+        functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
+        self.__qualname__ = pair.__qualname__
+        if hasattr(pair, "func"):
+            self.func = MethodType(pair.func, receiver)
+        if hasattr(pair, "afunc"):
+            self.afunc = MethodType(pair.afunc, receiver)
+
+    @property
+    def _live(self) -> Entries:  # type: ignore[override]
+        return self._bind(self._pair._live)
+
+    @property
+    def _entries(self) -> Entries:  # type: ignore[override]
+        return self._bind(self._pair._entries)
+
+    @property
+    def _gate(self) -> Gate | None:  # type: ignore[override]
+        return self._pair._gate
+
+    @property
+    def _fakes(self) -> tuple[Entries, ...]:  # type: ignore[override]
+        return self._pair._fakes
+
+    @property
+    def binding(self) -> Binding:
+        """A bound pair is not bound again."""
+        return "nothing"
+
+    def _bind(self, entries: Entries) -> Entries:
+        sync, async_ = entries.sync, entries.async_
+        return Entries(
+            Entry(functools.partial(sync.run, self._receiver), sync.fn, _bound_shape(sync.shape), sync.kind),
+            Entry(functools.partial(async_.run, self._receiver), async_.fn, _bound_shape(async_.shape), async_.kind),
+        )
+
+    def furnish(self, **given: Any) -> None:
+        """Refuse: what a method is made of is said in its class."""
+        raise PairError(f"{describe(self)} is bound to {self._receiver!r}; decorate it in its class")
+
+    def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
+        """Refuse: a fake stands in for the method of the class."""
+        name = self.__qualname__
+        raise TypeError(f"{name} is bound to {self._receiver!r}; override it in its class: override({name}, ...)")
+
+    def __reduce__(self) -> Any:
+        """Pickle as a method does: by its instance and its name."""
+        return getattr, (self._receiver, self.__qualname__.rpartition(".")[2])
+
+
+@functools.cache
+def _bound_shape(shape: Shape) -> Shape:
+    """Return the shape of a function whose first argument is given."""
+    return dataclasses.replace(shape, required=shape.required[1:], positional_only=shape.positional_only[1:])
 
 
 AnyDual = Dual[Any, Any, ..., Any, Any, Any]
@@ -427,16 +540,22 @@ def is_pair(value: object) -> TypeGuard[AnyDual]:
     return isinstance(value, Dual)
 
 
-def function_of(side: Function) -> Function:
-    """Return the function of a side, which may be a pair of one side: `@concurrency` makes one of a function.
+def function_of(side: Function, colour: Literal["sync", "async"] | None = None) -> Function:
+    """Return the function of a side, which may be a class or static method, or a pair.
+
+    `@concurrency` makes a pair of one side of a function; of a pair with both, `colour` says which one is meant.
 
     Raises:
         PairError: it is a pair with both sides.
     """
+    if isinstance(side, (classmethod, staticmethod)):
+        return side.__func__
     if not is_pair(side):
         return side
-    if hasattr(side, "func") and hasattr(side, "afunc"):
-        raise PairError(f"{describe(side)} is a pair with both sides already, so it can't be a side of another")
+    if colour is None and hasattr(side, "func") and hasattr(side, "afunc"):
+        raise PairError(f"{describe(side)} is a pair with both sides already, so it can't be decorated again")
+    if colour == "async" and hasattr(side, "afunc"):
+        return side.afunc
     return side.func if hasattr(side, "func") else side.afunc
 
 

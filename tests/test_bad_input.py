@@ -100,7 +100,7 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
         lambda: dual(_afetch, bridge=ThreadPoolExecutor(1)),
         r"_afetch .* is async, and an executor can only run a sync side",
     ),
-    ("a pair as a side", lambda: dual(sync=_Standing.both, async_=_afetch), r"is a pair with both sides already"),
+    ("a pair decorated by @dual(async_=...)", lambda: dual(async_=_afetch)(_Standing.both), r"with both sides already"),
     ("a pair decorated again", lambda: dual(_Standing.both), r"is a pair with both sides already"),
     (
         "a limit on each side",

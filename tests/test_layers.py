@@ -28,6 +28,7 @@ LEVELS = {
     "fanout": 5,
     "pipes": 5,
     "runnable": 6,
+    "methods": 7,
     "pairs": 7,
     "decorators": 8,
     "__init__": 9,

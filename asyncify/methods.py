@@ -1,0 +1,44 @@
+"""Pairs under `classmethod`: since Python 3.13 it binds what it wraps as a plain callable, without asking it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FrameType
+
+from asyncify.runnable import is_pair
+
+__all__ = ["watch_class_body"]
+
+_CLASSMETHOD_ASKS: bool = sys.version_info[:2] < (3, 13)
+_NAME = "__asyncify_class_methods__"
+
+
+class _ClassMethods:
+    """Stands in a class body until the class is made, then takes the pairs out of their `classmethod`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        type.__delattr__(owner, name)
+        for attribute, value in list(vars(owner).items()):
+            pair: object = getattr(value, "__func__", None)
+            if isinstance(value, classmethod) and is_pair(pair):
+                pair.bind_as("class")
+                type.__setattr__(owner, attribute, pair)
+
+
+def watch_class_body() -> None:
+    """Find, when the class is made in whose body a pair is being made, the pairs that `classmethod` has wrapped.
+
+    `classmethod` offers no hook of its own: up to Python 3.12 it asks what it wraps to bind itself, which serves.
+    """
+    frame = None if _CLASSMETHOD_ASKS else _calling_frame()
+    if frame is not None and "__qualname__" in frame.f_locals and not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        frame.f_locals.setdefault(_NAME, _ClassMethods())
+
+
+def _calling_frame() -> FrameType | None:
+    """Return the innermost frame that is not this package's."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("asyncify."):
+        frame = frame.f_back
+    return frame

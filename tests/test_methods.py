@@ -1,0 +1,408 @@
+"""Pairs in classes: they bind like the methods they were, and all instances share one limit."""
+
+import asyncio
+import functools
+import gc
+import inspect
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import pytest
+from langchain_core.runnables import RunnableLambda
+from pydantic import BaseModel, ConfigDict
+
+from asyncify import Dual, PairError, concurrency, dual, registry
+
+
+class Plain:
+    """Methods of every kind in an ordinary class."""
+
+    label = "class"
+
+    def __init__(self, label: str = "fx") -> None:
+        self.label = label
+
+    async def _afetch(self, query: str) -> str:
+        """Fetch by the loop."""
+        return f"async {self.label} {query}"
+
+    @dual(async_=_afetch)
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        return f"sync {self.label} {query}"
+
+    @concurrency(limit=2)
+    async def limited(self, query: str) -> str:
+        """Fetch within a limit."""
+        return f"limited {self.label} {query}"
+
+    @dual
+    def convert(self, amount: float, rate: float) -> float:
+        """Convert an amount."""
+        return amount * rate
+
+    @dual
+    def ticks(self, query: str) -> Iterator[str]:
+        """Stream quotes."""
+        yield self.label
+        yield query
+
+    @ticks.async_
+    async def aticks(self, query: str) -> AsyncIterator[str]:
+        """Stream quotes."""
+        yield f"async {self.label}"
+        yield query
+
+    @property
+    def chosen(self) -> Dual[Any, Any]:
+        """A property that returns a pair."""
+        return self.fetch
+
+
+class Slots:
+    """A class without a dict, and without weak references."""
+
+    __slots__ = ("label",)
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    fetch = Plain.fetch
+
+
+@dataclass
+class Data:
+    """A dataclass, whose instances have no hash."""
+
+    label: str = "fx"
+
+    async def _afetch(self, query: str) -> str:
+        return f"async {self.label} {query}"
+
+    @dual(async_=_afetch)
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        return f"sync {self.label} {query}"
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenData:
+    """A frozen dataclass with slots, which is made twice."""
+
+    label: str = "fx"
+
+    async def _afetch(self, query: str) -> str:
+        return f"async {self.label} {query}"
+
+    @dual(async_=_afetch)
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        return f"sync {self.label} {query}"
+
+
+class Model(BaseModel):
+    """A pydantic model, which is told that a pair is no field."""
+
+    model_config = ConfigDict(ignored_types=(Dual,))
+
+    label: str = "fx"
+
+    async def _afetch(self, query: str) -> str:
+        return f"async {self.label} {query}"
+
+    @dual(async_=_afetch)
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        return f"sync {self.label} {query}"
+
+
+class Child(Plain):
+    """A subclass that inherits the pair."""
+
+
+class Override(Plain):
+    """A subclass with an async side of its own and the inherited sync side."""
+
+    @dual(sync=Plain.fetch)  # type: ignore[arg-type]  # its `self` is the parent's
+    async def fetch(self, query: str) -> str:  # type: ignore[override]  # it is called as an async def
+        """Fetch one quote."""
+        return f"own {await super().fetch.acall(query)}"
+
+
+@runtime_checkable
+class Fetches(Protocol):
+    """What every class here fulfils."""
+
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        ...
+
+
+OWNERS: list[Callable[[str], Any]] = [Plain, Slots, Data, FrozenData, lambda label: Model(label=label), Child]
+
+
+def _id(owner: Any) -> str:
+    return getattr(owner, "__name__", "Model").replace("<lambda>", "Model")
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=_id)
+def test_a_bound_pair_runs_the_sync_side(owner: Callable[[str], Any]) -> None:
+    """Called, by `call`, as a runnable, in a batch: the instance comes along."""
+    fx = owner("fx")
+
+    assert fx.fetch("EUR") == "sync fx EUR"
+    assert fx.fetch.call("EUR") == "sync fx EUR"
+    assert fx.fetch.invoke("EUR") == "sync fx EUR"
+    assert fx.fetch.batch(["EUR", "USD"]) == ["sync fx EUR", "sync fx USD"]
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=_id)
+async def test_a_bound_pair_runs_the_async_side(owner: Callable[[str], Any]) -> None:
+    """The async twin."""
+    fx = owner("fx")
+
+    assert await fx.fetch.acall("EUR") == "async fx EUR"
+    assert await fx.fetch.ainvoke("EUR") == "async fx EUR"
+    assert await fx.fetch.abatch(["EUR", "USD"]) == ["async fx EUR", "async fx USD"]
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=_id)
+async def test_a_bound_pair_composes(owner: Callable[[str], Any]) -> None:
+    """A bound pair stands on either side of a pipe, and in a dict, with both paths real."""
+    fx = owner("fx")
+    upper = RunnableLambda(str.upper)
+    pipe = upper | fx.fetch | {"quote": upper, "again": fx.fetch}
+
+    assert pipe.invoke("eur") == {"quote": "SYNC FX EUR", "again": "sync fx sync fx EUR"}
+    assert await pipe.ainvoke("eur") == {"quote": "ASYNC FX EUR", "again": "async fx async fx EUR"}
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=_id)
+def test_each_access_gives_an_equal_pair(owner: Callable[[str], Any]) -> None:
+    """Two look-ups on one instance are equal and hash alike; on another instance they are not."""
+    fx, other = owner("fx"), owner("fx")
+
+    assert fx.fetch == fx.fetch
+    assert hash(fx.fetch) == hash(fx.fetch)
+    assert fx.fetch != other.fetch
+    assert isinstance(fx.fetch, Dual)
+
+
+def test_a_pair_keeps_no_instance_alive() -> None:
+    """An instance goes when its last owner goes, although its pair was used."""
+    fx = Plain()
+    fx.fetch.invoke("EUR")
+    gone = weakref.ref(fx)
+    del fx
+    gc.collect()
+
+    assert gone() is None
+
+
+def test_a_bound_pair_keeps_its_instance() -> None:
+    """A pair that was looked up holds its instance, as a bound method does."""
+    fetch = Plain("kept").fetch
+
+    assert fetch.invoke("EUR") == "sync kept EUR"
+
+
+def test_the_class_gives_the_pair_itself() -> None:
+    """On the class the pair takes the instance as its first argument."""
+    assert Plain.fetch is Plain.__dict__["fetch"]
+    assert Plain.fetch(Plain("fx"), "EUR") == "sync fx EUR"
+
+
+def test_a_bound_pair_shows_what_the_method_would() -> None:
+    """Name, docs and signature, without `self`; the limit in the `repr`."""
+    fx = Plain()
+
+    assert str(inspect.signature(fx.fetch)) == "(query: str) -> str"
+    assert (fx.fetch.name, fx.fetch.__doc__) == ("fetch", "Fetch one quote.")
+    assert repr(fx.limited) == "<Dual limited async (sync bridged) 0/2 in flight, 0 waiting>"
+    assert registry[f"{__name__}.Plain.fetch"].pair is Plain.fetch
+
+
+async def test_all_instances_share_the_limit() -> None:
+    """Calls on many instances are together never more than the limit inside."""
+    inside, peak = 0, 0
+
+    class Desk:
+        @concurrency(limit=2)
+        async def fetch(self, query: str) -> str:
+            nonlocal inside, peak
+            inside += 1
+            peak = max(peak, inside)
+            await asyncio.sleep(0)
+            inside -= 1
+            return query
+
+    calls = [Desk().fetch.ainvoke(str(number)) for number in range(10)]
+
+    assert await asyncio.gather(*calls) == [str(number) for number in range(10)]
+    assert peak == 2
+    assert Desk().fetch.limiter is Desk.fetch.limiter
+
+
+async def test_a_mapping_is_spread_over_a_methods_parameters() -> None:
+    """With two parameters beside `self` the input is a mapping; with one it is the value."""
+    fx = Plain()
+
+    assert fx.convert.invoke({"amount": 3, "rate": 2}) == 6
+    assert await fx.convert.ainvoke({"amount": 3, "rate": 2}) == 6
+    with pytest.raises(TypeError, match="takes amount, rate: its input has no rate"):
+        fx.convert.invoke({"amount": 3})
+
+
+async def test_a_generator_method_streams() -> None:
+    """A bound pair of generators streams on both paths."""
+    fx = Plain()
+
+    assert list(fx.ticks("EUR")) == ["fx", "EUR"]
+    assert list(fx.ticks.stream("EUR")) == ["fx", "EUR"]
+    assert [chunk async for chunk in fx.ticks.astream("EUR")] == ["async fx", "EUR"]
+
+
+def test_a_property_may_return_a_pair() -> None:
+    """What a property returns is not bound a second time."""
+    assert Plain("fx").chosen.invoke("EUR") == "sync fx EUR"
+
+
+async def test_super_finds_the_inherited_pair() -> None:
+    """`super().fetch` binds the parent's pair to the child's instance."""
+    child = Override("fx")
+
+    assert await child.fetch.ainvoke("EUR") == "own async fx EUR"
+    assert super(Override, child).fetch.invoke("EUR") == "sync fx EUR"
+
+
+async def test_a_subclass_overrides_one_side() -> None:
+    """`@dual(sync=Parent.fetch)` keeps the parent's sync side and gives a new async one; the parent's stays."""
+    assert Override("fx").fetch.invoke("EUR") == "sync fx EUR"
+    assert await Override("fx").fetch("EUR") == "own async fx EUR"
+    assert await Plain("fx").fetch.ainvoke("EUR") == "async fx EUR"
+    assert registry[f"{__name__}.Override.fetch"].pair is Override.fetch
+
+
+def test_every_class_fulfils_a_protocol() -> None:
+    """A class with a pair fulfils a protocol with a method of that name."""
+    assert all(isinstance(owner("fx"), Fetches) for owner in OWNERS)
+
+
+# --- classmethod and staticmethod, in either order ---
+
+
+async def _astatic(query: str) -> str:
+    return f"async {query}"
+
+
+async def _aclass(cls: type[Any], query: str) -> str:
+    return f"async {cls.__name__} {query}"
+
+
+class Kinds:
+    """Class methods and static methods, with the decorators in either order."""
+
+    @dual(async_=_aclass)
+    @classmethod
+    def class_inner(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+    @classmethod
+    @dual(async_=_aclass)
+    def class_outer(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+    @concurrency(limit=2)
+    @classmethod
+    def class_limited(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+    @dual(async_=_astatic)
+    @staticmethod
+    def static_inner(query: str) -> str:
+        """Fetch."""
+        return f"sync {query}"
+
+    @staticmethod
+    @dual(async_=_astatic)
+    def static_outer(query: str) -> str:
+        """Fetch."""
+        return f"sync {query}"
+
+
+class SubKinds(Kinds):
+    """A subclass, which class methods are bound to."""
+
+
+@pytest.mark.parametrize("name", ["class_inner", "class_outer", "class_limited"])
+@pytest.mark.parametrize("owner", [Kinds, SubKinds, Kinds(), SubKinds()], ids=["class", "sub", "self", "subself"])
+async def test_a_class_method_binds_the_class(owner: Any, name: str) -> None:
+    """Looked up on a class or an instance, in either order of the decorators, a class method gets the class."""
+    pair = getattr(owner, name)
+    cls = owner if isinstance(owner, type) else type(owner)
+    colour = "sync" if name == "class_limited" else "async"
+
+    assert [pair("EUR"), pair.invoke("EUR")] == [f"sync {cls.__name__} EUR"] * 2
+    assert await pair.ainvoke("EUR") == f"{colour} {cls.__name__} EUR"
+    assert (pair | RunnableLambda(len)).invoke("EUR") == len(f"sync {cls.__name__} EUR")
+    assert str(inspect.signature(pair)) == "(query: str) -> str"
+
+
+@pytest.mark.parametrize("name", ["static_inner", "static_outer"])
+@pytest.mark.parametrize("owner", [Kinds, SubKinds, Kinds(), SubKinds()], ids=["class", "sub", "self", "subself"])
+async def test_a_static_method_binds_nothing(owner: Any, name: str) -> None:
+    """Looked up on a class or an instance, in either order of the decorators, a static method is the pair."""
+    pair = getattr(owner, name)
+
+    assert [pair("EUR"), pair.invoke("EUR")] == ["sync EUR"] * 2
+    assert await pair.ainvoke("EUR") == "async EUR"
+    assert pair is getattr(Kinds, name)
+
+
+def test_what_does_not_bind_makes_a_pair_that_does_not() -> None:
+    """A builtin, a class, a partial and a bound method as a side stay unbound in a class, as they are themselves."""
+
+    class Desk:
+        size = dual(len, name="desk_size")
+        number = dual(int, name="desk_number")
+        bound = dual(Plain("fx").fetch.func, name="desk_bound")
+        partial = dual(functools.partial(Plain.fetch.func, Plain("part")), name="desk_partial")
+
+    desk: Any = Desk()
+
+    assert [desk.size("EUR"), desk.number("7"), desk.bound("EUR")] == [3, 7, "sync fx EUR"]
+    assert desk.partial("EUR") == "sync part EUR"
+
+
+# --- fakes and refusals ---
+
+
+def test_a_fake_of_a_method_gets_the_instance() -> None:
+    """An override of the class's pair serves all instances, those bound before too."""
+    fx = Plain("fx")
+    before = fx.fetch
+    with registry.override(Plain.fetch, lambda self, query: f"fake {self.label} {query}"):
+        assert [before.invoke("EUR"), fx.fetch("EUR")] == ["fake fx EUR"] * 2
+        assert Plain("other").fetch.invoke("EUR") == "fake other EUR"
+
+    assert before.invoke("EUR") == "sync fx EUR"
+
+
+def test_a_bound_pair_can_not_be_overridden() -> None:
+    """The error says to override the pair of the class."""
+    fx = Plain()
+
+    with pytest.raises(TypeError, match=r"Plain.fetch is bound to .*: override\(Plain.fetch, ...\)"):
+        registry.override(fx.fetch, lambda query: query).__enter__()
+    assert fx.fetch.invoke("EUR") == "sync fx EUR"
+
+
+def test_a_bound_pair_can_not_be_decorated() -> None:
+    """The error says to decorate it in its class."""
+    with pytest.raises(PairError, match=r"Plain.fetch .* is bound to .*; decorate it in its class"):
+        concurrency(limit=1)(Plain().fetch)
