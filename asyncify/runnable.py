@@ -549,7 +549,7 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
         PairError: it is a pair with both sides.
     """
     if isinstance(side, (classmethod, staticmethod)):
-        return side.__func__
+        return side.__func__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if not is_pair(side):
         return side
     if colour is None and hasattr(side, "func") and hasattr(side, "afunc"):
