@@ -36,8 +36,13 @@ class Piped:
         """Run the sync side; the config is that of the caller."""
 
     @abstractmethod
-    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
-        """Start the async side in a task of its own; the config is that of the caller."""
+    def start_unobserved(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+    ) -> asyncio.Task[Any]:
+        """Start the async side in a task of its own; the config is that of the caller.
+
+        `awaited` says that the caller's task will wait for it and for nothing else.
+        """
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
 
@@ -82,11 +87,13 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         for step in _pairs(self.steps):
-            value = await step.start_unobserved(value, config, kwargs)
+            value = await step.start_unobserved(value, config, kwargs, awaited=True)
             kwargs = {}
         return value
 
-    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+    def start_unobserved(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+    ) -> asyncio.Task[Any]:
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
@@ -141,7 +148,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
         return dict(zip(steps, await asyncio.gather(*tasks), strict=True))
 
     def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
     ) -> asyncio.Task[dict[str, Any]]:
         """Start the async sides; keyword arguments go to none of them."""
         return asyncio.create_task(self._arun_unobserved(value, config))

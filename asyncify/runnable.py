@@ -22,6 +22,7 @@ from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import PairError
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
+from asyncify.permits import hand_over, held_by_this_task, innermost
 from asyncify.pipes import Piped
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
@@ -279,7 +280,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         entry = self._live.async_
         if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
             return await self._ainvoke_upstream(input, config, kwargs)
-        return cast("Output", await self._start(entry, input, config, kwargs))
+        return cast("Output", await self._start(entry, input, config, kwargs, awaited=True))
 
     def needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a side can't do without a run of LangChain's, observed or not."""
@@ -289,9 +290,11 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Run the sync side, where it is known that nobody watches."""
         return self._run(self._live.sync, value, config, kwargs)
 
-    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+    def start_unobserved(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+    ) -> asyncio.Task[Any]:
         """Start the async side, where it is known that nobody watches."""
-        return self._start(self._live.async_, value, config, kwargs)
+        return self._start(self._live.async_, value, config, kwargs, awaited=awaited)
 
     def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
         if hasattr(self, "func"):
@@ -314,10 +317,14 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         return output.invoke(value, self._one_deeper(config, value))
 
     def _start(
-        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
+        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool
     ) -> asyncio.Task[Any]:
+        """Start a side in a task of its own; `awaited` says that this task will wait for it and for nothing else."""
         child = quiet_config(config, is_async=True)
-        return asyncio.create_task(self._arun(entry, value, child, kwargs), context=context_of(child))
+        context = context_of(child)
+        if awaited and innermost.get() is not None:
+            hand_over(held_by_this_task(), context)
+        return asyncio.create_task(self._arun(entry, value, child, kwargs), context=context)
 
     async def _arun(self, entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
         args, kwargs = _arguments(entry, value, config, kwargs)
