@@ -304,13 +304,16 @@ class Limiter(BaseRateLimiter):
         who leaves waits for the lock: whoever holds it looks at `_departed` after letting go. And if nobody waits
         for the place, it is taken back when the next call comes.
         """
+        if error is None:
+            self._departed.append(permit)
+            if self._queue:
+                self._settle()
+            return
         try:
-            if error is not None:
-                permit.outcome = self._judge(error)
+            permit.outcome = self._judge(error)
         finally:
             self._departed.append(permit)
-            if self._queue or permit.outcome is not None:
-                self._settle()
+            self._settle()
 
     def _judge(self, error: BaseException) -> _Failure:
         congestion = congestion_of(error)
@@ -363,13 +366,19 @@ class Limiter(BaseRateLimiter):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        self._entered().leave(error)
+        permit = innermost.get()  # looked up here, as a call of another function is felt in each call that is limited
+        if permit is None or permit.place is not self or permit.ended:
+            permit = self._entered()
+        permit.leave(error)
 
     __aenter__ = aenter
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        self._entered().leave(error)
+        permit = innermost.get()
+        if permit is None or permit.place is not self or permit.ended:
+            permit = self._entered()
+        permit.leave(error)
 
     def _entered(self) -> Permit:
         """Return the innermost permit of this limiter that this context runs under."""
