@@ -1,39 +1,20 @@
-"""One gate for threads and event loops: a queue of waiters over a meter.
-
-Whoever ends a call, gives up or is called by the clock *pumps* the queue: it admits from the front for as long as
-the meter allows, and wakes those it admitted. A waiter never fetches its own admission, so a frozen event loop or
-a slow thread at the front delays only itself.
-"""
+"""`Limiter`: one limit for threads and event loops; its arguments, its faces, and what it tells of itself."""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import math
-import os
-import threading
-import weakref
-from _thread import allocate_lock
-from asyncio import _get_running_loop, get_running_loop
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from types import EllipsisType
 
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.adaptive import Adaptive, AdaptiveLimit
-from asyncify.clock import Clock, Timer, monotonic_clock
-from asyncify.congestion import congestion_of
-from asyncify.errors import DeadlockError, LimitTimeout
-from asyncify.meter import PERIODS, Limits, Meter, check_positive
-from asyncify.permits import UNUSED, Permit, held_by_this_task, held_by_this_thread, innermost, permits
+from asyncify.clock import Clock, monotonic_clock
+from asyncify.meter import PERIODS, Limits, check_positive
+from asyncify.permits import Permit, innermost
+from asyncify.turnstile import RECENT, Turnstile
 
-__all__ = ["Limiter", "LimiterStats"]
-
-_RECENT = 1000
-"""Admissions that the waiting times of `stats()` are taken from."""
+__all__ = ["Limiter", "LimiterStats", "check_cost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +31,7 @@ class LimiterStats:
     wait_p99: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What an error taught: a pause in seconds, a sign of congestion, or neither."""
-
-    pause: float | None
-    congested: bool
-
-
-class Limiter(BaseRateLimiter):
+class Limiter(Turnstile, BaseRateLimiter):
     """Hold calls to `limit` at once and to rates over time, for all threads and event loops together.
 
     As a context manager (`with`, `async with`) it grants a slot and a rate token in one moment. As a LangChain
@@ -91,278 +64,15 @@ class Limiter(BaseRateLimiter):
         name: str | None = None,
         clock: Clock = monotonic_clock,
     ) -> None:
-        self._adaptive, slots = _adaptive_limit(limit)
-        self._meter = Meter(
-            Limits.of(
-                limit=slots,
-                burst=burst,
-                per_second=per_second,
-                per_minute=per_minute,
-                per_hour=per_hour,
-            )
-        )
-        self.timeout = None if timeout is None else check_positive("timeout", timeout, "timeout=30")
-        self.name = name
-        self.epoch = 0
-        self._clock = clock
-        self._now = clock.now
-        self._admitted = 0
-        self._rejected = 0
-        self._waits: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # which admission had to wait, and how long
-        self._begin()
-        _limiters.add(self)
-
-    def _begin(self) -> None:
-        """Start with nobody inside and nobody waiting."""
-        self._lock = threading.Lock()
-        self._queue: OrderedDict[Permit, None] = OrderedDict()
-        self._departed: deque[Permit] = deque()
-        self._blocked = 0
-        self._timer: Timer | None = None
-
-    def after_fork(self) -> None:
-        """Keep, in a forked child, only the calls that the forking thread is inside of."""
-        self.epoch += 1
-        self._begin()
-        mine = [permit for permit in permits() if permit.place is self]
-        for permit in mine:
-            permit.epoch = self.epoch
-        self._meter.in_flight = sum(permit.slots for permit in mine)
-
-    # --- entering ---
-
-    def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this thread for a slot and the rate; the caller must `leave()` the permit."""
-        permit = Permit(self, cost, slots)
-        if not self._admit(permit):
-            permit.ready = ready = allocate_lock()
-            ready.acquire()
-            try:
-                if self._must_wait(permit, held_by_this_thread, timeout):
-                    ready.acquire()
-            except BaseException:
-                permit.give_up()
-                raise
-            self._check_in_time(permit)
-        permit.begin()
-        return permit
-
-    async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
-        permit = Permit(self, cost, slots)
-        if not self._admit(permit):
-            permit.loop = loop = get_running_loop()
-            permit.ready = ready = loop.create_future()
-            try:
-                if self._must_wait(permit, held_by_this_task, timeout):
-                    await ready
-            except BaseException:
-                permit.give_up()
-                raise
-            self._check_in_time(permit)
-        permit.begin()
-        return permit
-
-    def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
-        """Admit a call at once, or put it at the end of the queue."""
-        lock = self._lock
-        lock.acquire()  # not `with`, which takes twice as long
-        try:
-            now = self._now()
-            while self._departed:
-                self._take_back(self._departed.popleft(), now)
-            if not self._queue:
-                at = self._meter.admit(now, permit.cost, now, permit.slots)
-                if not at:
-                    permit.at = now
-                    self._admitted += 1
-                    return True
-                if queue:
-                    self._call_back_at(at)
-            if queue:
-                permit.queue_up(now, len(self._queue))
-                self._queue[permit] = None
-            return False
-        finally:
-            lock.release()
-
-    def _check_certain_end(self, permit: Permit, held: Iterable[Permit]) -> None:
-        """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside."""
-        inside = (other for other in held if other.place is self and other.slots)
-        blocks = tuple(dict.fromkeys(inside))  # a permit may be held by this thread and be handed over to it as well
-        with self._lock:
-            if not blocks or permit not in self._queue:
-                return
-            permit.blocks = blocks
-            self._blocked += len(blocks)
-            doomed = bool(permit.slots) and self._blocked == self._meter.limits.limit
-            self._rejected += doomed
-        self._settle()
-        if doomed:
-            raise DeadlockError(self._deadlock_message())
-
-    def _must_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> bool:
-        """Look after a call that has been queued and can be woken now; False if it was admitted meanwhile.
-
-        The queue admits a call and then looks whether it can be woken; here it is the other way round: so one sees
-        the other.
-        """
-        if permit.outer is not None:
-            self._check_certain_end(permit, held())
-        if self._departed:
-            self._settle()
-        timeout = self.timeout if timeout is None else timeout
-        if permit.at is None and timeout is not None:
-            permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
-        return permit.at is None
-
-    def _expire(self, permit: Permit) -> None:
-        """Turn a waiter away whose time is up; the clock calls this."""
-        with self._lock:
-            late = permit in self._queue
-            if late:  # in one step: a moment later somebody may have admitted it
-                self._dequeue(permit)
-                self._rejected += 1
-        if late:
-            self._wake([permit])
-        self._settle(wait=True)
-
-    def _check_in_time(self, permit: Permit) -> None:
-        if permit.timer is not None:
-            permit.timer.cancel()
-        if permit.at is None:
-            raise LimitTimeout(
-                f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
-                "ahead of it when it came. Raise timeout= or the limit, or send less."
-            )
-
-    # --- the queue; called with the lock held ---
-
-    def _pump(self, now: float) -> list[Permit]:
-        """Admit from the front while the meter allows; return those who must be woken."""
-        queue = self._queue
-        granted: list[Permit] = []
-        while queue:
-            permit = next(iter(queue))
-            if at := self._meter.admit(now, permit.cost, permit.since, permit.slots):
-                self._call_back_at(at)
-                break
-            self._dequeue(permit)
-            permit.at = now
-            self._admitted += 1
-            self._waits.append((self._admitted, now - permit.since))
-            granted.append(permit)
-        return granted
-
-    def _dequeue(self, permit: Permit) -> None:
-        del self._queue[permit]
-        if permit.blocks:
-            self._blocked -= len(permit.blocks)
-
-    def _call_back_at(self, at: float) -> None:
-        if at == math.inf or (self._timer is not None and self._timer.when <= at):
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._clock.call_at(at, self._tick)
-
-    def _take_back(self, permit: Permit, now: float) -> None:
-        """Take back the place of a call that has ended or given up, and learn from how it ended."""
-        if permit.epoch != self.epoch:
-            return  # it belongs to the process that this one was forked from
-        if permit.at is None:
-            if permit in self._queue:
-                self._dequeue(permit)
-            return
-        if permit.outcome is not None or self._adaptive is not None:
-            self._learn(permit, permit.at, now)
-        if permit.slots:
-            self._meter.release(now)
-
-    def _learn(self, permit: Permit, at: float, now: float) -> None:
-        outcome = permit.outcome
-        if outcome is UNUSED:
-            self._meter.correct(at, -permit.cost)
-            return
-        if isinstance(outcome, _Failure) and outcome.pause is not None:
-            self._meter.pause(now + outcome.pause)
-        if self._adaptive is not None and self._adapt(self._adaptive, outcome, at, now):
-            self._meter.configure(dataclasses.replace(self._meter.limits, limit=self._adaptive.limit))
-
-    def _adapt(self, adaptive: AdaptiveLimit, outcome: object, at: float, now: float) -> bool:
-        in_flight = self._meter.in_flight
-        if isinstance(outcome, _Failure):
-            return outcome.congested and adaptive.failed(now, at, in_flight)
-        return adaptive.succeeded(now, in_flight)
-
-    # --- leaving, and being woken; called without the lock ---
-
-    def give_back(self, permit: Permit, error: BaseException | None) -> None:
-        """Take back the place of a call that has ended or given up; `error` is what it raised.
-
-        A finalizer may end a call in the middle of anything, in a thread that holds the lock just then. So nobody
-        who leaves waits for the lock: whoever holds it looks at `_departed` after letting go. And if nobody waits
-        for the place, it is taken back when the next call comes.
-        """
-        if error is None:
-            self._departed.append(permit)
-            if self._queue:
-                self._settle()
-            return
-        try:
-            permit.outcome = self._judge(error)
-        finally:
-            self._departed.append(permit)
-            self._settle()
-
-    def _judge(self, error: BaseException) -> _Failure:
-        congestion = congestion_of(error)
-        return _Failure(
-            pause=None if congestion is None else congestion.retry_after,
-            congested=self._adaptive is not None and self._adaptive.config.on(error),
-        )
-
-    def _settle(self, *, wait: bool = False) -> None:
-        """Take back the places of all who left, and admit the next.
-
-        Without `wait` it does nothing if another holds the lock, for that one will look at `_departed` next.
-        """
-        while self._lock.acquire(wait):
-            try:
-                now = self._now()
-                while self._departed:
-                    self._take_back(self._departed.popleft(), now)
-                granted = self._pump(now)
-            finally:
-                self._lock.release()
-            self._wake(granted)
-            if not self._departed:
-                return
-
-    def _tick(self) -> None:
-        with self._lock:
-            self._timer = None
-        self._settle(wait=True)
-
-    def _wake(self, granted: list[Permit]) -> None:
-        here = _get_running_loop() if granted else None
-        for permit in granted:
-            ready = permit.ready
-            if ready is None:
-                continue  # it has not begun to wait, and will see that it is admitted
-            if permit.loop is None:
-                ready.release()
-            elif permit.loop is here:
-                _set_done(ready)
-            else:
-                try:
-                    permit.loop.call_soon_threadsafe(_set_done, ready)
-                except RuntimeError:  # the event loop is closed: nobody is left to start this call
-                    permit.give_up()
+        adaptive, slots = _adaptive_limit(limit)
+        limits = Limits.of(limit=slots, burst=burst, per_second=per_second, per_minute=per_minute, per_hour=per_hour)
+        if timeout is not None:
+            check_positive("timeout", timeout, "timeout=30")
+        super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
 
     # --- the faces ---
 
-    __enter__ = enter
+    __enter__ = Turnstile.enter
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
@@ -371,7 +81,7 @@ class Limiter(BaseRateLimiter):
             permit = self._entered()
         permit.leave(error)
 
-    __aenter__ = aenter
+    __aenter__ = Turnstile.aenter
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
@@ -379,15 +89,6 @@ class Limiter(BaseRateLimiter):
         if permit is None or permit.place is not self or permit.ended:
             permit = self._entered()
         permit.leave(error)
-
-    def _entered(self) -> Permit:
-        """Return the innermost permit of this limiter that this context runs under."""
-        permit = innermost.get()
-        while permit is None or permit.place is not self or permit.ended:
-            if permit is None:
-                raise RuntimeError(f"{self._title()}: this context is not inside a call that it has admitted")
-            permit = permit.outer
-        return permit
 
     def acquire(self, *, blocking: bool = True) -> bool:
         """Wait in this thread for the rate alone; without `blocking`, say whether it was there at once."""
@@ -474,8 +175,8 @@ class Limiter(BaseRateLimiter):
         """Return what the limiter has seen so far."""
         self._settle(wait=True)
         with self._lock:
-            waits = [wait for number, wait in self._waits if number > self._admitted - _RECENT]
-            at_once = min(self._admitted, _RECENT) - len(waits)
+            waits = [wait for number, wait in self._waits if number > self._admitted - RECENT]
+            at_once = min(self._admitted, RECENT) - len(waits)
             counts = (self._meter.in_flight, len(self._queue), self._admitted, self._rejected)
         self._settle()
         ordered = [0.0] * at_once + sorted(waits)
@@ -494,16 +195,6 @@ class Limiter(BaseRateLimiter):
         name = f"{self.name} " if self.name else ""
         return f"<Limiter {name}{self.state()}>"
 
-    def _title(self) -> str:
-        return f"limiter {self.name}" if self.name else "limiter"
-
-    def _deadlock_message(self) -> str:
-        return (
-            f"{self._title()}: all {self._meter.limits.limit} slots are held by calls that wait for a slot of this "
-            "very limiter, so none can ever come free. Give the inner function a limiter of its own, or call its "
-            "unlimited .func or .afunc."
-        )
-
 
 def _adaptive_limit(limit: int | Adaptive | None) -> tuple[AdaptiveLimit | None, int | None]:
     """Return the state of an adaptive limit, if it is one, and the number of slots to begin with."""
@@ -520,22 +211,6 @@ def check_cost(cost: object) -> float:
     if not 0 <= cost < math.inf:
         raise ValueError(f"cost={cost!r}: must be finite and not negative")
     return cost
-
-
-_limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for limiter in list(_limiters):
-        limiter.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _set_done(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
 
 
 def _percentile(ordered: list[float], share: float) -> float:

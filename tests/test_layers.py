@@ -22,24 +22,25 @@ LEVELS = {
     "signatures": 1,
     "adaptive": 2,
     "permits": 2,
-    "limiter": 3,
-    "gate": 4,
-    "entries": 5,
-    "fanout": 5,
-    "pipes": 5,
-    "runnable": 6,
-    "methods": 7,
-    "pairs": 7,
-    "decorators": 8,
-    "__init__": 9,
+    "turnstile": 3,
+    "limiter": 4,
+    "gate": 5,
+    "entries": 6,
+    "fanout": 6,
+    "pipes": 6,
+    "runnable": 7,
+    "methods": 8,
+    "pairs": 8,
+    "decorators": 9,
+    "__init__": 10,
     # the edge
-    "testing": 10,
-    "http": 10,
-    "shared": 10,
-    "metrics": 10,
-    "check": 10,
-    "pytest_plugin": 11,  # offers `testing` as fixtures
-    "cli": 11,  # offers `check` as a command
+    "testing": 11,
+    "http": 11,
+    "shared": 11,
+    "metrics": 11,
+    "check": 11,
+    "pytest_plugin": 12,  # offers `testing` as fixtures
+    "cli": 12,  # offers `check` as a command
 }
 
 
