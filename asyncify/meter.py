@@ -67,7 +67,7 @@ class Limits:
     @property
     def largest_cost(self) -> float:
         """The largest cost that can ever be admitted."""
-        return min((rate.amount for rate in self.rates), default=math.inf)
+        return min((max(rate.amount, 1) for rate in self.rates), default=math.inf)
 
 
 def check_count(name: str, count: object, example: str) -> int:
@@ -100,15 +100,16 @@ class _Window:
     """The sliding log of one rate.
 
     Admissions that fall into one grain share an entry, which leaves the window with the last of them, so that
-    none ever leaves early.
+    none ever leaves early. Half a call in a period is one call in two of them: else none could ever start.
     """
 
-    __slots__ = ("amount", "grain", "log", "period", "used")
+    __slots__ = ("amount", "grain", "log", "period", "rate", "used")
 
     def __init__(self, rate: Rate) -> None:
-        self.amount = rate.amount
-        self.period = rate.period
-        self.grain = rate.period / _GRAINS
+        self.rate = rate
+        self.amount = max(rate.amount, 1)
+        self.period = rate.period / min(rate.amount, 1)
+        self.grain = self.period / _GRAINS
         self.log: deque[list[float]] = deque()  # [time of the last admission, cost, time of the first]
         self.used: float = 0
 
@@ -122,7 +123,8 @@ class _Window:
             excess -= spent
             if excess <= 0:
                 return last + self.period
-        return math.inf
+        # Rounding may leave a trace of what is in the log; when the log is empty, nothing is left.
+        return self.log[-1][0] + self.period if self.log and cost <= self.amount else math.inf
 
     def expire(self, now: float) -> None:
         """Forget what is older than the period."""
@@ -134,17 +136,18 @@ class _Window:
 
     def add(self, now: float, cost: float) -> None:
         """Log an admission."""
-        self.used += cost
         log = self.log
         if log:
             entry = log[-1]
             if now - entry[2] < self.grain:
                 entry[0] = now
                 entry[1] += cost
+                self.used += cost
                 return
             if log[0][0] + self.period <= now:
-                self.expire(now)
+                self.expire(now)  # which sets `used` to 0 if nothing is left: so add only then
         log.append([now, cost, now])
+        self.used += cost
 
     def correct(self, at: float, change: float) -> None:
         """Change the cost of an admission made at `at`, if it is still in the window."""
@@ -167,6 +170,7 @@ class Meter:
         "_behind",
         "_interval",
         "_last",
+        "_last_cost",
         "_longer",
         "_next",
         "_open_since",
@@ -184,26 +188,31 @@ class Meter:
         self._windows: tuple[_Window, ...] = ()
         self._next = -math.inf  # GCRA's theoretical arrival time
         self._last = -math.inf  # when the last call was admitted
+        self._last_cost: float = 0
         self._behind = 0.0  # seconds that the last admission came after its time
+        self._interval = 0.0  # seconds between calls of cost 1
         self._open_since = -math.inf  # since when nothing but the pace has been in the way
         self.configure(limits)
 
     def configure(self, limits: Limits) -> None:
         """Set the limits; what was admitted before counts against the new ones."""
-        logs = {window.period: window for window in self._windows}
+        logs = {window.rate.period: window for window in self._windows}
         self.limits = limits
         self._slots = math.inf if limits.limit is None else limits.limit
         self._windows = tuple(_Window(rate) for rate in limits.rates)
         for window in self._windows:
-            if window.period in logs:
-                window.log, window.used = logs[window.period].log, logs[window.period].used
+            if (old := logs.get(window.rate.period)) is not None:
+                window.log, window.used = old.log, old.used
         self._longer = self._windows[1:]
-        self._interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
+        interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
+        if self._interval and self._last > -math.inf:  # the next call comes at the new pace, not at the old one
+            self._next = self._last + (self._next - self._last) * (interval / self._interval)
+        self._interval = interval
         self._tolerance = (limits.burst - 1) * self._interval
 
     def is_idle(self, now: float) -> bool:
         """Whether no call runs and none that ran still counts: a new meter would decide the same."""
-        longest = self._windows[-1].period if self._windows else 0.0
+        longest = max((window.period for window in self._windows), default=0.0)
         return not self.in_flight and now >= max(self._last + longest, self._next, self.paused_until)
 
     def admit(self, now: float, cost: float, since: float, slots: int = 1) -> float:
@@ -226,9 +235,10 @@ class Meter:
         # Comparisons, not max(), which would take as long as all the rest: this runs once for every call.
         window = self._windows[0]
         at = now if window.used + cost <= window.amount else window.free_at(now, cost)
-        if self._longer:
-            at = max(at, self._longer_free_at(now, cost))
+        opens = self._longer_free_at(now, cost) if self._longer else now
         ready = self._open_since if self._open_since > since else since
+        if ready > now >= opens:  # a longer window has opened before its time, by a correction or by new limits
+            ready = self._open_since = now
         if self._behind:
             if ready - self._last > CATCH_UP:
                 self._behind = 0.0
@@ -237,7 +247,8 @@ class Meter:
         if base < now - CATCH_UP:
             base = now - CATCH_UP
         due = base - self._tolerance
-        if due > now or at > now:
+        if due > now or at > now or opens > now:
+            at = at if at > opens else opens
             return due if due > at else at
         window.add(now, cost)
         for longer in self._longer:
@@ -246,6 +257,7 @@ class Meter:
         self._behind = behind if behind < CATCH_UP else CATCH_UP
         self._next = base + cost * self._interval
         self._last = now
+        self._last_cost = cost
         return now
 
     def _longer_free_at(self, now: float, cost: float) -> float:
@@ -270,4 +282,7 @@ class Meter:
         """Change what the call admitted at `at` has cost: by minus its cost if it never started."""
         for window in self._windows:
             window.correct(at, change)
-        self._next += change * self._interval
+        corrected = self._next + change * self._interval
+        if at < self._last and corrected < self._next:  # what a later call has waited for already is not given back
+            corrected = max(corrected, min(self._next, self._last + self._last_cost * self._interval))
+        self._next = corrected
