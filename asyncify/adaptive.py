@@ -1,9 +1,14 @@
 """A limit that finds itself: it shrinks when the server has had too much and grows while all is well.
 
-The algorithm is CUBIC (RFC 9438), made for slots instead of a window of segments: after a congestion at `w` calls
-in flight the limit is halved and then follows `w * (1 + 0.02 * (t - k)**3)`, `t` seconds later, with `k` such that
-the curve starts at the half. It is back near `w` fast, stays there, and only then tries more. Before the first
-congestion, and as the most that any round may add, stands the doubling of slow start (RFC 5681).
+The algorithm is CUBIC (RFC 9438), with calls in flight for the window of segments. Before the first congestion it
+is slow start (RFC 5681, section 3.1): one more for every success, which doubles the limit each round. After a
+congestion with `w` other calls in flight the limit is halved and then follows `w * (1 + 0.04 * (t - k)**3)`, `t`
+seconds later, with `k` such that the curve starts at the half: fast back to `w`, flat there, then ever faster.
+
+It differs from the RFC in this. The curve is steeper, and scaled with `w`, so that a limit of any size is found
+again in the same time; the RFC's multiplies by 0.7 and is made for round trips of milliseconds. And since a try
+above `w` costs a call if the server is as it was, the curve stands still at `w` until some time has passed and
+some calls have succeeded.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ from asyncify.meter import check_count
 __all__ = ["Adaptive", "AdaptiveLimit"]
 
 _SHRINK = 0.5
-_STEEPNESS = 0.02  # per cubic second: back at the old limit after 2.9 s, at twice the old limit after 6.6 s
+_STEEPNESS = 0.04  # per cubic second: back at the old limit after 2.3 s, at its double 2.9 s after leaving it
+_HOLD_SECONDS = 4.0  # since the congestion: with the 2.9 s to double, and some rounds, a recovery within 10 s
+_HOLD_SUCCESSES = 100  # since the congestion: so a try that fails costs 1% of the calls, however few they are
 
 
 def _is_congestion(error: BaseException) -> bool:
@@ -59,47 +66,58 @@ class Adaptive:
 class AdaptiveLimit:
     """The state of one adaptive limit. Time, in seconds, is an argument."""
 
-    __slots__ = ("_ceiling", "_exact", "_shrunk_at", "_successes", "config", "limit")
+    __slots__ = ("_ceiling", "_epoch", "_run", "_shrunk_at", "_successes", "config", "limit")
 
     def __init__(self, config: Adaptive) -> None:
         self.config = config
         self.limit = config.min if config.start is None else config.start
-        self._exact = float(self.limit)
-        self._ceiling: float | None = None  # what was in flight when it last hurt
-        self._shrunk_at = float("-inf")
-        self._successes = 0  # since the limit last changed
+        self._ceiling: int | None = None  # how many calls were not too many when it last hurt
+        self._shrunk_at = -math.inf
+        self._epoch = -math.inf  # where the curve begins: the shrinking, moved on while it is held at the ceiling
+        self._run = 0  # successes in a row, since the limit last changed
+        self._successes = 0  # since the limit last shrank
 
     def succeeded(self, now: float, in_flight: int) -> bool:
-        """Note a success; tell whether the limit has changed.
+        """Note a success, with so many calls in flight, itself included; tell whether the limit has changed.
 
-        It grows after as many successes in a row as it has slots, and only if they were in use: an idle limit
-        proves nothing about a higher one (RFC 9438, section 5.8).
+        The limit grows by one after a run of successes: the shorter, the farther it is below its target (RFC 9438,
+        section 4.4). Only those count that happen while it is in use, for an idle limit proves nothing about a
+        higher one (section 5.8).
         """
-        self._successes += 1
-        if self._successes < self.limit or 2 * in_flight < self.limit:
+        if 2 * in_flight < self.limit:
             return False
-        self._successes = 0
-        return self._set(max(self._exact, min(2 * self._exact, self._curve(now))))
+        self._run += 1
+        self._successes += 1
+        gap = self._target(now) - self.limit
+        if gap <= 0 or self._run * gap < self.limit:
+            return False
+        return self._set(self.limit + 1)
 
     def failed(self, now: float, admitted_at: float, in_flight: int) -> bool:
-        """Note a congestion; tell whether the limit has changed.
+        """Note a congestion, with so many calls in flight, itself included; tell whether the limit has changed.
 
         Calls that were admitted before the last shrinking belong to the same burst, and shrink it no further.
         """
-        self._successes = 0
-        if admitted_at < self._shrunk_at:
+        self._run = 0
+        if admitted_at <= self._shrunk_at:
             return False
-        self._shrunk_at = now
-        self._ceiling = float(min(in_flight, self.limit))
-        return self._set(self._ceiling * _SHRINK)
+        self._shrunk_at = self._epoch = now
+        self._successes = 0
+        too_many = min(in_flight, self.limit)
+        self._ceiling = max(too_many - 1, 1)
+        return self._set(int(too_many * _SHRINK))
 
-    def _curve(self, now: float) -> float:
+    def _target(self, now: float) -> float:
+        """Return where the curve stands; it is held at the ceiling until a try above it is due."""
         if self._ceiling is None:
-            return float("inf")
-        k = math.cbrt((1 - _SHRINK) / _STEEPNESS)
-        return self._ceiling * (1 + _STEEPNESS * (now - self._shrunk_at - k) ** 3)
+            return math.inf
+        climb = math.cbrt((1 - _SHRINK) / _STEEPNESS)
+        is_due = now - self._shrunk_at >= _HOLD_SECONDS and self._successes >= _HOLD_SUCCESSES
+        if not is_due and now - self._epoch > climb:
+            self._epoch = now - climb
+        return self._ceiling * (1 + _STEEPNESS * (now - self._epoch - climb) ** 3)
 
-    def _set(self, exact: float) -> bool:
-        self._exact = min(max(exact, self.config.min), self.config.max)
-        before, self.limit = self.limit, int(self._exact)
+    def _set(self, limit: int) -> bool:
+        self._run = 0
+        before, self.limit = self.limit, min(max(limit, self.config.min), self.config.max)
         return self.limit != before
