@@ -22,6 +22,7 @@ LEVELS = {
     "signatures": 1,
     "adaptive": 2,
     "permits": 2,
+    "remote": 2,
     "limiter": 3,
     "gate": 4,
     "entries": 5,
