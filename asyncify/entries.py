@@ -7,12 +7,13 @@ ended, which for a thread may be after its caller has given up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
+from inspect import iscoroutine
 from typing import Any, Literal
 
 from asyncify.background import background
@@ -20,6 +21,7 @@ from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
 from asyncify.errors import BridgeError
 from asyncify.gate import Gate, Pass
 from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
+from asyncify.remote import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.signatures import Shape, describe, shape_of
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
@@ -27,6 +29,7 @@ __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
 Bridge = Literal["thread", "error"] | Executor
 Kind = Literal["native", "bridged", "missing"]
 Function = Callable[..., Any]
+Submit = Callable[[tuple[Any, ...], dict[str, Any]], Future[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def _abridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Ent
     if bridge == "error":
         return Entry(_arefuse(fn, "async"), fn, shape, "missing")
     if isinstance(bridge, Executor):
-        return Entry(_delegated(fn, gate, bridge), fn, shape, "bridged")
+        return Entry(_delegated(fn, shape, gate, bridge), fn, shape, "bridged")
     bounded = gate is not None and gate.limiter.bounds_calls
     pool = ThreadPool(None if bounded else DEFAULT_THREADS, name)
     return Entry(_threaded(fn, shape, gate, pool), fn, shape, "bridged")
@@ -200,25 +203,77 @@ def _nothing(error: BaseException | None) -> None:
     pass
 
 
-def _delegated(fn: Function, gate: Gate | None, executor: Executor) -> Function:
+def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor) -> Function:
+    """Run a function by somebody's executor; one of threads gets the caller's context, no other can."""
+    if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
+        return _submitting(partial(_submit_to_threads, executor, fn), _receive, gate)
+    check_sendable(fn, shape, executor)
+    return _submitting(_sender(fn, shape, executor), partial(_unpack, fn, executor), gate)
+
+
+def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]], gate: Gate | None) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
-        permit = await gate.aenter(args, kwargs) if gate is not None else None
+        if gate is None:
+            return await receive(submit(args, kwargs))
+        permit = await gate.aenter(args, kwargs)
         try:
-            future = executor.submit(call_guarded, fn, *args, **kwargs)
+            future = submit(args, kwargs)
         except BaseException as error:
-            if permit is not None:
-                permit.leave(error)
+            permit.leave(error)
             raise
-        if permit is not None:
-            permit.step_out()
-            future.add_done_callback(partial(_end, permit))
-        return await asyncio.wrap_future(future)
+        permit.step_out()
+        future.add_done_callback(partial(_end, permit))
+        return await receive(future)
 
     return run
 
 
+def _submit_to_threads(
+    executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Future[Any]:
+    return executor.submit(_context_of_task().run, call_guarded, fn, *args, **kwargs)
+
+
+async def _receive(future: Future[Any]) -> Any:
+    result = await asyncio.wrap_future(future)
+    return await result if iscoroutine(result) else result
+
+
+def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
+    """Return what sends a call of a function to another process."""
+    ticket: list[Ticket | None] = []
+
+    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
+        if not ticket:  # only now has the pair a name that leads to its function
+            ticket.append(ticket_for(fn, executor))
+        if shape.takes_config and "config" in kwargs:
+            kwargs = {**kwargs, "config": portable_config(kwargs["config"])}
+        try:
+            return executor.submit(Parcel(ticket[0] or fn, args, kwargs))
+        except Exception as error:
+            raise refusal(fn, executor, error) from error
+
+    return submit
+
+
+async def _unpack(fn: Function, executor: Executor, future: Future[Outcome]) -> Any:
+    try:
+        outcome = await asyncio.wrap_future(future)
+    except Exception as error:
+        raise refusal(fn, executor, error) from error
+    if (failure := outcome.error) is not None:
+        raise failure
+    return outcome.result
+
+
 def _end(permit: Pass, future: Future[Any]) -> None:
-    permit.end(None if future.cancelled() else future.exception())
+    if future.cancelled():
+        permit.end()
+    elif (error := future.exception()) is not None:
+        permit.end(error)
+    else:
+        outcome = future.result()
+        permit.end(outcome.error if isinstance(outcome, Outcome) else None)
 
 
 def _refuse(fn: Function, colour: str) -> Function:

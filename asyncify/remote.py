@@ -1,0 +1,208 @@
+"""A call that leaves the process: its function goes by name, its error comes back in a form that survives.
+
+Any `concurrent.futures.Executor` may be behind it. None of them can be trusted with the rest: `pickle` refuses a
+function whose name now means the pair made from it, an error whose constructor wants more than its `args` breaks a
+`ProcessPoolExecutor` for good, and Dask takes keyword arguments like `key` and `retries` for its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from asyncify.errors import BridgeError, PairError
+from asyncify.signatures import Shape, describe
+
+__all__ = ["Outcome", "Parcel", "Ticket", "check_sendable", "portable_config", "refusal", "ticket_for"]
+
+Function = Callable[..., Any]
+
+_PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurrency")
+
+_WAYS = ("", ".func", ".__wrapped__", ".__func__")
+"""From what a name means to the function itself: it, the side of a pair, what a wrapper or a static method wraps."""
+
+
+def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
+    """Check, before any call, that an executor can run this function.
+
+    Raises:
+        PairError: it is a generator, wants a run manager, or has no name that another process could import.
+    """
+    target = type(executor).__name__
+    if shape.is_generator:
+        raise PairError(f"{describe(fn)} is a generator, and {target} can't hand on its chunks; drop bridge=")
+    if shape.takes_run_manager:
+        raise PairError(
+            f"{describe(fn)} takes run_manager, whose handlers can't leave the process; take config, or drop bridge="
+        )
+    if isinstance(executor, ProcessPoolExecutor) and "<" in getattr(fn, "__qualname__", ""):
+        raise PairError(
+            f"{describe(fn)} is a lambda or is defined inside a function, so the processes of a ProcessPoolExecutor "
+            "can't import it; define it at the top level of a module, or use loky.get_reusable_executor() or Dask, "
+            "which send the code itself"
+        )
+
+
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a config what can leave the process: no callbacks, and nothing that a framework keeps in it."""
+    portable = {key: config[key] for key in _PORTABLE if key in config}
+    if "configurable" in portable:
+        portable["configurable"] = {
+            key: value for key, value in portable["configurable"].items() if not key.startswith("__")
+        }
+    return portable
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Where another process finds a function."""
+
+    module: str
+    path: str
+
+    def redeem(self) -> Any:
+        """Return the function, imported if need be; None if there is no such name."""
+        found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
+        for name in self.path.split("."):
+            found = inspect.getattr_static(found, name, None)
+        return found
+
+
+def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
+    """Return where another process finds a function; None if the executor has to send the function itself.
+
+    What `__main__` is elsewhere is sure only for the processes that Python itself starts.
+    """
+    module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
+    if not module or not qualname or (module == "__main__" and not isinstance(executor, ProcessPoolExecutor)):
+        return None
+    tickets = (Ticket(module, qualname + way) for way in _WAYS)
+    return next((ticket for ticket in tickets if ticket.redeem() is fn), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A call, ready to be sent: called in another process, it makes it."""
+
+    fn: Function | Ticket
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Outcome:
+        """Make the call; whatever it raises is part of the outcome."""
+        try:
+            fn = self.fn.redeem() if isinstance(self.fn, Ticket) else self.fn
+            return Outcome(_packed_result(fn(*self.args, **self.kwargs)))
+        except Exception as error:  # noqa: BLE001  (it is raised where the call is awaited)
+            return Outcome(_packed_error(error), "".join(traceback.format_exception(error)))
+
+    @property
+    def __name__(self) -> str:
+        """What a dashboard calls the task."""
+        return self.fn.path if isinstance(self.fn, Ticket) else getattr(self.fn, "__name__", "call")
+
+    def __dask_tokenize__(self) -> str:
+        """Tell Dask that no call is like another: it would run equal ones once."""
+        return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call in another process has ended, pickled: with a result, or with an error and its traceback's text."""
+
+    packed: bytes
+    traceback: str = ""
+
+    @property
+    def result(self) -> Any:
+        """What the call returned."""
+        return pickle.loads(self.packed)  # noqa: S301  (it comes from our own worker)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the call raised, caused by the traceback it had there."""
+        if not self.traceback:
+            return None
+        try:
+            unpacked: Any = pickle.loads(self.packed)  # noqa: S301  (it comes from our own worker)
+            error: BaseException = unpacked.rebuild() if isinstance(unpacked, _Bare) else unpacked
+        except Exception:  # noqa: BLE001  (its class is not here, say)
+            error = BridgeError(f"the call failed in its process with {self.traceback.strip().splitlines()[-1]}")
+        error.__cause__ = _RemoteTracebackError(self.traceback)
+        return error
+
+
+class _RemoteTracebackError(Exception):
+    """The traceback of an error in the process where it was raised."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bare:
+    """An error without its constructor, which may want more than the `args` that `pickle` gives it."""
+
+    kind: type[BaseException]
+    args: tuple[Any, ...]
+    attributes: dict[str, Any]
+
+    def rebuild(self) -> BaseException:
+        error = self.kind.__new__(self.kind, *self.args)
+        error.args = self.args
+        error.__dict__.update(self.attributes)
+        return error
+
+
+def _packed_result(result: Any) -> bytes:
+    # Dask loses a result that can't be pickled, a process pool says so without a name: here it is told in time.
+    pickler: Any = sys.modules.get("cloudpickle", pickle)  # what loky and Dask have loaded
+    try:
+        return bytes(pickler.dumps(result))
+    except Exception as error:
+        raise BridgeError(f"its result, of type {type(result).__name__}, can't be pickled: {error}") from error
+
+
+def _packed_error(error: BaseException) -> bytes:
+    packed = _pickled(error)
+    if packed is not None:
+        return packed
+    attributes = {name: _portable(value) for name, value in vars(error).items()}
+    bare = _Bare(type(error), tuple(map(_portable, error.args)), attributes)
+    return _pickled(bare) or b""  # nothing of it survives but its traceback
+
+
+def _portable(value: Any) -> Any:
+    return repr(value) if _pickled(value) is None else value
+
+
+def _pickled(value: Any) -> bytes | None:
+    """Return a value pickled, or None if it would not come back."""
+    try:
+        pickled = pickle.dumps(value)
+        pickle.loads(pickled)  # noqa: S301  (made one line above)
+    except Exception:  # noqa: BLE001  (anything at all may be raised by a class's own code)
+        return None
+    return pickled
+
+
+def refusal(fn: Function, executor: Executor, error: Exception) -> BridgeError:
+    """Return the error for a call that an executor could not take, run or give back."""
+    what = f"{describe(fn)}: {type(executor).__name__} could not run it ({type(error).__name__}: {error})"
+    if isinstance(error, BrokenExecutor):
+        return BridgeError(f"{what}; a process of it has died, and it is of no use any more: make a new one")
+    if isinstance(error, pickle.PicklingError) or any(word in str(error) for word in ("pickle", "serialize")):
+        return BridgeError(
+            f"{what}; the function or its arguments can't be pickled: define the function at the top level of a "
+            'module and pass plain data, or keep it in this process with bridge="thread"'
+        )
+    return BridgeError(f"{what}; is it still running?")

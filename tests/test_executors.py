@@ -1,0 +1,411 @@
+"""A sync side that leaves the process: process pools, loky and Dask, all by `bridge=Executor`."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextvars import ContextVar
+from multiprocessing import get_context
+from typing import Any
+
+import loky  # type: ignore[import-untyped]  # it has no types
+import pytest
+from distributed import Client, LocalCluster
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.base import Runnable
+
+from asyncify import BridgeError, DeadlockError, Dual, Limiter, PairError, concurrency, dual
+
+SECONDS = 60  # a safety net, never the measure of anything
+
+colour = ContextVar("colour", default="none")
+
+
+class Late(Executor):
+    """An executor whose engine is set by the test, after the functions below have been decorated with it."""
+
+    def __init__(self) -> None:
+        self.engine: Executor | None = None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        assert self.engine is not None
+        return self.engine.submit(fn, *args, **kwargs)
+
+
+class LateProcesses(Late, ProcessPoolExecutor):
+    """The same, known as a `ProcessPoolExecutor`, for functions of this module that go by name."""
+
+
+engine = LateProcesses()
+
+
+class Refused(Exception):  # noqa: N818  (as users name theirs)
+    """An error whose constructor wants more than its `args`, which breaks a process pool that has to pickle it."""
+
+    def __init__(self, message: str, *, status_code: int) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.response = threading.Lock()  # stands for the connection that a real one holds
+
+
+@dual(bridge=engine)
+def score(text: str, key: int = 1, retries: int = 0) -> tuple[int, int]:
+    """Return a number and the process that it was made in; Dask would take `key` and `retries` for its own."""
+    return len(text) * key + retries, os.getpid()
+
+
+@dual(bridge=engine)
+def fail(kind: str) -> None:
+    """Raise."""
+    if kind == "plain":
+        raise KeyError("no such text")
+    if kind == "stop":
+        raise StopIteration
+    raise Refused("too many requests", status_code=429)
+
+
+@dual(bridge=engine)
+def see_config(text: str, config: RunnableConfig) -> dict[str, Any]:
+    """Return the config that reaches the process."""
+    return dict(config)
+
+
+@dual(bridge=engine)
+def give_lock(text: str) -> Any:
+    """Return something that can't be pickled."""
+    return threading.Lock()
+
+
+@dual(bridge=engine)
+def die(text: str) -> None:
+    """Take the process with it."""
+    os._exit(1)
+
+
+@dual(bridge=engine)
+def count_calls(directory: str) -> None:
+    """Leave a mark for each time that this really runs."""
+    descriptor, _ = tempfile.mkstemp(dir=directory)
+    os.close(descriptor)
+
+
+def processes() -> Iterator[Executor]:
+    """Start the processes of the standard library."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def loky_processes() -> Iterator[Executor]:
+    """Start loky's processes."""
+    pool = loky.ProcessPoolExecutor(1)
+    yield pool
+    pool.shutdown(wait=True, kill_workers=True)
+
+
+def dask_processes() -> Iterator[Executor]:
+    """Start a Dask cluster on this machine."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client.get_executor(pure=False)
+
+
+@pytest.fixture(scope="module", params=[processes, loky_processes, dask_processes], ids=["processes", "loky", "dask"])
+def remote(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """Set the engine of the functions above."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what these packages say among themselves is not what is tested
+        started = request.param()
+        engine.engine = next(started)
+        yield engine.engine
+        list(started)
+        engine.engine = None
+        gc.collect()
+
+
+async def test_a_call_runs_in_another_process(remote):
+    """The decorated function finds its way by name, although that name means the pair now."""
+    result, process = await score.ainvoke("abc")
+
+    assert result == 3
+    assert process != os.getpid()
+
+
+async def test_arguments_reach_the_function_and_nobody_else(remote):
+    """Keyword arguments that an executor knows itself are still the function's own."""
+    result, _ = await score.acall("abc", key=2, retries=5)
+
+    assert result == 11
+
+
+async def test_an_error_comes_back_with_the_traceback_it_had(remote):
+    """The error is the function's own, and what it was caused by shows the line in the other process."""
+    with pytest.raises(KeyError, match="no such text") as caught:
+        await fail.acall("plain")
+
+    assert 'raise KeyError("no such text")' in str(caught.value.__cause__)
+
+
+async def test_an_error_that_pickle_refuses_comes_back(remote):
+    """An error with a keyword-only argument and a lock inside keeps its class, text and number; the pool lives on."""
+    with pytest.raises(Refused, match="too many requests") as caught:
+        await fail.acall("refused")
+
+    assert caught.value.status_code == 429
+    assert "lock" in str(caught.value.response)
+    assert (await score.acall("abc"))[0] == 3
+
+
+async def test_stop_iteration_comes_back_as_a_runtime_error(remote):
+    """As through a thread, `StopIteration` arrives as the cause of another error."""
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        await fail.acall("stop")
+
+
+async def test_of_a_config_what_can_travel_does(remote):
+    """Tags, metadata and configurable reach the function; callbacks and a framework's own entries do not."""
+    config: RunnableConfig = {
+        "tags": ["t"],
+        "metadata": {"m": 1},
+        "configurable": {"user": "u", "__internal": threading.Lock()},
+    }
+    seen = await see_config.ainvoke("text", config)
+
+    assert seen["tags"] == ["t"]
+    assert seen["metadata"]["m"] == 1
+    assert seen["configurable"] == {"user": "u"}
+    assert "callbacks" not in seen
+
+
+async def test_an_argument_that_can_not_be_pickled_is_told(remote):
+    """An argument that can't travel gets an error that names the function and says what to do."""
+    with pytest.raises(BridgeError, match=r"test_executors\.score .* can't be pickled: .* bridge=\"thread\""):
+        await score.acall(threading.Lock())  # type: ignore[arg-type]  # that is the point
+
+
+async def test_a_result_that_can_not_be_pickled_is_told(remote):
+    """A result that can't travel gets an error that names its type."""
+    with pytest.raises(BridgeError, match="its result, of type lock, can't be pickled"):
+        await give_lock.acall("text")
+
+
+async def test_equal_calls_all_run(remote, tmp_path):
+    """Three equal calls are three calls, also where an executor takes functions for pure."""
+    await asyncio.gather(*(count_calls.acall(str(tmp_path)) for _ in range(3)))
+
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+async def test_the_middle_step_of_a_pipe_leaves_the_process(remote):
+    """In a pipe the steps around it stay here."""
+
+    async def here(value: Any) -> Any:
+        return value, os.getpid()
+
+    pipe: Runnable[Any, Any] = Dual(str.upper, here) | (lambda pair: pair[0]) | score | Dual(str, here)
+    (_, process), after = await pipe.ainvoke("abc")
+
+    assert process != os.getpid()
+    assert after == os.getpid()
+
+
+@pytest.fixture
+def dask_as_it_comes() -> Iterator[None]:
+    """Set Dask's own default as the engine of the functions above: an executor for pure functions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = dask_processes()
+        impure: Any = next(started)
+        engine.engine = impure._client.get_executor()
+        yield
+        list(started)
+        engine.engine = None
+
+
+async def test_dasks_own_executor_does_not_make_one_call_of_equal_ones(dask_as_it_comes, tmp_path):
+    """A Dask executor that was made without `pure=False` runs equal calls all the same."""
+    await asyncio.gather(*(count_calls.acall(str(tmp_path)) for _ in range(3)))
+
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_function_without_a_name_is_refused_when_it_is_decorated():
+    """The processes of the standard library import a function by name, so a lambda is told at once, with the cure."""
+    with pytest.raises(PairError, match=r"is a lambda or is defined inside a function.* loky\.get_reusable_executor"):
+        dual(lambda text: text, bridge=engine)
+
+
+async def test_a_function_without_a_name_goes_where_code_is_sent():
+    """A closure over local values is sent as it is by loky, which pickles code."""
+    suffix = "!"
+    pool = loky.ProcessPoolExecutor(1)
+    try:
+        pair = dual(lambda text: text + suffix, bridge=pool)
+
+        assert await pair.acall("abc") == "abc!"
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+def test_a_generator_is_refused():
+    """An executor gives one result for a call, so a generator is refused when it is decorated."""
+
+    def chunks(text: str) -> Iterator[str]:
+        yield from text
+
+    for executor in (engine, ThreadPoolExecutor(1)):
+        with pytest.raises(PairError, match=r"is a generator, and .* can't hand on its chunks"):
+            dual(chunks, bridge=executor)
+
+
+def test_a_run_manager_is_refused():
+    """The handlers of a run live in this process, so a function that wants them is refused when it is decorated."""
+
+    def report(text: str, run_manager: Any) -> str:
+        return text
+
+    with pytest.raises(PairError, match="takes run_manager, whose handlers can't leave the process"):
+        dual(report, bridge=engine)
+
+
+def test_what_was_refused_is_not_registered():
+    """A refused decoration leaves its name free."""
+    with pytest.raises(PairError):
+        dual(lambda text: text, bridge=engine, name="refused")
+
+    dual(lambda text: text, name="refused")
+
+
+async def test_threads_of_somebody_else_get_the_context():
+    """A `ThreadPoolExecutor` runs the function with the caller's context variables, and none leaks out."""
+
+    def paint(text: str) -> str:
+        before = colour.get()
+        colour.set("red")
+        return before
+
+    colour.set("blue")
+    with ThreadPoolExecutor(1) as threads:
+        pair = dual(paint, bridge=threads)
+
+        assert await pair.acall("abc") == "blue"
+        assert colour.get() == "blue"
+
+
+async def test_a_coroutine_from_threads_of_somebody_else_is_awaited():
+    """`lambda q: fetch(q)` over an async function gives the result, by whichever threads it runs."""
+
+    async def fetch(text: str) -> str:
+        return text.upper()
+
+    with ThreadPoolExecutor(1) as threads:
+        assert await dual(lambda text: fetch(text), bridge=threads).acall("abc") == "ABC"  # noqa: PLW0108
+
+
+async def test_a_cancelled_call_holds_its_slot_until_the_executor_is_done():
+    """What an executor has begun runs on, so it counts against the limit for as long."""
+    started, go = threading.Event(), threading.Event()
+
+    def stuck(text: str) -> None:
+        started.set()
+        assert go.wait(SECONDS)
+
+    limiter = Limiter(limit=1)
+    with ThreadPoolExecutor(1) as threads:
+        pair = concurrency(limiter=limiter)(dual(stuck, bridge=threads))
+        call = asyncio.create_task(pair.acall("abc"))
+        await asyncio.to_thread(started.wait, SECONDS)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        held = limiter.stats().in_flight
+        go.set()
+
+    assert (held, limiter.stats().in_flight) == (1, 0)
+
+
+async def test_what_the_limiter_says_is_not_blamed_on_the_executor():
+    """A call that could only wait for itself gets the limiter's own error."""
+    limiter = Limiter(limit=1)
+    pair = concurrency(limiter=limiter)(Dual(score.func))
+    pair.furnish(bridge=engine)
+    with limiter, pytest.raises(DeadlockError):
+        await pair.acall("abc")
+
+
+async def test_an_executor_that_was_shut_down_is_told():
+    """The error names the function and the executor, and the call's slot is free again."""
+    pool = ProcessPoolExecutor(1)
+    pool.shutdown()
+    engine.engine = pool
+    limiter = Limiter(limit=1)
+    pair = concurrency(limiter=limiter)(Dual(score.func))
+    pair.furnish(bridge=engine)
+    with pytest.raises(BridgeError, match=r"score .*LateProcesses could not run it \(RuntimeError: .*shutdown"):
+        await pair.acall("abc")
+    engine.engine = None
+
+    assert limiter.stats().in_flight == 0
+
+
+async def test_a_process_that_died_is_told():
+    """A pool whose process has died is broken for good, and the error says so."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        engine.engine = pool
+        with pytest.raises(BridgeError, match=r"a process of it has died, .* make a new one"):
+            await die.acall("abc")
+        engine.engine = None
+
+
+MAIN = """
+import asyncio, os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import loky  # type: ignore[import-untyped]  # it has no types
+from asyncify import dual
+
+processes = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+pool = loky.get_reusable_executor(max_workers=1)
+
+@dual(bridge=processes)
+def shout(text):
+    return text.upper(), os.getpid()
+
+@dual(bridge=pool)
+def whisper(text):
+    return text.lower(), os.getpid()
+
+async def main():
+    for pair in (shout, whisper):
+        text, process = await pair.ainvoke("Abc")
+        print(text, process != os.getpid())
+
+if __name__ == "__main__":
+    asyncio.run(main())
+    processes.shutdown()
+    pool.shutdown()
+"""
+
+
+def test_a_function_of_the_main_program_leaves_the_process(tmp_path):
+    """What stands in the program itself is found by processes that start it again, and sent to those that do not."""
+    program = tmp_path / "program.py"
+    program.write_text(MAIN)
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=SECONDS, check=False, env=with_package()
+    )
+
+    assert (done.stdout, done.stderr) == ("ABC True\nabc True\n", "")
+
+
+def with_package() -> dict[str, str]:
+    """Return an environment in which a program anywhere finds this package."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
