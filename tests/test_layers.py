@@ -26,6 +26,7 @@ LEVELS = {
     "entries": 5,
     "fanout": 5,
     "pipes": 5,
+    "streams": 5,
     "runnable": 6,
     "methods": 7,
     "pairs": 7,
