@@ -31,15 +31,16 @@ LEVELS = {
     "methods": 7,
     "pairs": 7,
     "decorators": 8,
-    "__init__": 9,
+    "patch": 9,
+    "__init__": 10,
     # the edge
-    "testing": 10,
-    "http": 10,
-    "shared": 10,
-    "metrics": 10,
-    "check": 10,
-    "pytest_plugin": 11,  # offers `testing` as fixtures
-    "cli": 11,  # offers `check` as a command
+    "testing": 11,
+    "http": 11,
+    "shared": 11,
+    "metrics": 11,
+    "check": 11,
+    "pytest_plugin": 12,  # offers `testing` as fixtures
+    "cli": 12,  # offers `check` as a command
 }
 
 
