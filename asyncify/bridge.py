@@ -229,8 +229,9 @@ class ThreadPool(Executor):
         Closed early, it closes the generator first; cancelled, it leaves that to the thread.
         """
         requests: SimpleQueue[_Call | None] = SimpleQueue()
+        source = _Source(chunks, ended)
         try:
-            self._start(partial(_serve, requests, ended))
+            self._start(partial(_serve, requests, source))
         except BaseException as error:
             ended(error)
             raise
@@ -241,13 +242,13 @@ class ThreadPool(Executor):
             return call.wait()
 
         try:
-            while (chunk := await ask(partial(next, chunks, _END))) is not _END:
+            while (chunk := await ask(source.next)) is not _END:
                 yield chunk
         except asyncio.CancelledError:
-            requests.put(_Call(lambda: context.run(chunks.close), _nothing))
+            requests.put(_Call(lambda: context.run(source.close), _nothing))
             raise
         except BaseException:
-            await ask(chunks.close)
+            await ask(source.close)
             raise
         finally:
             requests.put(None)
@@ -300,13 +301,41 @@ def _nothing(error: BaseException | None) -> None:
     pass
 
 
-def _serve(requests: SimpleQueue[_Call | None], ended: Ended) -> None:
-    failed = None
+class _Source:
+    """A generator that tells of its end once, and before its reader can know of it."""
+
+    __slots__ = ("_chunks", "_ended")
+
+    def __init__(self, chunks: Generator[Any, Any, Any], ended: Ended) -> None:
+        self._chunks = chunks
+        self._ended = ended
+
+    def next(self) -> Any:
+        try:
+            chunk = next(self._chunks, _END)
+        except BaseException as error:
+            self.tell(error)
+            raise
+        if chunk is _END:
+            self.tell(None)
+        return chunk
+
+    def close(self) -> None:
+        try:
+            self._chunks.close()
+        finally:
+            self.tell(None)
+
+    def tell(self, error: BaseException | None) -> None:
+        ended, self._ended = self._ended, _nothing
+        ended(error)
+
+
+def _serve(requests: SimpleQueue[_Call | None], source: _Source) -> None:
     while (request := requests.get()) is not None:
-        failed = request.run() or failed
+        request.run()
         del request
-    ended(failed)
-    del failed  # its traceback holds this frame too
+    source.tell(None)
 
 
 def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
