@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from _thread import allocate_lock
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -115,8 +115,9 @@ class Limiter(BaseRateLimiter):
         """Start with nobody inside and nobody waiting."""
         self._lock = threading.Lock()
         self._queue: OrderedDict[Permit, None] = OrderedDict()
+        self._rate_only: OrderedDict[Permit, None] = OrderedDict()  # those of the queue who need no slot
         self._departed: deque[Permit] = deque()
-        self._blocked = 0
+        self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
         self._timer: Timer | None = None
 
     def after_fork(self) -> None:
@@ -154,12 +155,13 @@ class Limiter(BaseRateLimiter):
             now = self._now()
             while self._departed:
                 self._take_back(self._departed.popleft(), now)
-            if not self._queue:
+            if not self._queue or self._may_pass(permit):
                 at = self._meter.admit(now, permit.cost, now, permit.slots)
                 if not at:
                     permit.at = now
                     self._admitted += 1
                     return True
+                check_affordable(permit.cost, self._meter.limits, self._title())
                 if queue:
                     self._call_back_at(at)
             permit.at = None
@@ -167,17 +169,21 @@ class Limiter(BaseRateLimiter):
             if queue:
                 permit.since = now
                 permit.ahead = len(self._queue)
-                self._queue[permit] = None
+                self._enqueue(permit)
             return False
         finally:
             lock.release()
+
+    def _may_pass(self, permit: Permit) -> bool:
+        """Whether all who are ahead wait for a slot, and this call, which may be inside already, needs none."""
+        return not permit.slots and not self._rate_only and self._meter.is_full
 
     def _wait(self, permit: Permit, timeout: float | None) -> None:
         ready = allocate_lock()
         ready.acquire()
         try:
-            if permit.outer is not None:
-                self._check_certain_end(permit, held_by_this_thread())
+            if permit.outer is not None and permit.slots:
+                self._check_certain_end(permit, held_by_this_thread(), timeout)
             if self._must_wait(permit, ready.release, timeout):
                 ready.acquire()
         except BaseException:
@@ -189,8 +195,8 @@ class Limiter(BaseRateLimiter):
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
         try:
-            if permit.outer is not None:
-                self._check_certain_end(permit, held_by_this_task())
+            if permit.outer is not None and permit.slots:
+                self._check_certain_end(permit, held_by_this_task(), timeout)
             if self._must_wait(permit, partial(_resolve, loop, ready), timeout):
                 await ready
         except BaseException:
@@ -198,16 +204,21 @@ class Limiter(BaseRateLimiter):
             raise
         self._check_in_time(permit)
 
-    def _check_certain_end(self, permit: Permit, held: Iterable[Permit]) -> None:
-        """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside."""
-        blocks = tuple(other for other in held if other.place is self and other.slots)
+    def _check_certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> None:
+        """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside.
+
+        A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
+        """
+        blocks = tuple({other for other in held if other.place is self and other.slots})
         with self._lock:
             if not blocks or permit not in self._queue:
                 return
-            permit.blocks = blocks
-            self._blocked += len(blocks)
-            doomed = bool(permit.slots) and self._blocked == self._meter.limits.limit
+            inside = {other for other in (*self._blocked, *blocks) if not other.ended}
+            doomed = len(inside) >= (self._meter.limits.limit or math.inf)
             self._rejected += doomed
+            if self._timeout_of(timeout) is None:
+                permit.blocks = blocks
+                self._blocked.update(blocks)
         self._settle()
         if doomed:
             raise DeadlockError(self._deadlock_message())
@@ -220,18 +231,21 @@ class Limiter(BaseRateLimiter):
         permit.wake = wake
         if self._departed:
             self._settle()
-        timeout = self.timeout if timeout is None else timeout
+        timeout = self._timeout_of(timeout)
         if permit.at is None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         return permit.at is None
+
+    def _timeout_of(self, timeout: float | None) -> float | None:
+        return self.timeout if timeout is None else timeout
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
         with self._lock:
             late = permit in self._queue
-            self._rejected += late
+            if late:
+                self._turn_away(permit)  # at once, as it might be admitted when the lock is free
         if late:
-            permit.end()
             self._wake([permit])
         self._settle(wait=True)
 
@@ -239,6 +253,7 @@ class Limiter(BaseRateLimiter):
         if permit.timer is not None:
             permit.timer.cancel()
         if permit.at is None:
+            check_affordable(permit.cost, self._meter.limits, self._title())
             raise LimitTimeout(
                 f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
                 "ahead of it when it came. Raise timeout= or the limit, or send less."
@@ -252,7 +267,11 @@ class Limiter(BaseRateLimiter):
         granted: list[Permit] = []
         while queue:
             permit = next(iter(queue))
-            if at := self._meter.admit(now, permit.cost, permit.since, permit.slots):
+            at = self._meter.admit(now, permit.cost, permit.since, permit.slots)
+            if at == math.inf and self._rate_only:  # who needs no slot passes those who wait for one
+                permit = next(iter(self._rate_only))
+                at = self._meter.admit(now, permit.cost, permit.since, permit.slots)
+            if at:
                 self._call_back_at(at)
                 break
             self._dequeue(permit)
@@ -262,10 +281,24 @@ class Limiter(BaseRateLimiter):
             granted.append(permit)
         return granted
 
+    def _enqueue(self, permit: Permit) -> None:
+        self._queue[permit] = None
+        if not permit.slots:
+            self._rate_only[permit] = None
+
     def _dequeue(self, permit: Permit) -> None:
         del self._queue[permit]
-        if permit.blocks:
-            self._blocked -= len(permit.blocks)
+        if not permit.slots:
+            del self._rate_only[permit]
+        for other in permit.blocks:
+            self._blocked[other] -= 1
+            if not self._blocked[other]:
+                del self._blocked[other]
+
+    def _turn_away(self, permit: Permit) -> None:
+        self._dequeue(permit)
+        self._rejected += 1
+        permit.ended = True
 
     def _call_back_at(self, at: float) -> None:
         if at == math.inf or (self._timer is not None and self._timer.when <= at):
@@ -282,10 +315,11 @@ class Limiter(BaseRateLimiter):
             if permit in self._queue:
                 self._dequeue(permit)
             return
-        if permit.outcome is not None or self._adaptive is not None:
+        if permit.outcome is not None or (self._adaptive is not None and permit.slots):
             self._learn(permit, permit.at, now)
         if permit.slots:
             self._meter.release(now)
+        permit.at = None  # two threads may have given it up at the same moment; it is taken back once
 
     def _learn(self, permit: Permit, at: float, now: float) -> None:
         outcome = permit.outcome
@@ -355,7 +389,9 @@ class Limiter(BaseRateLimiter):
                 try:
                     permit.wake()
                 except RuntimeError:  # its event loop is closed: nobody is left to start this call
-                    permit.give_up()
+                    permit.outcome = UNUSED
+                    permit.ended = True
+                    self._departed.append(permit)  # the caller settles; to settle here would nest, once a waiter
 
     # --- the faces ---
 
@@ -441,17 +477,21 @@ class Limiter(BaseRateLimiter):
         Raises:
             TypeError, ValueError: nothing would be left to limit, or an argument can't be meant.
         """
-        old = self._meter.limits
         changes = {"per_second": per_second, "per_minute": per_minute, "per_hour": per_hour}
-        amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
-        amounts.update({name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period})
-        amounts.update({name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)})
-        adaptive, slots = (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
-        new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
-        limits = Limits.of(limit=slots, burst=new_burst, **amounts)
         with self._lock:
+            old = self._meter.limits
+            amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
+            amounts |= {name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period}
+            amounts |= {name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)}
+            adaptive, slots = (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
+            new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
+            limits = Limits.of(limit=slots, burst=new_burst, **amounts)
             self._adaptive = adaptive
             self._meter.configure(limits)
+            hopeless = [permit for permit in self._queue if permit.cost > limits.largest_cost]
+            for permit in hopeless:
+                self._turn_away(permit)
+        self._wake(hopeless)
         self._settle(wait=True)
 
     # --- what it tells ---
@@ -521,6 +561,13 @@ def check_cost(cost: object) -> float:
     if not 0 <= cost < math.inf:
         raise ValueError(f"cost={cost!r}: must be finite and not negative")
     return cost
+
+
+def check_affordable(cost: float, limits: Limits, what: str) -> None:
+    """Raise a ValueError for a cost that could never be admitted."""
+    if cost > limits.largest_cost:
+        tightest = min(limits.rates, key=lambda rate: rate.amount)
+        raise ValueError(f"{what}: a cost of {cost:g} can never be admitted, as the limit is {tightest}")
 
 
 _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()

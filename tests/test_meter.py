@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -229,7 +230,7 @@ EVENTS = st.one_of(
 class TestAgainstTheModel:
     @settings(max_examples=400, deadline=None)
     @given(any_limits(), st.lists(EVENTS, max_size=60))
-    def test_no_sequence_of_events_breaks_a_promise(self, first: Limits, events: list[tuple]) -> None:
+    def test_no_sequence_of_events_breaks_a_promise(self, first: Limits, events: list[tuple[Any, ...]]) -> None:
         """No window over, no place lost, no wait without a reason, whatever comes in whatever order."""
         model = Model(first)
         for event, *arguments in events:
@@ -239,7 +240,7 @@ class TestAgainstTheModel:
 
     @settings(max_examples=200, deadline=None)
     @given(any_limits(), st.lists(EVENTS, max_size=60))
-    def test_everybody_who_waits_comes_in_the_end(self, first: Limits, events: list[tuple]) -> None:
+    def test_everybody_who_waits_comes_in_the_end(self, first: Limits, events: list[tuple[Any, ...]]) -> None:
         """Once the calls inside end and time passes, the queue is empty and all slots are free."""
         model = Model(first)
         for event, *arguments in events:
@@ -603,7 +604,7 @@ class TestIdle:
             ({"per_second": 0.01, "per_minute": 9}, 100.0),
         ],
     )
-    def test_a_call_that_still_counts_is_not_idle(self, amounts: dict[str, float], idle_at: float) -> None:
+    def test_a_call_that_still_counts_is_not_idle(self, amounts: dict[str, Any], idle_at: float) -> None:
         """A meter is idle when a new one would decide the same: when all windows are empty."""
         meter = Meter(limits(**amounts))
         meter.admit(0, 1, 0, 0)
@@ -654,7 +655,7 @@ class TestLimits:
             ),
         ],
     )
-    def test_bad_arguments_are_told(self, arguments: dict, error: type[Exception], message: str) -> None:
+    def test_bad_arguments_are_told(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
         """What limits nothing or can't be meant is an error that names the argument and how to write it."""
         with pytest.raises(error) as caught:
             limits(**arguments)
@@ -679,6 +680,6 @@ class TestLimits:
         ("amounts", "largest"),
         [({"limit": 2}, math.inf), ({"per_second": 5, "per_hour": 3}, 3), ({"per_second": 0.1}, 1)],
     )
-    def test_the_largest_cost_is_what_the_tightest_rate_holds(self, amounts: dict, largest: float) -> None:
+    def test_the_largest_cost_is_what_the_tightest_rate_holds(self, amounts: dict[str, Any], largest: float) -> None:
         """A rate under one holds one call all the same."""
         assert limits(**amounts).largest_cost == largest
