@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 __all__ = ["Clock", "MonotonicClock", "Timer", "monotonic_clock"]
@@ -56,7 +57,9 @@ class MonotonicClock:
 
     def _reset(self) -> None:
         # A fork takes no thread along, and a lock that another thread held would stay locked.
-        self._changed = threading.Condition(threading.Lock())
+        # Both are re-entrant: a finalizer may set a timer in the middle of anything, of `call_at` itself too.
+        self._lock = threading.RLock()
+        self._wakeups: SimpleQueue[None] = SimpleQueue()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._sweep_at = _SWEEP
@@ -68,7 +71,7 @@ class MonotonicClock:
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
         """Run `callback` on the timer thread at `when`; it must be short and must not raise."""
         timer = Timer(when, callback)
-        with self._changed:
+        with self._lock:
             if len(self._timers) >= self._sweep_at:
                 self._sweep()
             heapq.heappush(self._timers, (when, next(self._order), timer))
@@ -76,35 +79,46 @@ class MonotonicClock:
                 self._running = True
                 threading.Thread(target=self._run, name="asyncify-timer", daemon=True).start()
             elif self._timers[0][2] is timer:
-                self._changed.notify()
+                self._wakeups.put(None)
         return timer
 
     def _sweep(self) -> None:
         """Drop the cancelled timers; as the heap must double in between, a timer pays O(1) for it."""
-        self._timers = [entry for entry in self._timers if not entry[2].cancelled]
+        timers, self._timers = self._timers, []
+        self._timers.extend([entry for entry in timers if not entry[2].cancelled])
         heapq.heapify(self._timers)
         self._sweep_at = 2 * len(self._timers) + _SWEEP
 
     def _run(self) -> None:
-        while (timer := self._next_due()) is not None:
-            if not timer.cancelled:
-                timer.callback()
+        while True:
+            while (timer := self._take_due()) is not None:
+                if not timer.cancelled:
+                    timer.callback()
+            try:
+                self._wakeups.get(timeout=self._until_next())
+            except Empty:
+                if self._may_end():
+                    return
 
-    def _next_due(self) -> Timer | None:
-        """Wait for the next timer that is due; None when there has been nothing to wait for."""
-        with self._changed:
-            while True:
-                while self._timers and self._timers[0][2].cancelled:
-                    heapq.heappop(self._timers)
-                if not self._timers:
-                    if not self._changed.wait(_IDLE_SECONDS) and not self._timers:
-                        self._running = False
-                        return None
-                    continue
-                wait = self._timers[0][0] - time.monotonic()
-                if wait <= 0:
-                    return heapq.heappop(self._timers)[2]
-                self._changed.wait(wait)
+    def _take_due(self) -> Timer | None:
+        with self._lock:
+            if not self._timers:
+                return None
+            entry = heapq.heappop(self._timers)  # taken before it is looked at: another may come to the front
+            if entry[2].cancelled or entry[0] <= time.monotonic():
+                return entry[2]
+            heapq.heappush(self._timers, entry)
+            return None
+
+    def _until_next(self) -> float:
+        with self._lock:
+            return max(self._timers[0][0] - time.monotonic(), 0.0) if self._timers else _IDLE_SECONDS
+
+    def _may_end(self) -> bool:
+        with self._lock:
+            if not self._timers:
+                self._running = False
+            return not self._running
 
 
 monotonic_clock = MonotonicClock()

@@ -54,7 +54,7 @@ def _retry_after(headers: Any) -> float | None:
 
 def _seconds_until(date: str) -> float:
     try:
-        moment = parsedate_to_datetime(date)
-    except (TypeError, ValueError):
+        moment = parsedate_to_datetime(date).astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
         return -1.0
-    return max((moment.astimezone(UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+    return max((moment - datetime.now(UTC)).total_seconds(), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -16,11 +17,12 @@ from typing import Any, Protocol
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
-from asyncify.background import background
+from asyncify.background import BackgroundLoop
 from asyncify.limiter import Limiter, check_cost
-from asyncify.meter import Limits, check_positive
-from asyncify.permits import permits
+from asyncify.meter import check_positive
+from asyncify.permits import Permit, permits
 from asyncify.signatures import describe, shape_of, signature_of
+from asyncify.turnstile import check_affordable
 
 __all__ = ["ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
 
@@ -38,13 +40,37 @@ class KeyedLimiter:
         self.key = key
         self.name = name
         self._arguments = limits
-        self._lock = threading.Lock()
+        self.after_fork()
+        _keyed.add(self)
         # Whoever is inside or waits keeps a limiter alive; `_recent` keeps those whose admissions still count.
         self._alive: weakref.WeakValueDictionary[Hashable, Limiter] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Hashable, Limiter] = OrderedDict()
 
     bounds_calls = False
     """There is a limit on the calls of a key, but none on their sum over all keys."""
+
+    def after_fork(self) -> None:
+        """Make a lock that no thread of the parent holds."""
+        self._lock = threading.Lock()
+
+    def enter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
+        """Wait in this thread at the limiter of a key."""
+        limiter = self[key]
+        permit = limiter.enter(cost, 1, timeout)
+        self._remember(key, limiter)
+        return permit
+
+    async def aenter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
+        """Wait in this task at the limiter of a key."""
+        limiter = self[key]
+        permit = await limiter.aenter(cost, 1, timeout)
+        self._remember(key, limiter)
+        return permit
+
+    def _remember(self, key: Hashable, limiter: Limiter) -> None:
+        """Keep a limiter that was forgotten as idle between being looked up and admitting."""
+        with self._lock:
+            self._recent.setdefault(key, limiter)
 
     def __getitem__(self, key: Hashable) -> Limiter:
         """Return the limiter of a key; make it if there is none."""
@@ -63,6 +89,8 @@ class KeyedLimiter:
             key, limiter = next(iter(self._recent.items()))
             if len(self._recent) > 1 and limiter.is_idle():
                 del self._recent[key]
+            else:
+                self._recent.move_to_end(key)  # or a busy one would keep all others from being looked at
 
     def __len__(self) -> int:
         """Return how many keys are remembered."""
@@ -87,6 +115,17 @@ class KeyedLimiter:
         return f"<KeyedLimiter {name}{self.state()}>"
 
 
+_keyed: weakref.WeakSet[KeyedLimiter] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for limiter in list(_keyed):
+        limiter.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class _FreePass:
     """What a foreign limiter grants: it has no slots, so there is nothing to give back."""
 
@@ -107,12 +146,15 @@ class _FreePass:
 
 _FREE_PASS = _FreePass()
 
+_waiting_loop = BackgroundLoop()
+"""Where the waiting for an `AsyncLimiter` is done. No call runs on it, so none can wait there for itself."""
+
 
 class ForeignLimiter:
     """Somebody else's rate limiter, made to serve both paths and every event loop.
 
     A LangChain `BaseRateLimiter` has both paths itself. An `aiolimiter.AsyncLimiter` belongs to the first event
-    loop that uses it, so all its waiting is done on the background loop.
+    loop that uses it, so all its waiting is done on one loop in the background.
     """
 
     bounds_calls = False
@@ -128,7 +170,12 @@ class ForeignLimiter:
     def enter(self) -> _FreePass:
         """Wait in this thread for the rate."""
         if isinstance(self._limiter, AsyncLimiter):
-            asyncio.run_coroutine_threadsafe(self._limiter.acquire(), background.loop()).result()
+            acquired = asyncio.run_coroutine_threadsafe(self._limiter.acquire(), _waiting_loop.loop())
+            try:
+                acquired.result()
+            except BaseException:
+                acquired.cancel()
+                raise
         else:
             self._limiter.acquire()
         return _FREE_PASS
@@ -136,7 +183,7 @@ class ForeignLimiter:
     async def aenter(self) -> _FreePass:
         """Wait in this task for the rate."""
         if isinstance(self._limiter, AsyncLimiter):
-            acquired = asyncio.run_coroutine_threadsafe(self._limiter.acquire(), background.loop())
+            acquired = asyncio.run_coroutine_threadsafe(self._limiter.acquire(), _waiting_loop.loop())
             await asyncio.wrap_future(acquired)
         else:
             await self._limiter.aacquire()
@@ -213,7 +260,9 @@ class Gate:
         if isinstance(limiter, ForeignLimiter):
             return limiter.enter()
         cost = self._cost_of(limiter, args, kwargs)
-        return self._limiter_of(limiter, args, kwargs).enter(cost, 1, self.timeout)
+        if isinstance(limiter, KeyedLimiter):
+            return limiter.enter(self._key_of(limiter, args, kwargs), cost, self.timeout)
+        return limiter.enter(cost, 1, self.timeout)
 
     async def aenter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         """Wait in this task until the call may start."""
@@ -221,15 +270,15 @@ class Gate:
         if isinstance(limiter, ForeignLimiter):
             return await limiter.aenter()
         cost = self._cost_of(limiter, args, kwargs)
-        return await self._limiter_of(limiter, args, kwargs).aenter(cost, 1, self.timeout)
+        if isinstance(limiter, KeyedLimiter):
+            return await limiter.aenter(self._key_of(limiter, args, kwargs), cost, self.timeout)
+        return await limiter.aenter(cost, 1, self.timeout)
 
-    def _limiter_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Limiter:
-        if isinstance(limiter, Limiter):
-            return limiter
+    def _key_of(self, limiter: KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         key = limiter.key(self._input(args, kwargs))
         if not isinstance(key, Hashable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"key= of {self._title} gave {key!r}, which has no hash; let it give a string, say")
-        return limiter[key]
+        return key
 
     def _cost_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if not callable(self.cost):
@@ -284,10 +333,3 @@ def _check_usable(
         raise ValueError("cost= needs a rate, as in per_minute=90_000, cost=count_tokens")
     if not callable(cost):
         check_affordable(cost, limiter.limits, f"cost={cost!r}")
-
-
-def check_affordable(cost: float, limits: Limits, what: str) -> None:
-    """Raise a ValueError for a cost that could never be admitted."""
-    if cost > limits.largest_cost:
-        tightest = min(limits.rates, key=lambda rate: rate.amount)
-        raise ValueError(f"{what}: a cost of {cost:g} can never be admitted, as the limit is {tightest}")

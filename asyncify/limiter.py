@@ -141,17 +141,21 @@ class Limiter(Turnstile, BaseRateLimiter):
         Raises:
             TypeError, ValueError: nothing would be left to limit, or an argument can't be meant.
         """
-        old = self._meter.limits
         changes = {"per_second": per_second, "per_minute": per_minute, "per_hour": per_hour}
-        amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
-        amounts.update({name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period})
-        amounts.update({name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)})
-        adaptive, slots = (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
-        new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
-        limits = Limits.of(limit=slots, burst=new_burst, **amounts)
         with self._lock:
+            old = self._meter.limits
+            amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
+            amounts |= {name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period}
+            amounts |= {name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)}
+            adaptive, slots = (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
+            new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
+            limits = Limits.of(limit=slots, burst=new_burst, **amounts)
             self._adaptive = adaptive
             self._meter.configure(limits)
+            hopeless = [permit for permit in self._queue if permit.cost > limits.largest_cost]
+            for permit in hopeless:
+                self._turn_away(permit)
+        self._wake(hopeless)
         self._settle(wait=True)
 
     # --- what it tells ---

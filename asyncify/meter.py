@@ -215,6 +215,11 @@ class Meter:
         longest = max((window.period for window in self._windows), default=0.0)
         return not self.in_flight and now >= max(self._last + longest, self._next, self.paused_until)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no slot is free."""
+        return self.in_flight >= self._slots
+
     def admit(self, now: float, cost: float, since: float, slots: int = 1) -> float:
         """Admit a call that has been waiting since `since`, or say when to ask again.
 

@@ -53,6 +53,9 @@ class Permit:
         "token",
     )
 
+    outer: Permit | None
+    ended: bool
+
     at: float | None
     """When it was admitted; None while it waits."""
 
@@ -75,7 +78,10 @@ class Permit:
         self.epoch = place.epoch  # a forked child has others
         self.cost = cost
         self.slots = slots
-        self.outer = innermost.get()
+        outer = innermost.get()
+        while outer is not None and outer.ended:
+            outer = outer.outer
+        self.outer = outer
         self.thread = get_ident()
         self.ended = False
         self.outcome = None
@@ -101,8 +107,7 @@ class Permit:
         except (ValueError, RuntimeError):
             self.step_out()
         if not self.ended:
-            self.ended = True
-            self.place.give_back(self, error)
+            self.end(error)
 
     def step_out(self) -> None:
         """Leave the context of the call, which goes on elsewhere and ends there."""
@@ -113,10 +118,14 @@ class Permit:
         """End the call, from any thread and any context, a finalizer's included; only the first time counts."""
         if not self.ended:
             self.ended = True
+            while self.outer is not None and self.outer.ended:  # or a chain of tasks would keep all of its permits
+                self.outer = self.outer.outer
             self.place.give_back(self, error)
 
     def give_up(self) -> None:
         """Give the place back without having used it, be it waiting still or admitted already."""
+        if self.timer is not None:
+            self.timer.cancel()
         self.outcome = UNUSED
         self.end()
 

@@ -23,7 +23,7 @@ class FakeClock:
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may set a timer in the middle of `call_at`
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
 

@@ -15,7 +15,7 @@ import threading
 import weakref
 from _thread import allocate_lock
 from asyncio import _get_running_loop, get_running_loop
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.meter import Limits, Meter
 from asyncify.permits import UNUSED, Permit, held_by_this_task, held_by_this_thread, innermost, permits
 
-__all__ = ["RECENT", "Turnstile"]
+__all__ = ["RECENT", "Turnstile", "check_affordable"]
 
 RECENT = 1000
 """Admissions whose waiting times are kept."""
@@ -72,8 +72,9 @@ class Turnstile:
         """Start with nobody inside and nobody waiting."""
         self._lock = threading.Lock()
         self._queue: OrderedDict[Permit, None] = OrderedDict()
+        self._rate_only: OrderedDict[Permit, None] = OrderedDict()  # those of the queue who need no slot
         self._departed: deque[Permit] = deque()
-        self._blocked = 0
+        self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
         self._timer: Timer | None = None
 
     def after_fork(self) -> None:
@@ -127,32 +128,41 @@ class Turnstile:
             now = self._now()
             while self._departed:
                 self._take_back(self._departed.popleft(), now)
-            if not self._queue:
+            if not self._queue or self._may_pass(permit):
                 at = self._meter.admit(now, permit.cost, now, permit.slots)
                 if not at:
                     permit.at = now
                     self._admitted += 1
                     return True
+                check_affordable(permit.cost, self._meter.limits, self._title())
                 if queue:
                     self._call_back_at(at)
             if queue:
                 permit.queue_up(now, len(self._queue))
-                self._queue[permit] = None
+                self._enqueue(permit)
             return False
         finally:
             lock.release()
 
-    def _check_certain_end(self, permit: Permit, held: Iterable[Permit]) -> None:
-        """Note which calls inside this limiter wait for `permit`; it is doomed if they are all that are inside."""
-        inside = (other for other in held if other.place is self and other.slots)
-        blocks = tuple(dict.fromkeys(inside))  # a permit may be held by this thread and be handed over to it as well
+    def _may_pass(self, permit: Permit) -> bool:
+        """Whether all who are ahead wait for a slot, and this call, which may be inside already, needs none."""
+        return not permit.slots and not self._rate_only and self._meter.is_full
+
+    def _check_certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> None:
+        """Note which calls inside wait for `permit`; it is doomed if they are all that are inside.
+
+        A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
+        """
+        blocks = tuple({other for other in held if other.place is self and other.slots})
         with self._lock:
             if not blocks or permit not in self._queue:
                 return
-            permit.blocks = blocks
-            self._blocked += len(blocks)
-            doomed = bool(permit.slots) and self._blocked == self._meter.limits.limit
+            inside = {other for other in (*self._blocked, *blocks) if not other.ended}
+            doomed = len(inside) >= (self._meter.limits.limit or math.inf)
             self._rejected += doomed
+            if timeout is None:
+                permit.blocks = blocks
+                self._blocked.update(blocks)
         self._settle()
         if doomed:
             raise DeadlockError(self._deadlock_message())
@@ -163,11 +173,11 @@ class Turnstile:
         The queue admits a call and then looks whether it can be woken; here it is the other way round: so one sees
         the other.
         """
-        if permit.outer is not None:
-            self._check_certain_end(permit, held())
+        timeout = self.timeout if timeout is None else timeout
+        if permit.outer is not None and permit.slots:
+            self._check_certain_end(permit, held(), timeout)
         if self._departed:
             self._settle()
-        timeout = self.timeout if timeout is None else timeout
         if permit.at is None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         return permit.at is None
@@ -176,9 +186,8 @@ class Turnstile:
         """Turn a waiter away whose time is up; the clock calls this."""
         with self._lock:
             late = permit in self._queue
-            if late:  # in one step: a moment later somebody may have admitted it
-                self._dequeue(permit)
-                self._rejected += 1
+            if late:
+                self._turn_away(permit)  # at once, as it might be admitted when the lock is free
         if late:
             self._wake([permit])
         self._settle(wait=True)
@@ -187,6 +196,7 @@ class Turnstile:
         if permit.timer is not None:
             permit.timer.cancel()
         if permit.at is None:
+            check_affordable(permit.cost, self._meter.limits, self._title())
             raise LimitTimeout(
                 f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
                 "ahead of it when it came. Raise timeout= or the limit, or send less."
@@ -200,7 +210,11 @@ class Turnstile:
         granted: list[Permit] = []
         while queue:
             permit = next(iter(queue))
-            if at := self._meter.admit(now, permit.cost, permit.since, permit.slots):
+            at = self._meter.admit(now, permit.cost, permit.since, permit.slots)
+            if at == math.inf and self._rate_only:  # who needs no slot passes those who wait for one
+                permit = next(iter(self._rate_only))
+                at = self._meter.admit(now, permit.cost, permit.since, permit.slots)
+            if at:
                 self._call_back_at(at)
                 break
             self._dequeue(permit)
@@ -210,10 +224,24 @@ class Turnstile:
             granted.append(permit)
         return granted
 
+    def _enqueue(self, permit: Permit) -> None:
+        self._queue[permit] = None
+        if not permit.slots:
+            self._rate_only[permit] = None
+
     def _dequeue(self, permit: Permit) -> None:
         del self._queue[permit]
-        if permit.blocks:
-            self._blocked -= len(permit.blocks)
+        if not permit.slots:
+            del self._rate_only[permit]
+        for other in permit.blocks:
+            self._blocked[other] -= 1
+            if not self._blocked[other]:
+                del self._blocked[other]
+
+    def _turn_away(self, permit: Permit) -> None:
+        self._dequeue(permit)
+        self._rejected += 1
+        permit.ended = True
 
     def _call_back_at(self, at: float) -> None:
         if at == math.inf or (self._timer is not None and self._timer.when <= at):
@@ -230,10 +258,11 @@ class Turnstile:
             if permit in self._queue:
                 self._dequeue(permit)
             return
-        if permit.outcome is not None or self._adaptive is not None:
+        if permit.outcome is not None or (self._adaptive is not None and permit.slots):
             self._learn(permit, permit.at, now)
         if permit.slots:
             self._meter.release(now)
+        permit.at = None  # two threads may have given it up at the same moment; it is taken back once
 
     def _learn(self, permit: Permit, at: float, now: float) -> None:
         outcome = permit.outcome
@@ -314,7 +343,9 @@ class Turnstile:
                 try:
                     permit.loop.call_soon_threadsafe(_set_done, ready)
                 except RuntimeError:  # the event loop is closed: nobody is left to start this call
-                    permit.give_up()
+                    permit.outcome = UNUSED
+                    permit.ended = True
+                    self._departed.append(permit)  # the caller settles; to settle here would nest, once a waiter
 
     def _entered(self) -> Permit:
         """Return the innermost permit of this limiter that this context runs under."""
@@ -334,6 +365,13 @@ class Turnstile:
             "very limiter, so none can ever come free. Give the inner function a limiter of its own, or call its "
             "unlimited .func or .afunc."
         )
+
+
+def check_affordable(cost: float, limits: Limits, what: str) -> None:
+    """Raise a ValueError for a cost that could never be admitted."""
+    if cost > limits.largest_cost:
+        tightest = min(limits.rates, key=lambda rate: rate.amount)
+        raise ValueError(f"{what}: a cost of {cost:g} can never be admitted, as the limit is {tightest}")
 
 
 _turnstiles: weakref.WeakSet[Turnstile] = weakref.WeakSet()
