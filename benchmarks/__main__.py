@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.harness import CaseReport, Entry, Outcome, Report, compare, entries, environment, measure
+from benchmarks.harness import CaseReport, Entry, Outcome, Pictured, Report, compare, entries, environment, measure
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -24,6 +24,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("name", nargs="?", default="list", help="a benchmark, or `list`")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples, medians, ratios and targets here")
     parser.add_argument("--rounds", type=positive, metavar="N", help="how often each side runs (what the case says)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing, draw the benchmark's picture here")
     parser.add_argument("--quick", action="store_true", help="small cases, to see that everything runs")
     return parser.parse_args(arguments)
 
@@ -123,6 +124,15 @@ def run(name: str, entry: Entry, chosen: argparse.Namespace, console: Console) -
     return Report(name, where, cases)
 
 
+def plot(name: str, entry: Entry, path: Path, console: Console) -> int:
+    """Draw the picture of a benchmark, if it has one, and return the exit status."""
+    if not isinstance(entry, Pictured):
+        console.print(f"{name} has no picture", style="red")
+        return 2
+    entry.plot(path)
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line asks for and return the exit status."""
     chosen = options(arguments)
@@ -134,6 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.name not in found:
         console.print(f"no benchmark {chosen.name!r}; there are: {', '.join(found)}", style="red")
         return 2
+    if chosen.plot:
+        return plot(chosen.name, found[chosen.name], chosen.plot, console)
     report = run(chosen.name, found[chosen.name], chosen, console)
     if chosen.json:
         chosen.json.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

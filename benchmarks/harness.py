@@ -1,7 +1,7 @@
 """The one harness of all benchmarks: runs the sides of a case in turn and compares their medians.
 
 A benchmark is a module of this package with a one-line docstring and a function `benchmark(quick)` that returns its
-cases. With `quick` the cases are small enough for a test.
+cases. With `quick` the cases are small enough for a test. If it has a picture, `plot(path)` draws it.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
 from itertools import repeat
-from typing import Any, Literal, Protocol, cast
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import benchmarks
 from asyncify.errors import AsyncifyWarning
@@ -154,6 +155,15 @@ class Entry(Protocol):
 
     def benchmark(self, *, quick: bool) -> Sequence[Case]:
         """Return the cases, small ones if `quick`."""
+        ...  # pragma: no cover
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """A benchmark that can draw what it measures."""
+
+    def plot(self, path: Path) -> None:
+        """Measure what the picture needs and draw it to a file, whose suffix says the format."""
         ...  # pragma: no cover
 
 

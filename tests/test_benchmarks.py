@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.__main__ import amount, main, table
-from benchmarks.harness import Case, Gauge, Side, Target, asample, compare, entries, measure, sample, turns
+from benchmarks.harness import Case, Gauge, Pictured, Side, Target, asample, compare, entries, measure, sample, turns
 
 
 def nothing() -> None:
@@ -246,6 +246,26 @@ def test_an_unknown_name_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert status == 2
     assert "delegation" in capsys.readouterr().out
+
+
+def test_a_benchmark_without_a_picture_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--plot` measures nothing, and gives status 2 where there is nothing to draw."""
+    status = main(["delegation", "--plot", str(tmp_path / "picture.svg")])
+
+    assert status == 2
+    assert "delegation has no picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name, entry, _ in entries() if isinstance(entry, Pictured)])
+def test_a_picture_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--plot` writes the picture of a benchmark that has one, and prints no table."""
+    file = tmp_path / "picture.svg"
+
+    status = main([name, "--plot", str(file)])
+
+    assert status == 0
+    assert "<svg" in file.read_text(encoding="utf-8")
+    assert "median" not in capsys.readouterr().out
 
 
 def test_rounds_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
