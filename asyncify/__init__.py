@@ -2,6 +2,7 @@
 
 from asyncify.adaptive import Adaptive
 from asyncify.decorators import concurrency, dual
+from asyncify.drive import watch
 from asyncify.errors import (
     AsyncifyError,
     AsyncifyWarning,
@@ -40,4 +41,5 @@ __all__ = [
     "concurrency",
     "dual",
     "registry",
+    "watch",
 ]
