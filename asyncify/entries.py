@@ -20,9 +20,9 @@ from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
 from asyncify.drive import watchable
 from asyncify.errors import BridgeError
+from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import Gate, Pass
 from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
-from asyncify.remote import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.signatures import Shape, describe, shape_of
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
