@@ -6,6 +6,7 @@ import langchain_core.runnables.base  # noqa: F401
 
 from asyncify.adaptive import Adaptive
 from asyncify.decorators import concurrency, dual
+from asyncify.drive import watch
 from asyncify.errors import (
     AsyncifyError,
     AsyncifyWarning,
@@ -46,4 +47,5 @@ __all__ = [
     "dual",
     "dual_patch",
     "registry",
+    "watch",
 ]

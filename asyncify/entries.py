@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
+from asyncify.drive import watchable
 from asyncify.errors import BridgeError
+from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import Gate, Pass
 from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
-from asyncify.remote import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.signatures import Shape, describe, shape_of
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
@@ -62,17 +63,23 @@ def make_entries(
     if gate is not None and fn is not None:
         gate = gate.before(fn)
     if sync is not None and async_ is not None:
-        return Entries(_native(sync, _limited, gate), _native(async_, _alimited, gate))
+        return Entries(_native(sync, gate), _anative(async_, gate, name))
     if sync is not None:
-        return Entries(_native(sync, _limited, gate), _abridged(sync, gate, bridge, name))
+        return Entries(_native(sync, gate), _abridged(sync, gate, bridge, name))
     if async_ is not None:
-        return Entries(_bridged(async_, gate, bridge), _native(async_, _alimited, gate))
+        return Entries(_bridged(async_, gate, bridge, name), _anative(async_, gate, name))
     raise AssertionError("a pair has at least one side")
 
 
-def _native(fn: Function, limited: Callable[[Function, Shape, Gate], Function], gate: Gate | None) -> Entry:
+def _native(fn: Function, gate: Gate | None) -> Entry:
     shape = shape_of(fn)
-    return Entry(fn if gate is None else limited(fn, shape, gate), fn, shape, "native")
+    return Entry(fn if gate is None else _limited(fn, shape, gate), fn, shape, "native")
+
+
+def _anative(fn: Function, gate: Gate | None, name: str) -> Entry:
+    shape = shape_of(fn)
+    run = watchable(fn, name, is_generator=shape.is_generator)
+    return Entry(run if gate is None else _alimited(run, shape, gate), fn, shape, "native")
 
 
 def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
@@ -124,15 +131,16 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
     return stream if shape.is_generator else run
 
 
-def _bridged(fn: Function, gate: Gate | None, bridge: Bridge) -> Entry:
+def _bridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
     """Make the sync side of an async function: on the background loop."""
     shape = shape_of(fn)
+    watched = watchable(fn, name, is_generator=shape.is_generator)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return background.run(partial(fn, *args, **kwargs), _context_of_thread())
+        return background.run(partial(watched, *args, **kwargs), _context_of_thread())
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        return background.stream(fn(*args, **kwargs), _context_of_thread())
+        return background.stream(watched(*args, **kwargs), _context_of_thread())
 
     if bridge == "error":
         return Entry(_refuse(fn, "sync"), fn, shape, "missing")

@@ -22,7 +22,7 @@ LEVELS = {
     "signatures": 1,
     "adaptive": 2,
     "permits": 2,
-    "remote": 2,
+    "executors": 2,
     "turnstile": 3,
     "limiter": 4,
     "gate": 5,

@@ -1,0 +1,304 @@
+"""Drives a coroutine step by step under a timer, and tells of steps that held the event loop.
+
+A step is what runs from one await to the next. While it runs, nothing else does on its event loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import os
+import sys
+import sysconfig
+import threading
+import warnings
+from _thread import get_ident
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import AsyncGeneratorType, CodeType, CoroutineType, TracebackType, coroutine
+from typing import Any, ParamSpec, Self, TypeVar, cast
+
+from asyncify.errors import BlockingWarning
+
+__all__ = ["Held", "Place", "Watch", "watch", "watchable"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Function = Callable[..., Any]
+Line = tuple[CodeType, int]
+
+_LOOKS = 4
+"""How often a step is looked at before it has lasted for the threshold, so that the line is that of most of it."""
+
+_KEPT = 1000
+"""Records that a watch keeps, for one that is set by the environment lasts as long as the program."""
+
+_FOREIGN = (
+    "<frozen ",
+    f"{Path(__file__).parent}{os.sep}",
+    *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+)
+"""How the names of files begin that hold nobody's own code: this package, the standard library, what was installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A line of somebody's code."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.function} ({Path(self.file).name}:{self.line})"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A step of an async side that held its event loop.
+
+    `since` is the await that the step went on from, None at the start of the call. `at` is where it was seen most of
+    the time: the innermost line of one's own code, None where nobody could look, as in C code that stops all threads.
+    """
+
+    pair: str
+    seconds: float
+    since: Place | None
+    at: Place | None
+
+    def __str__(self) -> str:
+        where = "" if self.at is None else f" in {self.at}"
+        since = "from its start" if self.since is None else f"after the await in {self.since}"
+        return (
+            f"{self.pair} held the event loop for {self.seconds * 1000:.0f} ms{where}, {since}; await an async client "
+            "there, or run it in a thread, as in await asyncio.to_thread(...)"
+        )
+
+
+class Watch:
+    """Times each step of every pair's async side while it is on, and tells of those over the threshold.
+
+    A context manager, and a decorator for a function of either colour. It watches the calls of the whole process that
+    begin while it is on, but no tasks that they start. Each finding is a `BlockingWarning` and a record.
+
+    Args:
+        threshold: seconds that a step may hold its loop.
+
+    Attributes:
+        held: the findings, the last 1,000 at most.
+    """
+
+    def __init__(self, threshold: float = 0.05) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"threshold={threshold!r}: must be a number of seconds, as in watch(threshold=0.05)")
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"threshold={threshold!r}: must be more than 0 seconds, as in watch(threshold=0.05)")
+        self.threshold = threshold
+        self.held: deque[Held] = deque(maxlen=_KEPT)
+        self._lock = threading.Lock()
+        self._entered = 0
+
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+        global _watches  # noqa: PLW0603  (one name that is empty is all that a call has to look at)
+        with self._lock:
+            self._entered += 1
+            if self._entered == 1:
+                with _changing:
+                    _watches = (*_watches, self)
+                self.look_around()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop watching."""
+        global _watches  # noqa: PLW0603
+        with self._lock:
+            self._entered -= 1
+            if not self._entered:
+                with _changing:
+                    _watches = tuple(watch for watch in _watches if watch is not self)
+                self._over.set()
+                self._thread.join()
+
+    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+        """Watch while `fn` runs."""
+
+        @functools.wraps(fn)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self:
+                return fn(*args, **kwargs)
+
+        @functools.wraps(fn)
+        async def arun(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with self:
+                return await cast("Coroutine[Any, Any, Any]", fn(*args, **kwargs))
+
+        return cast("Callable[P, T]", arun) if inspect.iscoroutinefunction(fn) else run
+
+    def look_around(self) -> None:
+        """Look at the stacks of steps that are under way, again and again, from a thread of its own."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, args=(self._over,), name="asyncify-watch", daemon=True)
+        self._thread.start()
+
+    def _sample(self, over: threading.Event) -> None:
+        while not over.wait(self.threshold / _LOOKS):
+            for thread, step in list(_running.items()):
+                if perf_counter() - step.began >= self.threshold / _LOOKS:
+                    step.look(thread)
+
+
+watch = Watch
+
+_watches: tuple[Watch, ...] = ()
+_changing = threading.Lock()
+
+
+class _Step:
+    """What runs from one await to the next."""
+
+    __slots__ = ("began", "inner", "seen")
+
+    def __init__(self) -> None:
+        self.inner = 0.0  # seconds of it that are steps of other pairs
+        self.seen: Counter[Line] | None = None
+        self.began = perf_counter()
+
+    def look(self, thread: int) -> None:
+        """Note the line that this step is at; called by another thread."""
+        frame = sys._current_frames().get(thread)
+        lines: list[Line] = []
+        while frame is not None and frame.f_code is not _STEPPED:
+            lines.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        if lines and frame is not None and _running.get(thread) is self:  # else it has ended meanwhile
+            self.seen = self.seen or Counter()
+            self.seen[_own_line(lines)] += 1
+
+
+_running: dict[int, _Step] = {}
+"""The innermost step that is under way in each thread."""
+
+
+@coroutine
+def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[Any, Any, Any]:
+    """Await `steps`, whose code is that of `body`, step by step under the timer."""
+    send, value = steps.send, None
+    thread = get_ident()
+    try:
+        while True:
+            since = _lines_of(body) if begun else []
+            begun = True
+            outer = _running.get(thread)
+            step = _running[thread] = _Step()
+            try:
+                awaited = send(value)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                seconds = perf_counter() - step.began
+                if outer is None:
+                    del _running[thread]
+                else:
+                    outer.inner += seconds
+                    _running[thread] = outer
+                if seconds - step.inner > min((watch.threshold for watch in _watches), default=math.inf):
+                    _tell(pair, seconds - step.inner, since, step)
+            try:
+                value = yield awaited
+                send = steps.send
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001  (it is the coroutine's)
+                send, value = steps.throw, error
+    finally:
+        steps.close()
+
+
+_STEPPED = _stepped.__code__
+
+
+async def _watched(made: Coroutine[Any, Any, T], pair: str) -> T:
+    return cast("T", await _stepped(made, made, pair, begun=False))
+
+
+async def _watched_chunks(chunks: AsyncGenerator[T, Any], pair: str) -> AsyncGenerator[T]:
+    begun = False
+    async with aclosing(chunks):
+        while True:
+            try:
+                chunk = await _stepped(chunks.__anext__(), chunks, pair, begun=begun)
+            except StopAsyncIteration:
+                return
+            begun = True
+            yield chunk
+
+
+def watchable(fn: Function, pair: str, *, is_generator: bool) -> Function:
+    """Return an async function that does what `fn` does, and is timed while there is a watch."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made: Any = fn(*args, **kwargs)
+        return _watched(made, pair) if _watches and inspect.iscoroutine(made) else made
+
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        chunks = fn(*args, **kwargs)
+        return _watched_chunks(chunks, pair) if _watches else chunks
+
+    return stream if is_generator else run
+
+
+def _tell(pair: str, seconds: float, since: list[Line], step: _Step) -> None:
+    at = step.seen.most_common(1)[0][0] if step.seen else None
+    held = Held(pair, seconds, _place(_own_line(since)) if since else None, _place(at) if at else None)
+    for watching in _watches:
+        if seconds > watching.threshold:
+            watching.held.append(held)
+    shown = held.at or held.since
+    if shown is None:
+        warnings.warn(BlockingWarning(str(held)), stacklevel=3)
+    else:
+        warnings.warn_explicit(BlockingWarning(str(held)), None, shown.file, shown.line)
+
+
+def _lines_of(body: object) -> list[Line]:
+    """Return where a coroutine that has begun waits, the innermost line first."""
+    lines: list[Line] = []
+    while True:
+        if isinstance(body, CoroutineType):
+            frame, body = body.cr_frame, body.cr_await
+        elif isinstance(body, AsyncGeneratorType):
+            frame, body = body.ag_frame, body.ag_await
+        else:
+            return lines[::-1]
+        if frame is not None:
+            lines.append((frame.f_code, frame.f_lineno))
+
+
+def _own_line(lines: list[Line]) -> Line:
+    """Return the innermost line of one's own code, or else the outermost, which is the pair's function."""
+    return next((line for line in lines if not line[0].co_filename.startswith(_FOREIGN)), lines[-1])
+
+
+def _place(line: Line) -> Place:
+    code, number = line
+    return Place(code.co_filename, number, code.co_qualname)
+
+
+def _look_around_again() -> None:
+    _running.clear()
+    for watching in _watches:
+        watching.look_around()
+
+
+os.register_at_fork(after_in_child=_look_around_again)
+
+if os.environ.get("ASYNCIFY_WATCH", "") not in ("", "0"):
+    Watch().__enter__()

@@ -1,0 +1,553 @@
+"""`watch`: which step of an async side held the event loop, for how long and where."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from asyncify import BlockingWarning, concurrency, drive, dual, watch
+
+SECONDS = 30  # a safety net, never the measure of anything
+
+
+class Clock:
+    """The time that a watch sees; it passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Put a clock of the test's own into the watch."""
+    clock = Clock()
+    monkeypatch.setattr(drive, "perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Let the warnings pass where a test looks at the records."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BlockingWarning)
+        yield
+
+
+# --- what is reported ---
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_step_that_held_the_loop_is_reported(clock):
+    """A step over the threshold is a record with the pair, the seconds and the await that it went on from."""
+
+    @dual
+    async def fetch(query: str) -> str:
+        await asyncio.sleep(0)
+        clock.pass_by(0.12)
+        return query
+
+    with watch() as watching:
+        result = await fetch.ainvoke("usd")
+    (held,) = watching.held
+
+    assert result == "usd"
+    assert held.pair == "fetch"
+    assert held.seconds == pytest.approx(0.12)
+    assert held.since is not None
+    assert (held.since.file, held.since.line) == (__file__, fetch.afunc.__code__.co_firstlineno + 2)
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_first_step_has_no_await_before_it(clock):
+    """What holds the loop right from the start of the call is reported as such."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+
+    with watch() as watching:
+        await fetch.ainvoke("usd")
+
+    assert [held.since for held in watching.held] == [None]
+    assert "from its start" in str(watching.held[0])
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_the_await_before_may_be_in_a_coroutine_of_ones_own(clock):
+    """The await is looked for as deep as one's own code goes, and not in the standard library."""
+
+    async def helper() -> None:
+        await asyncio.sleep(0)
+        clock.pass_by(0.12)
+
+    @dual
+    async def fetch(query: str) -> None:
+        await helper()
+
+    with watch() as watching:
+        await fetch.ainvoke("usd")
+
+    assert watching.held[0].since is not None
+    assert watching.held[0].since.function.endswith("helper")
+    assert watching.held[0].since.line == helper.__code__.co_firstlineno + 1
+
+
+async def test_awaiting_holds_nothing(clock):
+    """The corrected version awaits, and however long that takes, nothing is reported."""
+
+    async def elsewhere() -> None:
+        clock.pass_by(0.12)
+
+    @dual
+    async def fetch(query: str) -> None:
+        await asyncio.create_task(elsewhere())
+
+    with watch() as watching:
+        await fetch.ainvoke("usd")
+
+    assert list(watching.held) == []
+
+
+async def test_a_step_within_the_threshold_is_not_reported(clock):
+    """Up to the threshold is no finding, neither for one step nor for the sum of several."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        for _ in range(3):
+            clock.pass_by(0.25)
+            await asyncio.sleep(0)
+
+    with watch(threshold=0.25) as watching:
+        await fetch.ainvoke("usd")
+
+    assert list(watching.held) == []
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_pair_that_awaits_another_is_not_blamed_for_it(clock):
+    """The innermost pair whose step it was is reported, and its caller only for time of its own."""
+
+    @dual
+    async def inner(query: str) -> None:
+        clock.pass_by(0.12)
+
+    @dual
+    async def outer(query: str) -> None:
+        await inner.acall(query)
+
+    @dual
+    async def guilty(query: str) -> None:
+        await inner.acall(query)
+        clock.pass_by(0.3)
+
+    with watch() as watching:
+        await outer.ainvoke("usd")
+        await guilty.ainvoke("usd")
+
+    assert [(held.pair, round(held.seconds, 2)) for held in watching.held] == [
+        ("inner", 0.12),
+        ("inner", 0.12),
+        ("guilty", 0.3),
+    ]
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_step_that_raises_is_reported_too(clock):
+    """The error passes through unchanged."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+        raise KeyError(query)
+
+    with watch() as watching, pytest.raises(KeyError, match="usd"):
+        await fetch.ainvoke("usd")
+
+    assert len(watching.held) == 1
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_limited_side_is_watched(clock):
+    """What waits at the limiter is not the step's; what the function does is."""
+
+    @concurrency(limit=1)
+    async def fetch(query: str) -> None:
+        await asyncio.sleep(0)
+        clock.pass_by(0.12)
+
+    with watch() as watching:
+        await asyncio.gather(*(fetch.ainvoke("usd") for _ in range(3)))
+
+    assert [held.pair for held in watching.held] == ["fetch"] * 3
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_bridged_sync_call_is_watched(clock):
+    """An async side that is called by sync code holds the background loop for all other such calls."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+
+    with watch() as watching:
+        fetch.invoke("usd")
+
+    assert [held.pair for held in watching.held] == ["fetch"]
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_an_async_generator_is_watched(clock):
+    """Each step of a stream is timed, and its chunks, its end and its early close are as without a watch."""
+    closed: list[str] = []
+
+    @dual
+    async def letters(query: str) -> AsyncIterator[str]:
+        try:
+            for letter in query:
+                yield letter
+                await asyncio.sleep(0)
+                clock.pass_by(0.12)
+        finally:
+            closed.append(query)
+
+    with watch() as watching:
+        all_of_them = [letter async for letter in letters.acall("usd")]
+        early: Any = letters.acall("eur")
+        first = await anext(early)
+        await early.aclose()
+
+    assert (all_of_them, first, closed) == (["u", "s", "d"], "e", ["usd", "eur"])
+    assert [held.since.line if held.since else None for held in watching.held] == [
+        letters.afunc.__code__.co_firstlineno + 5
+    ] * 3
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_cancellation_reaches_a_watched_coroutine():
+    """A watched coroutine can be cancelled, and may take its time to clean up."""
+    events: list[str] = []
+
+    @dual
+    async def fetch(query: str) -> None:
+        try:
+            await asyncio.sleep(SECONDS)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            events.append("cleaned up")
+            raise
+
+    with watch():
+        call = asyncio.create_task(fetch.acall("usd"))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    assert events == ["cleaned up"]
+
+
+async def test_an_abandoned_watched_coroutine_is_closed():
+    """A watched coroutine that is closed closes the one that it watches."""
+    events: list[str] = []
+
+    @dual
+    async def fetch(query: str) -> None:
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            events.append("closed")
+
+    with watch():
+        call: Any = fetch.acall("usd")
+        call.send(None)
+        call.close()
+
+    assert events == ["closed"]
+
+
+# --- how it is told ---
+
+
+async def test_the_warning_stands_at_the_line_and_says_what_to_do(clock):
+    """The warning names pair, milliseconds and await, and points at the user's own line."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        await asyncio.sleep(0)
+        clock.pass_by(0.12)
+
+    line = fetch.afunc.__code__.co_firstlineno + 2
+    with watch(), pytest.warns(BlockingWarning) as told:
+        await fetch.ainvoke("usd")
+
+    assert (told[0].filename, told[0].lineno) == (__file__, line)
+    assert str(told[0].message).startswith("fetch held the event loop for 120 ms, after the await in ")
+    assert f"fetch (test_watch.py:{line}); await an async client there, or run it in a thread" in str(told[0].message)
+
+
+async def test_as_an_error_the_warning_is_raised_where_the_pair_is_awaited(clock):
+    """With warnings as errors, as in tests, the call fails and the coroutine is closed."""
+    events: list[str] = []
+
+    @dual
+    async def fetch(query: str) -> None:
+        try:
+            clock.pass_by(0.12)
+            await asyncio.sleep(SECONDS)
+        finally:
+            events.append("closed")
+
+    with watch(), pytest.raises(BlockingWarning, match="held the event loop for 120 ms"):
+        await fetch.ainvoke("usd")
+    gc.collect()
+
+    assert events == ["closed"]
+
+
+# --- the sampler, by the real clock ---
+
+THRESHOLD = 0.001
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return what is set once the stack of a step has been looked at."""
+    looked = threading.Event()
+    look = drive._Step.look
+
+    def look_and_tell(step: Any, thread: int) -> None:
+        look(step, thread)
+        looked.set()
+
+    monkeypatch.setattr(drive._Step, "look", look_and_tell)
+    return looked
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_the_blocking_line_itself_is_found(looked):
+    """`time.sleep` in an async side is seen while it sleeps: file, line and function of the call."""
+
+    def hold() -> None:
+        time.sleep(THRESHOLD * looked.wait(SECONDS))
+
+    @dual
+    async def fetch(query: str) -> None:
+        await asyncio.sleep(0)
+        hold()
+
+    with watch(threshold=THRESHOLD) as watching:
+        await fetch.ainvoke("usd")
+    held = watching.held[-1]
+
+    assert held.at is not None
+    assert (held.at.file, held.at.line) == (__file__, hold.__code__.co_firstlineno + 1)
+    assert f" in {held.at}, after the await in " in str(held)
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_blocking_http_read_is_found_at_the_users_line(looked):
+    """A read over a socket is reported where the user's code calls it, not where the library sits in `recv`."""
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            looked.wait(SECONDS)
+            time.sleep(THRESHOLD)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    serving = threading.Thread(target=server.handle_request)
+    serving.start()
+
+    @dual
+    async def fetch(url: str) -> int:
+        with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: ASYNC210, S310  (the trap itself)
+            return int(response.status)
+
+    with watch(threshold=THRESHOLD) as watching:
+        status = await fetch.ainvoke(f"http://127.0.0.1:{server.server_port}/")
+    serving.join()
+    server.server_close()
+
+    assert status == 204
+    assert watching.held[-1].at is not None
+    assert watching.held[-1].at.line == fetch.afunc.__code__.co_firstlineno + 2
+
+
+# --- on and off ---
+
+
+async def test_without_a_watch_a_side_is_the_function_itself():
+    """Nothing is wrapped around the coroutine of a pair that nobody watches."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        pass
+
+    call: Any = fetch.acall("usd")
+    plain = call.cr_code is fetch.afunc.__code__
+    await call
+
+    assert plain
+
+
+async def test_after_a_watch_nothing_is_left(clock):
+    """When a watch ends, its thread has ended, and later calls are nobody's."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+
+    with watch() as watching:
+        threads = [thread for thread in threading.enumerate() if thread.name == "asyncify-watch"]
+    await fetch.ainvoke("usd")
+
+    assert len(threads) == 1
+    assert not threads[0].is_alive()
+    assert list(watching.held) == []
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_watches_within_each_other_have_thresholds_of_their_own(clock):
+    """Each watch keeps what is over its own threshold."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+
+    with watch(threshold=1) as coarse, watch(threshold=0.1) as fine:
+        await fetch.ainvoke("usd")
+
+    assert (len(coarse.held), len(fine.held)) == (0, 1)
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_watch_that_is_entered_twice_reports_once(clock):
+    """One watch in two hands, as a decorator of two functions that run at once, watches until both have ended."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+
+    watching = watch()
+    with watching:
+        with watching:
+            await fetch.ainvoke("usd")
+        await fetch.ainvoke("usd")
+
+    assert len(watching.held) == 2
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_decorated_function_is_watched_while_it_runs(clock):
+    """`@watch()` on a sync function watches what it calls, and gives its result."""
+    watching = watch()
+
+    @dual
+    async def fetch(query: str) -> str:
+        clock.pass_by(0.12)
+        return query
+
+    @watching
+    def main(query: str) -> str:
+        return str(fetch.invoke(query))
+
+    assert main("usd") == "usd"
+    assert main.__name__ == "main"
+    assert len(watching.held) == 1
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_decorated_async_function_is_watched_while_it_runs(clock):
+    """`@watch()` on an async function watches until it has ended, not only until its coroutine is made."""
+    watching = watch()
+
+    @dual
+    async def fetch(query: str) -> str:
+        clock.pass_by(0.12)
+        return query
+
+    @watching
+    async def main(query: str) -> str:
+        return str(await fetch.ainvoke(query))
+
+    assert await main("usd") == "usd"
+    assert len(watching.held) == 1
+
+
+@pytest.mark.parametrize("threshold", [0, -1, float("nan"), float("inf")])
+def test_a_threshold_that_can_not_be_meant_is_refused(threshold):
+    """A threshold is a positive number of seconds."""
+    with pytest.raises(ValueError, match="must be more than 0 seconds, as in watch"):
+        watch(threshold)
+
+
+@pytest.mark.parametrize("threshold", [True, "0.1", None])
+def test_a_threshold_of_another_type_is_refused(threshold):
+    """A bare `@watch`, which would take the function for a threshold, is told as well."""
+    with pytest.raises(TypeError, match="must be a number of seconds, as in watch"):
+        watch(threshold)
+
+
+PROGRAM = """
+import asyncio, os, time, warnings
+from asyncify import drive, dual
+
+time_passed = [0.0]
+drive.perf_counter = lambda: time_passed[0]
+
+@dual
+async def fetch(query):
+    time_passed[0] += 0.12
+
+def watched():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        asyncio.run(fetch.ainvoke("usd"))
+    return len(told)
+
+print("here", watched(), flush=True)
+if os.fork() == 0:
+    alive = [watch._thread.is_alive() for watch in drive._watches]
+    print("child", watched(), alive, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [("1", "here 1\nchild 1 [True]\n"), ("0", "here 0\nchild 0 []\n"), ("", "here 0\nchild 0 []\n")],
+)
+def test_the_environment_switches_a_watch_on(value, printed):
+    """`ASYNCIFY_WATCH=1` watches the whole program and the processes that it forks; 0 and nothing do not."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env={**os.environ, "ASYNCIFY_WATCH": value},
+    )
+
+    assert (done.stdout, done.stderr) == (printed, "")
