@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, overload
@@ -26,6 +26,7 @@ from asyncify.permits import hand_over, held_by_this_task, innermost
 from asyncify.pipes import Piped
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
+from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
 
@@ -370,10 +371,10 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     def _transform(
         self,
         chunks: Iterator[Any],
-        run_manager: CallbackManagerForChainRun,
+        run_manager: CallbackManagerForChainRun | None,
         config: RunnableConfig,
         **kwargs: Any,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         value = functools.reduce(_fold, chunks)
         entry = self._live.sync
         args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
@@ -391,10 +392,10 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     async def _atransform(
         self,
         chunks: AsyncIterator[Any],
-        run_manager: AsyncCallbackManagerForChainRun,
+        run_manager: AsyncCallbackManagerForChainRun | None,
         config: RunnableConfig,
         **kwargs: Any,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         value = await anext(chunks)
         async for chunk in chunks:
             value = _fold(value, chunk)
@@ -412,16 +413,56 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         else:
             yield output
 
+    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
+        """Stream the sync side's output for one input; closing the stream closes the function's generator."""
+        return self.transform(iter([input]), config, **kwargs)
+
+    def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
+        """Stream the async side's output for one input, in the task that reads it."""
+        return self.atransform(_only(input), config, **kwargs)
+
     def transform(
         self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[Output]:
         """Fold the input's chunks into one value and stream the sync side's output for it."""
-        yield from self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
+        if is_reserved(kwargs):
+            yield from self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
+            return
+        received, run = Sum(), None
+        inputs = received.of(input)
+        if self._live.sync.shape.takes_run_manager or observed(config):
+            inputs = started(inputs)  # the run before this one is to start first
+            child, run = start_run(config, self.get_name())
+        else:
+            child = quiet_config(config, is_async=False)
+        yield from stream_run(self._transform(inputs, run, child, **kwargs), context_of(child), run, received)
+
+    async def atransform(
+        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Output]:
+        """Fold the input's chunks into one value and stream the async side's output for it."""
+        if is_reserved(kwargs):
+            async for chunk in super().atransform(input, config, **kwargs):
+                yield chunk
+            return
+        received, run = Sum(), None
+        inputs = received.aof(input)
+        if self._live.async_.shape.takes_run_manager or observed(config):
+            inputs = await astarted(inputs)  # the run before this one is to start first
+            child, run = await astart_run(config, self.get_name())
+        else:
+            child = quiet_config(config, is_async=True)
+        chunks = self._atransform(inputs, run, child, **kwargs)
+        async with aclosing(astream_run(chunks, context_of(child), run, received)) as stream:
+            async for chunk in stream:
+                yield chunk
 
     def _inject(
-        self, entry: Entry, value: Any, run_manager: ChainRun, config: RunnableConfig, kwargs: dict[str, Any]
+        self, entry: Entry, value: Any, run_manager: ChainRun | None, config: RunnableConfig, kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the function's arguments, with the config and the run manager that it asks for."""
+        if run_manager is None:
+            return _arguments(entry, value, config, kwargs)
         shape = entry.shape
         args, kwargs = shape.arguments(entry.fn, value, kwargs)
         manager = _in_colour_of(is_async=shape.is_async, run_manager=run_manager)
@@ -556,7 +597,7 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
         PairError: it is a pair with both sides.
     """
     if isinstance(side, (classmethod, staticmethod)):
-        return side.__func__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return cast("staticmethod[..., Any]", side).__func__
     if not is_pair(side):
         return side
     if colour is None and hasattr(side, "func") and hasattr(side, "afunc"):
@@ -614,6 +655,10 @@ def _fold(folded: Any, chunk: Any) -> Any:
 
 def _is_stub_of(candidate: object, fn: Function) -> bool:
     return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
+
+
+async def _only(value: Any) -> AsyncIterator[Any]:
+    yield value
 
 
 def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:

@@ -1,0 +1,160 @@
+"""One run's stream: read in the caller's own task, stepped in the run's context, closed as soon as its reader goes.
+
+A task for each chunk, which is what LangChain makes, breaks a timeout or a task group inside the generator: they
+belong to the task that they were entered in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Generator, Iterator
+from contextvars import Context
+from types import coroutine
+from typing import Any
+
+from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
+from langchain_core.runnables.config import (
+    RunnableConfig,
+    ensure_config,
+    get_async_callback_manager_for_config,
+    get_callback_manager_for_config,
+    patch_config,
+)
+from langchain_core.tracers._streaming import _StreamingCallbackHandler
+
+__all__ = ["Sum", "astart_run", "astarted", "astream_run", "start_run", "started", "stream_run"]
+
+
+class Sum:
+    """What the chunks of a stream add up to, as LangChain adds them: by `+`, else the last one wins."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def add(self, chunk: Any) -> None:
+        """Add the next chunk."""
+        if self.value is None:
+            self.value = chunk
+            return
+        try:
+            self.value = self.value + chunk
+        except TypeError:
+            self.value = chunk
+
+    def of(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """Hand the chunks on and add them up."""
+        for chunk in chunks:
+            self.add(chunk)
+            yield chunk
+
+    async def aof(self, chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Hand the chunks on and add them up."""
+        async for chunk in chunks:
+            self.add(chunk)
+            yield chunk
+
+
+def started(chunks: Iterator[Any]) -> Iterator[Any]:
+    """Take the first chunk, and give it back with the rest."""
+    return itertools.chain([*itertools.islice(chunks, 1)], chunks)
+
+
+async def astarted(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Take the first chunk, and give it back with the rest."""
+    end = object()
+    first = await anext(chunks, end)
+
+    async def again() -> AsyncIterator[Any]:
+        if first is not end:
+            yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return again()
+
+
+def start_run(config: RunnableConfig | None, name: str) -> tuple[RunnableConfig, CallbackManagerForChainRun]:
+    """Start a run as LangChain does, and return the config for what is inside it."""
+    config = ensure_config(config)
+    run = get_callback_manager_for_config(config).on_chain_start(
+        None, {"input": ""}, name=config.get("run_name") or name, run_id=config.pop("run_id", None)
+    )
+    return patch_config(config, callbacks=run.get_child()), run
+
+
+async def astart_run(
+    config: RunnableConfig | None, name: str
+) -> tuple[RunnableConfig, AsyncCallbackManagerForChainRun]:
+    """Start a run as LangChain does, and return the config for what is inside it."""
+    config = ensure_config(config)
+    run = await get_async_callback_manager_for_config(config).on_chain_start(
+        None, {"input": ""}, name=config.get("run_name") or name, run_id=config.pop("run_id", None)
+    )
+    return patch_config(config, callbacks=run.get_child()), run
+
+
+def stream_run(
+    chunks: Generator[Any, None, None], context: Context, run: CallbackManagerForChainRun | None, received: Sum
+) -> Iterator[Any]:
+    """Yield the chunks of a run and report its end, an early one by the reader as `GeneratorExit`."""
+    sent, end = Sum(), object()
+    tapped = chunks if run is None else _tap(chunks, run)
+    try:
+        while (chunk := context.run(next, tapped, end)) is not end:
+            sent.add(chunk)
+            yield chunk
+    except BaseException as error:
+        context.run(chunks.close)
+        if run is not None:
+            run.on_chain_error(error, inputs=received.value)
+        raise
+    if run is not None:
+        run.on_chain_end(sent.value, inputs=received.value)
+
+
+async def astream_run(
+    chunks: AsyncGenerator[Any, None], context: Context, run: AsyncCallbackManagerForChainRun | None, received: Sum
+) -> AsyncGenerator[Any, None]:
+    """Yield the chunks of a run and report its end, an early one by the reader as `GeneratorExit`."""
+    sent, end = Sum(), object()
+    tapped = chunks if run is None else _atap(chunks, run)
+    try:
+        while (chunk := await _in_context(anext(tapped, end), context)) is not end:
+            sent.add(chunk)
+            yield chunk
+    except BaseException as error:
+        await _in_context(chunks.aclose(), context)
+        if run is not None:
+            await run.on_chain_error(error, inputs=received.value)
+        raise
+    if run is not None:
+        await run.on_chain_end(sent.value, inputs=received.value)
+
+
+def _tap(chunks: Iterator[Any], run: CallbackManagerForChainRun) -> Iterator[Any]:
+    """Let LangChain's own event streams listen."""
+    listeners: list[Any] = [handler for handler in run.handlers if isinstance(handler, _StreamingCallbackHandler)]
+    return listeners[0].tap_output_iter(run.run_id, chunks) if listeners else chunks
+
+
+def _atap(chunks: AsyncIterator[Any], run: AsyncCallbackManagerForChainRun) -> AsyncIterator[Any]:
+    """Let LangChain's own event streams listen."""
+    listeners: list[Any] = [handler for handler in run.handlers if isinstance(handler, _StreamingCallbackHandler)]
+    return listeners[0].tap_output_aiter(run.run_id, chunks) if listeners else chunks
+
+
+@coroutine
+def _in_context(awaitable: Awaitable[Any], context: Context) -> Generator[Any, Any, Any]:
+    """Await something in this task, with each of its steps in another context."""
+    steps = awaitable.__await__()
+    try:
+        waits_for = context.run(next, steps)
+        while True:
+            try:
+                outcome = yield waits_for
+            except BaseException as error:  # noqa: BLE001  (a cancellation above all: it belongs to the step)
+                waits_for = context.run(steps.throw, error)
+            else:
+                waits_for = context.run(steps.send, outcome)
+    except StopIteration as end:
+        return end.value

@@ -1,0 +1,392 @@
+"""Pairs of generators: streamed on both paths, closed at once, their slot held for the life of the stream."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+
+from asyncify import concurrency, dual
+
+SAFETY_NET = 30
+"""Seconds after which a test that hangs fails."""
+
+desk: ContextVar[str] = ContextVar("desk", default="nobody")
+
+
+class Feed:
+    """A source of chunks that notes how far it was read, and when it was closed."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.closed = threading.Event()
+
+    def ticks(self, count: int) -> Iterator[str]:
+        """Yield chunks by name."""
+        try:
+            for number in range(count):
+                self.made += 1
+                yield f"{number} "
+        finally:
+            self.closed.set()
+
+    async def aticks(self, count: int) -> AsyncIterator[str]:
+        """Yield chunks by name, letting others run in between."""
+        try:
+            for number in range(count):
+                await asyncio.sleep(0)
+                self.made += 1
+                yield f"{number} "
+        finally:
+            await asyncio.sleep(0)
+            self.closed.set()
+
+
+class Watcher(BaseCallbackHandler):
+    """A handler, so that somebody watches; it notes how runs ended."""
+
+    run_inline = True
+
+    def __init__(self) -> None:
+        self.ended: list[Any] = []
+
+    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+        self.ended.append(outputs)
+
+    def on_chain_error(self, error: BaseException, **kwargs: Any) -> None:
+        self.ended.append(type(error))
+
+
+def native(feed: Feed) -> Any:
+    """Both sides written."""
+    return dual(sync=feed.ticks, async_=feed.aticks)
+
+
+def from_sync(feed: Feed) -> Any:
+    """The async side bridged."""
+    return dual(feed.ticks)
+
+
+def from_async(feed: Feed) -> Any:
+    """The sync side bridged."""
+    return dual(feed.aticks)
+
+
+SIDES = [native, from_sync, from_async]
+CONFIGS: list[Callable[[], RunnableConfig]] = [dict, lambda: {"callbacks": [Watcher()]}]  # type: ignore[list-item]
+each_side = pytest.mark.parametrize("side", SIDES)
+watched_or_not = pytest.mark.parametrize("config", CONFIGS, ids=["unobserved", "observed"])
+Side = Callable[[Feed], Any]
+MakeConfig = Callable[[], RunnableConfig]
+
+CHUNKS = ["0 ", "1 ", "2 "]
+
+
+@each_side
+@watched_or_not
+def test_a_pair_streams(side: Side, config: MakeConfig) -> None:
+    """`stream`, `transform`, `call` and a direct call give the chunks one by one."""
+    pair = side(Feed())
+
+    assert list(pair.stream(3, config())) == CHUNKS
+    assert list(pair.transform(iter([1, 2]), config())) == CHUNKS
+    assert list(pair.call(3)) == CHUNKS
+
+
+@each_side
+@watched_or_not
+async def test_a_pair_streams_async(side: Side, config: MakeConfig) -> None:
+    """The async twin."""
+    pair = side(Feed())
+
+    async def halves() -> AsyncIterator[int]:
+        yield 1
+        yield 2
+
+    assert [chunk async for chunk in pair.astream(3, config())] == CHUNKS
+    assert [chunk async for chunk in pair.atransform(halves(), config())] == CHUNKS
+    assert [chunk async for chunk in pair.acall(3)] == CHUNKS
+
+
+@each_side
+@watched_or_not
+async def test_chunks_fold(side: Side, config: MakeConfig) -> None:
+    """`invoke` and `ainvoke` add the chunks up with `+`."""
+    pair = side(Feed())
+
+    assert await asyncio.to_thread(pair.invoke, 3, config()) == "0 1 2 "
+    assert await pair.ainvoke(3, config()) == "0 1 2 "
+
+
+@each_side
+@watched_or_not
+def test_closing_early_closes_the_generator(side: Side, config: MakeConfig) -> None:
+    """A stream that is closed has closed the user's generator when `close` returns."""
+    feed = Feed()
+    stream = side(feed).stream(100, config())
+    first = next(stream)
+    stream.close()
+
+    assert first == "0 "
+    assert feed.closed.is_set()
+
+
+@each_side
+@watched_or_not
+async def test_closing_early_closes_the_generator_async(side: Side, config: MakeConfig) -> None:
+    """The async twin."""
+    feed = Feed()
+    stream = side(feed).astream(100, config())
+    first = await anext(stream)
+    await stream.aclose()
+
+    assert first == "0 "
+    assert feed.closed.is_set()
+
+
+@each_side
+@watched_or_not
+def test_a_slot_is_held_for_the_life_of_the_stream(side: Side, config: MakeConfig) -> None:
+    """From the first chunk to the end, or to an early close."""
+    pair = concurrency(limit=2)(side(Feed()))
+    stream, other = pair.stream(3, config()), pair.stream(3, config())
+    seen = [pair.limiter.stats().in_flight]
+    next(stream)
+    next(other)
+    seen.append(pair.limiter.stats().in_flight)
+    list(stream)
+    seen.append(pair.limiter.stats().in_flight)
+    other.close()
+
+    assert [*seen, pair.limiter.stats().in_flight] == [0, 2, 1, 0]
+
+
+@each_side
+@watched_or_not
+async def test_a_slot_is_held_for_the_life_of_the_stream_async(side: Side, config: MakeConfig) -> None:
+    """The async twin."""
+    pair = concurrency(limit=2)(side(Feed()))
+    stream, other = pair.astream(3, config()), pair.astream(3, config())
+    seen = [pair.limiter.stats().in_flight]
+    await anext(stream)
+    await anext(other)
+    seen.append(pair.limiter.stats().in_flight)
+    assert [chunk async for chunk in stream] == CHUNKS[1:]
+    seen.append(pair.limiter.stats().in_flight)
+    await other.aclose()
+
+    assert [*seen, pair.limiter.stats().in_flight] == [0, 2, 1, 0]
+
+
+@each_side
+async def test_a_bridged_stream_reads_no_further_than_it_is_read(side: Side) -> None:
+    """Back-pressure: the generator is at most one chunk ahead of its reader, on both paths."""
+    feed = Feed()
+    async with aclosing(side(feed).astream(100)) as stream:
+        for number in range(1, 4):
+            await anext(stream)
+            await asyncio.sleep(0.01)
+            assert feed.made <= number + 1
+    feed.made = 0
+    with closing(side(feed).stream(100)) as stream:
+        for number in range(1, 4):
+            next(stream)
+            assert feed.made <= number + 1
+
+
+@watched_or_not
+async def test_a_timeout_around_a_stream_fires(config: MakeConfig) -> None:
+    """`asyncio.timeout` around `astream` ends a generator that waits for ever, and closes it."""
+    closed = asyncio.Event()
+
+    @dual
+    async def stuck(query: str) -> AsyncIterator[str]:
+        try:
+            yield query
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    chunks = []
+    with pytest.raises(TimeoutError):  # noqa: PT012  (the timeout is around the loop)
+        async with asyncio.timeout(0.05):
+            async for chunk in stuck.astream("EUR", config()):
+                chunks.append(chunk)  # noqa: PERF401  (what came before the timeout is wanted)
+
+    assert chunks == ["EUR"]
+    assert closed.is_set()
+
+
+@watched_or_not
+async def test_a_timeout_inside_a_generator_fires(config: MakeConfig) -> None:
+    """A timeout that a generator holds over its yields belongs to the task that reads it."""
+
+    @dual
+    async def hasty(query: str) -> AsyncIterator[str]:
+        try:
+            async with asyncio.timeout(0.05):
+                yield query
+                await asyncio.Event().wait()
+        except TimeoutError:
+            yield "late"
+
+    assert [chunk async for chunk in hasty.astream("EUR", config())] == ["EUR", "late"]
+
+
+@watched_or_not
+async def test_a_task_group_inside_a_generator_works(config: MakeConfig) -> None:
+    """A task group is entered and left in one task."""
+
+    @dual
+    async def grouped(query: str) -> AsyncIterator[str]:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(asyncio.sleep(0, query))
+            yield "first"
+            yield await task
+
+    assert [chunk async for chunk in grouped.astream("EUR", config())] == ["first", "EUR"]
+
+
+@watched_or_not
+async def test_a_stream_runs_in_the_task_that_reads_it(config: MakeConfig) -> None:
+    """No task is made for a chunk."""
+
+    @dual
+    async def tasks(query: str) -> AsyncIterator[Any]:
+        yield asyncio.current_task()
+        await asyncio.sleep(0)
+        yield asyncio.current_task()
+
+    assert [chunk async for chunk in tasks.astream("EUR", config())] == [asyncio.current_task()] * 2
+
+
+@watched_or_not
+async def test_what_a_stream_writes_to_a_context_stays_there(config: MakeConfig) -> None:
+    """A context variable lives from chunk to chunk, and does not leak to the reader."""
+
+    @dual
+    async def aticks(query: str) -> AsyncIterator[str]:
+        desk.set("async")
+        yield desk.get()
+        yield desk.get()
+
+    @aticks.sync
+    def ticks(query: str) -> Iterator[str]:
+        desk.set("sync")
+        yield desk.get()
+        yield desk.get()
+
+    assert list(ticks.stream("EUR", config())) == ["sync", "sync"]
+    assert [chunk async for chunk in ticks.astream("EUR", config())] == ["async", "async"]
+    assert desk.get() == "nobody"
+
+
+@each_side
+async def test_an_error_in_the_middle_arrives(side: Side) -> None:
+    """The chunks before it arrive, then the error itself."""
+
+    class Broken(Feed):
+        def ticks(self, count: int) -> Iterator[str]:
+            yield "first"
+            raise ValueError(count)
+
+        async def aticks(self, count: int) -> AsyncIterator[str]:
+            yield "first"
+            raise ValueError(count)
+
+    pair = side(Broken())
+    stream, astream = pair.stream(3), pair.astream(3)
+
+    assert [next(stream), await anext(astream)] == ["first", "first"]
+    with pytest.raises(ValueError, match="3"):
+        next(stream)
+    with pytest.raises(ValueError, match="3"):
+        await anext(astream)
+
+
+async def test_an_early_close_is_reported_alike_on_both_paths() -> None:
+    """Who watches sees the end of a whole stream, and the `GeneratorExit` of one that was closed."""
+    whole, early, awhole, aearly = Watcher(), Watcher(), Watcher(), Watcher()
+    pair = native(Feed())
+    list(pair.stream(2, {"callbacks": [whole]}))
+    with closing(pair.stream(2, {"callbacks": [early]})) as stream:
+        next(stream)
+    _ = [chunk async for chunk in pair.astream(2, {"callbacks": [awhole]})]
+    async with aclosing(pair.astream(2, {"callbacks": [aearly]})) as astream:
+        await anext(astream)
+
+    assert whole.ended == awhole.ended == ["0 1 "]
+    assert early.ended == aearly.ended == [GeneratorExit]
+
+
+async def test_events_show_the_chunks() -> None:
+    """`astream_events` shows each chunk of a pair, alone and in a pipe."""
+    pair = native(Feed())
+    pipe = RunnableLambda(int) | pair
+
+    for runnable, value in ((pair, 3), (pipe, "3")):
+        events = [event async for event in runnable.astream_events(value, version="v2")]
+        own = [event for event in events if event["name"] == "ticks"]
+
+        assert [event["data"]["chunk"] for event in own if event["event"] == "on_chain_stream"] == CHUNKS
+        assert [event["event"] for event in own][:: len(own) - 1] == ["on_chain_start", "on_chain_end"]
+
+
+async def test_a_pair_streams_through_a_pipe() -> None:
+    """A pipe that begins or ends with a pair hands its chunks on one by one."""
+    pair = native(Feed())
+
+    assert list((RunnableLambda(int) | pair).stream("3")) == CHUNKS
+    assert [chunk async for chunk in (RunnableLambda(int) | pair).astream("3")] == CHUNKS
+    assert await (pair | RunnableLambda(str.strip)).ainvoke(3) == "0 1 2"
+
+
+@watched_or_not
+async def test_a_function_that_does_not_yield_streams_one_chunk(config: MakeConfig) -> None:
+    """`stream` of an ordinary pair gives its result; a runnable that it returns is streamed."""
+    pair: Any = dual(lambda query: str(query), name="plain")  # noqa: PLW0108  (a lambda has one parameter)
+    returns: Any = dual(lambda query: native(Feed()), name="returns_a_runnable")
+
+    assert list(pair.stream("EUR", config())) == ["EUR"]
+    assert [chunk async for chunk in pair.astream("EUR", config())] == ["EUR"]
+    assert list(returns.stream(3, config())) == CHUNKS
+    assert [chunk async for chunk in returns.astream(3, config())] == CHUNKS
+
+
+@watched_or_not
+async def test_a_stream_gets_the_config(config: MakeConfig) -> None:
+    """A generator that names `config` is given the child config, on both paths."""
+
+    @dual
+    def tags(query: str, config: RunnableConfig) -> Iterator[list[str]]:
+        yield config["tags"]
+
+    @tags.async_
+    async def atags(query: str, config: RunnableConfig) -> AsyncIterator[list[str]]:
+        yield config["tags"]
+
+    runnable: Any = tags
+    given: RunnableConfig = {**config(), "tags": ["desk"]}
+
+    assert list(runnable.stream("EUR", given)) == [["desk"]]
+    assert [chunk async for chunk in runnable.astream("EUR", given)] == [["desk"]]
+
+
+async def test_a_stream_that_is_dropped_is_closed() -> None:
+    """A reader that breaks off without closing leaves no generator open and no slot taken."""
+    feed = Feed()
+    pair = concurrency(limit=1)(native(feed))
+    async for _ in pair.astream(100):
+        break
+    for _ in range(100):
+        if feed.closed.is_set():
+            break
+        await asyncio.sleep(0.01)
+
+    assert feed.closed.is_set()
+    assert pair.limiter.stats().in_flight == 0
