@@ -54,12 +54,14 @@ class Watcher(BaseCallbackHandler):
 
     def __init__(self) -> None:
         self.ended: list[Any] = []
+        self.errors: list[BaseException] = []  # as a tracer might, and with them all the frames that they passed
 
     def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
         self.ended.append(outputs)
 
     def on_chain_error(self, error: BaseException, **kwargs: Any) -> None:
         self.ended.append(type(error))
+        self.errors.append(error)
 
 
 def native(feed: Feed) -> Any:
@@ -127,8 +129,8 @@ async def test_chunks_fold(side: Side, config: MakeConfig) -> None:
 @watched_or_not
 def test_closing_early_closes_the_generator(side: Side, config: MakeConfig) -> None:
     """A stream that is closed has closed the user's generator when `close` returns."""
-    feed = Feed()
-    stream = side(feed).stream(100, config())
+    feed, given = Feed(), config()
+    stream = side(feed).stream(100, given)
     first = next(stream)
     stream.close()
 
@@ -140,8 +142,8 @@ def test_closing_early_closes_the_generator(side: Side, config: MakeConfig) -> N
 @watched_or_not
 async def test_closing_early_closes_the_generator_async(side: Side, config: MakeConfig) -> None:
     """The async twin."""
-    feed = Feed()
-    stream = side(feed).astream(100, config())
+    feed, given = Feed(), config()
+    stream = side(feed).astream(100, given)
     first = await anext(stream)
     await stream.aclose()
 
