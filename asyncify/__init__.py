@@ -18,6 +18,7 @@ from asyncify.errors import (
 )
 from asyncify.limiter import Limiter
 from asyncify.pairs import Registry, registry
+from asyncify.patch import dual_patch
 from asyncify.runnable import Dual
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "UnboundedWarning",
     "concurrency",
     "dual",
+    "dual_patch",
     "registry",
 ]

@@ -139,6 +139,12 @@ class Registry:
             self._origins[full_name] = origin
             self._drop_origins()
 
+    def discard(self, pair: AnyDual) -> None:
+        """Forget a pair, if it is known."""
+        with self._lock:
+            for name in [known for known, other in self._pairs.items() if other is pair]:
+                del self._pairs[name]
+
     def _needs_number(self, full_name: str, fn: Function) -> bool:
         taken = self._pairs.get(full_name)
         return not _is_named(fn) or (taken is not None and inspect.unwrap(taken) is inspect.unwrap(fn))

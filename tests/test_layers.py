@@ -34,15 +34,16 @@ LEVELS = {
     "methods": 8,
     "pairs": 8,
     "decorators": 9,
-    "__init__": 10,
+    "patch": 10,
+    "__init__": 11,
     # the edge
-    "testing": 11,
-    "http": 11,
-    "shared": 11,
-    "metrics": 11,
-    "check": 11,
-    "pytest_plugin": 12,  # offers `testing` as fixtures
-    "cli": 12,  # offers `check` as a command
+    "testing": 12,
+    "http": 12,
+    "shared": 12,
+    "metrics": 12,
+    "check": 12,
+    "pytest_plugin": 13,  # offers `testing` as fixtures
+    "cli": 13,  # offers `check` as a command
 }
 
 

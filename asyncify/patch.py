@@ -1,0 +1,136 @@
+"""`dual_patch`: a function of somebody else's module becomes a pair where it stands, until it is undone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import wrapt
+
+from asyncify.decorators import dual
+from asyncify.entries import Bridge
+from asyncify.errors import PairError
+from asyncify.pairs import registry
+from asyncify.runnable import AnyDual, is_pair
+
+__all__ = ["Patch", "dual_patch"]
+
+Function = Callable[..., Any]
+
+
+class Patch:
+    """A pair in the place of a function of another module; as a context manager it is undone at the end.
+
+    Attributes:
+        target: what is patched, as "package.module:Class.method".
+        pair: the pair, or None before its module is imported and after the patch is undone.
+    """
+
+    def __init__(self, target: str, make: Callable[[Function], AnyDual]) -> None:
+        self.target = target
+        self.pair: AnyDual | None = None
+        self._make = make
+        self._undone = False
+        self._module, _, self._path = target.partition(":")
+        if not (self._module and self._path):
+            raise PairError(f"dual_patch: {target!r} is no path; write it as in 'package.module:Class.method'")
+
+    def _start(self) -> None:
+        if self._module in sys.modules:
+            self._apply(sys.modules[self._module])
+        else:
+            wrapt.register_post_import_hook(self._apply, self._module)
+
+    def _apply(self, module: ModuleType) -> None:
+        if self._undone:
+            return
+        try:
+            self._parent, self._name, original = wrapt.resolve_path(module, self._path)
+        except AttributeError as error:
+            raise PairError(f"dual_patch: there is no {self.target}: {error}") from error
+        if is_pair(original):
+            raise PairError(f"dual_patch: {self.target} is a pair already ({original!r}); undo what made it one first")
+        self._own: Any = vars(self._parent).get(self._name)  # None for what is inherited
+        self.pair = self._make(original)
+        setattr(self._parent, self._name, self.pair)
+
+    def undo(self) -> None:
+        """Put the function back; before its module is imported, leave it alone when it is.
+
+        Raises:
+            PairError: it is undone already, or something else has been put in the pair's place since.
+        """
+        if self._undone:
+            raise PairError(f"dual_patch: {self.target} is undone already")
+        if self.pair is not None:
+            self._put_back(self.pair)
+        self._undone = True
+
+    def _put_back(self, pair: AnyDual) -> None:
+        found = vars(self._parent).get(self._name)
+        if found is not pair:
+            raise PairError(
+                f"dual_patch: {self.target} is {found!r} by now, and no longer the pair; undo that first, the last "
+                "patch before the first"
+            )
+        if self._own is None:
+            delattr(self._parent, self._name)
+        else:
+            setattr(self._parent, self._name, self._own)
+        registry.discard(pair)
+        self.pair = None
+
+    def __enter__(self) -> Self:
+        """Return the patch itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Undo the patch, if that has not been done."""
+        if not self._undone:
+            self.undo()
+
+    def __repr__(self) -> str:
+        """Show what is patched, and whether it is by now: `<Patch httpx:Client.get applied>`."""
+        state = "undone" if self._undone else "applied" if self.pair is not None else "waits for the import"
+        return f"<Patch {self.target} {state}>"
+
+
+def dual_patch(
+    target: str,
+    *,
+    sync: Function | None = None,
+    async_: Function | None = None,
+    name: str | None = None,
+    bridge: Bridge = "thread",
+) -> Patch:
+    """Make a pair of a function or a method that is not yours, in its place.
+
+    Everybody who looks it up from then on finds the pair; who imported it by name before keeps the function.
+
+    Args:
+        target: the function, as "package.module:function" or "package.module:Class.method". If the module is not
+            imported yet, it is patched when it is.
+        sync: the sync side, for an async function.
+        async_: the async side, for a sync function.
+        name, bridge: as for `dual`.
+
+    Returns:
+        The patch, whose `undo()` puts the function back; also a context manager.
+
+    Raises:
+        PairError: there is no such function, it is a pair already, or the sides do not make one. For a module that
+            is not imported yet, it is raised by the import.
+    """
+    if sync is not None and async_ is not None:
+        raise PairError(f"dual_patch: {target} is one side already; give the other one only, as sync= or async_=")
+    options: dict[str, Any] = {"name": name, "bridge": bridge}
+    sides = {side: fn for side, fn in (("sync", sync), ("async_", async_)) if fn is not None}
+    any_dual: Any = dual  # which of its overloads is meant is known only now
+    patch = Patch(target, any_dual(**sides, **options) if sides else partial(any_dual, **options))
+    patch._start()
+    return patch
