@@ -16,6 +16,9 @@ from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, Ca
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
 from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableConfig, ensure_config, patch_config
+from langchain_core.tools import BaseTool
+from langchain_core.utils.pydantic import TypeBaseModel
+from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
@@ -25,6 +28,7 @@ from asyncify.limiter import Limiter
 from asyncify.permits import hand_over, held_by_this_task, innermost
 from asyncify.pipes import Piped
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
+from asyncify.schemas import parameters_schema, tool_of
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
 from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
 
@@ -479,6 +483,27 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
         callbacks = None if run_manager is None else run_manager.get_child()
         return patch_config(config, callbacks=callbacks, recursion_limit=limit - 1)
+
+    # --- to a model ---
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> TypeBaseModel:
+        """Return the schema of the input: of the mapping, for a function with two required parameters or more."""
+        if len(self._entries.sync.shape.required) > 1:
+            return parameters_schema(self.__wrapped__, self.get_name("Input"))
+        return super().get_input_schema(config)
+
+    def as_tool(
+        self,
+        args_schema: type[BaseModel] | None = None,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        arg_types: dict[str, type] | None = None,
+    ) -> BaseTool:
+        """Return a tool whose arguments are the function's parameters, and whose description is its docs."""
+        if args_schema is not None or arg_types is not None:
+            return super().as_tool(args_schema, name=name, description=description, arg_types=arg_types)
+        return tool_of(self, self.__wrapped__, name=name or self.get_name(), description=description)
 
     # --- identity ---
 
