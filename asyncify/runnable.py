@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
+import pickle
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
@@ -530,14 +533,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Pickle a decorated pair by its module and name, any other by its functions."""
         if not self._by_reference:
             return Dual, self._arguments
-        return self._global_name() or self.__qualname__
-
-    def _global_name(self) -> str | None:
-        """Return the name that this pair was given in its module, which may not be that of its function."""
-        for name, value in list(vars(sys.modules.get(self.__module__, object)).items()):
-            if value is self:
-                return name
-        return None
+        return _global_name(self)
 
 
 class _Bound(Dual[Any, Any]):
@@ -645,6 +641,22 @@ def gate_of(*sides: Function | None) -> Gate | None:
             f"{describe(pairs[0])} and {describe(pairs[1])} have a limit each; put one @concurrency over the pair"
         )
     return gates[0] if gates else None
+
+
+def _global_name(pair: AnyDual) -> str:
+    """Return the name under which a pair is found in its module, which may not be that of its function."""
+    qualname = getattr(pair, "__qualname__", "")
+    module = sys.modules.get(pair.__module__)
+    with contextlib.suppress(AttributeError):
+        if operator.attrgetter(qualname)(module) is pair:
+            return qualname
+    names = [name for name, value in list(vars(module or object).items()) if value is pair]
+    if not names:
+        raise pickle.PicklingError(
+            f"{describe(pair)} can't be pickled: {pair.__module__} holds it under no name; assign it to one at the "
+            "top of the module, or write it in a class there"
+        )
+    return names[0]
 
 
 def _needs_a_run(entry: Entry) -> bool:

@@ -80,13 +80,12 @@ async def test_a_function_becomes_a_pair_where_it_stands(module: ModuleType) -> 
     """Who looks it up finds a pair with both sides, under its own name."""
     with dual_patch(f"{module.__name__}:fetch", async_=_afetch) as patch:
         found: Any = module.fetch
-        pair: object = patch.pair
 
-        assert found is pair
         assert [found("EUR"), await found.ainvoke("EUR")] == ["sync EUR", "patched EUR"]
         assert found.__doc__ == "Fetch one quote."
         assert registry[f"{module.__name__}.fetch"].pair is patch.pair
         assert repr(patch) == f"<Patch {module.__name__}:fetch applied>"
+        assert found is patch.pair
 
 
 def test_undo_puts_the_function_back(module: ModuleType) -> None:
