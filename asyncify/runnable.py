@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
+import pickle
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
@@ -16,6 +19,9 @@ from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, Ca
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
 from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableConfig, ensure_config, patch_config
+from langchain_core.tools import BaseTool
+from langchain_core.utils.pydantic import TypeBaseModel
+from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.entries import Bridge, Entries, Entry, make_entries
@@ -25,6 +31,7 @@ from asyncify.limiter import Limiter
 from asyncify.permits import hand_over, held_by_this_task, innermost
 from asyncify.pipes import Piped
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
+from asyncify.schemas import parameters_schema, tool_of
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
 from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
 
@@ -480,6 +487,27 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         callbacks = None if run_manager is None else run_manager.get_child()
         return patch_config(config, callbacks=callbacks, recursion_limit=limit - 1)
 
+    # --- to a model ---
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> TypeBaseModel:
+        """Return the schema of the input: of the mapping, for a function with two required parameters or more."""
+        if len(self._entries.sync.shape.required) > 1:
+            return parameters_schema(self.__wrapped__, self.get_name("Input"))
+        return super().get_input_schema(config)
+
+    def as_tool(
+        self,
+        args_schema: type[BaseModel] | None = None,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        arg_types: dict[str, type] | None = None,
+    ) -> BaseTool:
+        """Return a tool whose arguments are the function's parameters, and whose description is its docs."""
+        if args_schema is not None or arg_types is not None:
+            return super().as_tool(args_schema, name=name, description=description, arg_types=arg_types)
+        return tool_of(self, self.__wrapped__, name=name or self.get_name(), description=description)
+
     # --- identity ---
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -505,14 +533,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Pickle a decorated pair by its module and name, any other by its functions."""
         if not self._by_reference:
             return Dual, self._arguments
-        return self._global_name() or self.__qualname__
-
-    def _global_name(self) -> str | None:
-        """Return the name that this pair was given in its module, which may not be that of its function."""
-        for name, value in list(vars(sys.modules.get(self.__module__, object)).items()):
-            if value is self:
-                return name
-        return None
+        return _global_name(self)
 
 
 class _Bound(Dual[Any, Any]):
@@ -620,6 +641,22 @@ def gate_of(*sides: Function | None) -> Gate | None:
             f"{describe(pairs[0])} and {describe(pairs[1])} have a limit each; put one @concurrency over the pair"
         )
     return gates[0] if gates else None
+
+
+def _global_name(pair: AnyDual) -> str:
+    """Return the name under which a pair is found in its module, which may not be that of its function."""
+    qualname = getattr(pair, "__qualname__", "")
+    module = sys.modules.get(pair.__module__)
+    with contextlib.suppress(AttributeError):
+        if operator.attrgetter(qualname)(module) is pair:
+            return qualname
+    names = [name for name, value in list(vars(module or object).items()) if value is pair]
+    if not names:
+        raise pickle.PicklingError(
+            f"{describe(pair)} can't be pickled: {pair.__module__} holds it under no name; assign it to one at the "
+            "top of the module, or write it in a class there"
+        )
+    return names[0]
 
 
 def _needs_a_run(entry: Entry) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from asyncify.errors import PairError
 
 __all__ = [
+    "INJECTED",
     "Shape",
     "check_pair",
     "check_side",
@@ -27,7 +28,7 @@ __all__ = [
     "signature_of",
 ]
 
-_INJECTED = ("config", "run_manager")
+INJECTED = ("config", "run_manager")
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
@@ -91,7 +92,7 @@ def _comparable(signature: Signature) -> list[tuple[str, Any, str]]:
     return [
         (parameter.name, parameter.kind, repr(parameter.default))
         for parameter in signature.parameters.values()
-        if parameter.name not in _INJECTED
+        if parameter.name not in INJECTED
     ]
 
 
@@ -216,7 +217,7 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
     """Look at a function once, so that no call has to."""
     signature = signature_of(fn)
     parameters = list(signature.parameters.values()) if signature is not None else []
-    own = [parameter for parameter in parameters if parameter.name not in _INJECTED]
+    own = [parameter for parameter in parameters if parameter.name not in INJECTED]
     named = {parameter.name for parameter in parameters if parameter.kind in _NAMED}
     return Shape(
         is_async=is_async(fn),

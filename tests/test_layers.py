@@ -29,6 +29,7 @@ LEVELS = {
     "entries": 6,
     "fanout": 6,
     "pipes": 6,
+    "schemas": 6,
     "streams": 6,
     "runnable": 7,
     "methods": 8,

@@ -79,12 +79,13 @@ async def _aclass(cls: Any, query: str) -> str:
 async def test_a_function_becomes_a_pair_where_it_stands(module: ModuleType) -> None:
     """Who looks it up finds a pair with both sides, under its own name."""
     with dual_patch(f"{module.__name__}:fetch", async_=_afetch) as patch:
-        fetch: Any = module.fetch
-        assert [fetch("EUR"), await fetch.ainvoke("EUR")] == ["sync EUR", "patched EUR"]
-        assert patch.pair is fetch
-        assert module.fetch.__doc__ == "Fetch one quote."
+        found: Any = module.fetch
+
+        assert [found("EUR"), await found.ainvoke("EUR")] == ["sync EUR", "patched EUR"]
+        assert found.__doc__ == "Fetch one quote."
         assert registry[f"{module.__name__}.fetch"].pair is patch.pair
         assert repr(patch) == f"<Patch {module.__name__}:fetch applied>"
+        assert found is patch.pair
 
 
 def test_undo_puts_the_function_back(module: ModuleType) -> None:
@@ -120,8 +121,8 @@ async def test_an_async_function_gets_a_sync_side(module: ModuleType) -> None:
 async def test_a_patch_without_a_side_is_bridged_and_may_be_limited(module: ModuleType) -> None:
     """A function may be patched only to be a runnable, or to get a limit."""
     with dual_patch(f"{module.__name__}:fetch") as patch:
-        assert patch.pair is not None
-        concurrency(limit=1)(patch.pair)
+        pair: Any = patch.pair
+        concurrency(limit=1)(pair)
 
         assert await module.fetch.ainvoke("EUR") == "sync EUR"
         assert repr(module.fetch) == "<Dual fetch sync (async bridged) 0/1 in flight, 0 waiting>"

@@ -1,0 +1,177 @@
+"""Pairs that are pickled, copied and partially applied."""
+
+import copy
+import functools
+import inspect
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from asyncify import Dual, concurrency, dual
+
+
+async def _afetch(query: str) -> str:
+    return f"async {query}"
+
+
+def _fetch(query: str) -> str:
+    return f"sync {query}"
+
+
+@dual(async_=_afetch)
+def fetch(query: str) -> str:
+    """Fetch one quote."""
+    return f"sync {query}"
+
+
+@concurrency(limit=3)
+async def limited(query: str) -> str:
+    """Fetch within a limit."""
+    return f"limited {query}"
+
+
+@dual(sync=_fetch, async_=_afetch)
+def over_stub(query: str) -> str:
+    """Fetch one quote."""
+    raise NotImplementedError
+
+
+from_two = dual(sync=_fetch, async_=_afetch)
+from_lambda = dual(lambda query: f"sync {query}", name="pickled_lambda")
+
+
+@dual
+def process(query: str) -> int:
+    """Return the number of the process that it runs in."""
+    return os.getpid()
+
+
+@dataclass
+class Desk:
+    """An owner of methods."""
+
+    label: str
+
+    @dual
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        return f"{self.label} {query}"
+
+    @dual
+    @classmethod
+    def of_class(cls, query: str) -> str:
+        """Fetch one quote."""
+        return f"{cls.__name__} {query}"
+
+    async def _alater(self, query: str) -> str:
+        return f"async {self.label} {query}"
+
+    def _later(self, query: str) -> str:
+        return f"sync {self.label} {query}"
+
+    later = dual(sync=_later, async_=_alater)
+
+
+PAIRS: list[Dual[Any, Any]] = [fetch, limited, over_stub, from_two, from_lambda, Desk.fetch, Desk.later]
+COPIES = [lambda pair: pickle.loads(pickle.dumps(pair)), copy.copy, copy.deepcopy]  # noqa: S301
+each_copy = pytest.mark.parametrize("copied", COPIES, ids=["pickle", "copy", "deepcopy"])
+
+
+@each_copy
+@pytest.mark.parametrize("pair", PAIRS, ids=repr)
+def test_a_module_level_pair_is_pickled_by_reference(pair: Dual[Any, Any], copied: Any) -> None:
+    """Pickled, copied and loaded again it is the very pair, limit and all."""
+    assert copied(pair) is pair
+
+
+@each_copy
+async def test_a_pair_made_by_hand_is_pickled_by_its_functions(copied: Any) -> None:
+    """A `Dual` that nothing registers is copied as a `RunnableLambda` is."""
+    made = copied(Dual(_fetch, _afetch, "made"))
+
+    assert made.name == "made"
+    assert [made.invoke("EUR"), await made.ainvoke("EUR")] == ["sync EUR", "async EUR"]
+
+
+@each_copy
+def test_a_bound_pair_goes_with_its_instance(copied: Any) -> None:
+    """It is bound to the instance, or to a copy of it; on the class, to the class."""
+    made = copied(Desk("fx").fetch)
+
+    assert made.invoke("EUR") == "fx EUR"
+    assert made.limiter is Desk.fetch.limiter
+    assert copied(Desk.of_class).invoke("EUR") == "Desk EUR"
+
+
+def test_a_deep_copy_of_a_bound_pair_has_an_instance_of_its_own() -> None:
+    """A deep copy follows the instance, as that of a method does."""
+    desk = Desk("fx")
+    made: Any = copy.deepcopy(desk.fetch)
+    desk.label = "changed"
+
+    assert made("EUR") == "fx EUR"
+    assert copy.copy(desk.fetch)("EUR") == "changed EUR"
+
+
+def test_an_instance_with_pairs_is_pickled() -> None:
+    """Pairs in the class are no part of the instance."""
+    assert pickle.loads(pickle.dumps(Desk("fx"))) == Desk("fx")  # noqa: S301
+
+
+def test_a_pipe_with_pairs_is_pickled() -> None:
+    """A pipe is pickled with the references to its pairs."""
+    pipe = fetch | limited
+    made = pickle.loads(pickle.dumps(pipe))  # noqa: S301
+
+    assert made.first is fetch
+    assert made.invoke("EUR") == "limited sync EUR"
+
+
+def test_a_local_pair_is_not_pickled() -> None:
+    """The error says where a pair must stand."""
+
+    @dual
+    def local(query: str) -> str:
+        return query
+
+    with pytest.raises(pickle.PicklingError, match=r"local .* holds it under no name; assign it to one at the top"):
+        pickle.dumps(local)
+
+
+def test_a_pair_works_in_another_process() -> None:
+    """A pair, a bound pair and a pair's method are sent to a pool of processes and run there."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        there = pool.submit(process, "EUR").result()
+        by_invoke = pool.submit(fetch.invoke, "EUR").result()
+        by_bound = pool.submit(Desk("fx").fetch, "EUR").result()
+        again = pool.submit(process.invoke, "EUR").result()
+
+    assert there == again != os.getpid()
+    assert [by_invoke, by_bound] == ["sync EUR", "fx EUR"]
+
+
+async def test_an_executor_of_processes_runs_a_bridged_side() -> None:
+    """A sync side leaves the process by `bridge=`, and the pair is still one."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pair = dual(process.func, bridge=pool, name="elsewhere")
+
+        assert await pair.ainvoke("EUR") != os.getpid()
+        assert pair.invoke("EUR") == os.getpid()
+
+
+async def test_a_partial_of_a_pair_calls_it() -> None:
+    """`functools.partial` of a pair, of `call` and of `acall` fill in arguments."""
+
+    @dual
+    def convert(amount: float, rate: float) -> float:
+        return amount * rate
+
+    assert functools.partial(convert, 2)(3) == 6
+    assert functools.partial(convert.call, rate=2)(3) == 6
+    assert await functools.partial(convert.acall, 2)(3) == 6
+    assert str(inspect.signature(functools.partial(convert, 2))) == "(rate: float) -> float"
