@@ -28,7 +28,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.tools import tool
 from pydantic import BaseModel
 
-from asyncify import Dual
+from asyncify import Dual, Limiter, concurrency
 from asyncify.runs import RESERVED
 
 Make = Callable[..., Runnable[Any, Any]]
@@ -126,6 +126,33 @@ async def test_a_sync_function_that_returns_a_coroutine_is_awaited(watched: Runn
     coroutine = await upstream.ainvoke(2, watched)
     assert asyncio.iscoroutine(coroutine)
     coroutine.close()
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["to its end", "cancelled"])
+async def test_a_coroutine_from_a_sync_function_keeps_the_slot(*, is_cancelled: bool) -> None:
+    """The call has ended, and its slot is free, when the coroutine has ended and no earlier."""
+    limiter = Limiter(limit=1)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    in_flight_at_end: list[int] = []
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await go_on.wait()
+        finally:
+            in_flight_at_end.append(limiter.stats().in_flight)
+
+    pair: Any = concurrency(limiter=limiter)(lambda _: work())
+    call = asyncio.create_task(pair.ainvoke(0))
+    await begun.wait()
+    if is_cancelled:
+        call.cancel()
+    go_on.set()
+    await asyncio.wait([call])
+
+    assert call.cancelled() == is_cancelled
+    assert in_flight_at_end == [1]
+    assert limiter.stats().in_flight == 0
 
 
 @pytest.mark.parametrize("how", ["invoke", "batch", "stream"])

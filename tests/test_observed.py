@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import wrapt
-from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager, CallbackManager
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager, CallbackManager
 from langchain_core.globals import set_debug
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import var_child_runnable_config
@@ -191,6 +191,19 @@ def test_a_watcher_sees_what_it_sees_of_lambdas(way: str, shape: Callable[[Any],
 
 def _named_lambda(fn: Any, afn: Any) -> Runnable[Any, Any]:
     return RunnableLambda(fn, afn)
+
+
+@pytest.mark.parametrize("owner", [CallbackManager, AsyncCallbackManager])
+def test_a_watcher_in_the_managers_of_one_path_sees_that_path(owner: Any) -> None:
+    """The managers of the sync and the async path may be instrumented each by itself."""
+    watcher = Watcher()
+    with mock.patch.object(owner, "__init__", _constructor_that_adds(watcher)):
+        _single(Dual).invoke(1)
+        seen_of_sync = len(watcher.seen)
+        asyncio.run(_single(Dual).ainvoke(1))
+    seen_of_async = len(watcher.seen) - seen_of_sync
+
+    assert (seen_of_sync, seen_of_async) == ((2, 0) if owner is CallbackManager else (0, 2))
 
 
 @pytest.mark.parametrize("kind", ["list", "manager", "manager with inheritable handlers alone"])
@@ -424,29 +437,28 @@ def test_collect_runs_sees_the_run(run: Run, shape: Callable[[Any], Runnable[Any
     assert collected(Dual) == collected(_named_lambda) != []
 
 
+@pytest.mark.parametrize("name", ["invoke", "ainvoke"])
 @pytest.mark.parametrize("owner", [RunnableLambda, RunnableSequence, RunnableParallel])
-def test_a_wrapper_around_the_methods_of_langchain_sees_the_run(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrapper_around_a_method_of_langchain_sees_the_run(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some tracing products wrap `invoke` and `ainvoke` of LangChain's classes."""
     seen: list[str] = []
+    method = getattr(owner, name)
 
-    def wrap(name: str) -> None:
-        method = getattr(owner, name)
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return method(*args, **kwargs)
 
-        @functools.wraps(method)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            seen.append(name)
-            return method(*args, **kwargs)
+    monkeypatch.setattr(owner, name, wrapper)
+    runnable = {RunnableLambda: _single, RunnableSequence: _piped, RunnableParallel: _branched}[owner](Dual)
+    if name == "invoke":
+        runnable.invoke(1)
+    else:
+        asyncio.run(runnable.ainvoke(1))
 
-        monkeypatch.setattr(owner, name, wrapper)
-
-    wrap("invoke")
-    wrap("ainvoke")
-    shape = {RunnableLambda: _single, RunnableSequence: _piped, RunnableParallel: _branched}[owner]
-    shape(Dual).invoke(1)
-    asyncio.run(shape(Dual).ainvoke(1))
-
-    assert seen[0] == "invoke"
-    assert seen[-1] == "ainvoke"
+    assert seen
 
 
 def test_the_stream_of_events_sees_the_run(shape: Callable[[Any], Runnable[Any, Any]]) -> None:
