@@ -202,10 +202,10 @@ class Run:
 
 
 @contextmanager
-def market_server(latency: float) -> Iterator[httpx.Client]:
+def market_server(latency: float, *options: str) -> Iterator[httpx.Client]:
     """Start the server and give a client to control it; leaving closes its standard input, which stops it."""
     program = Path(__file__).with_name("market_server.py")
-    command = [sys.executable, str(program), "--latency", str(latency)]
+    command = [sys.executable, str(program), "--latency", str(latency), *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline() if process.stdout else ""
         if not line:

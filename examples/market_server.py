@@ -10,6 +10,7 @@ input closes: a parent that holds the other end of that pipe leaves no server be
 | `GET /rate/USD-JPY`, also `/news/` and `/analysis/` | the data, after the latency; 404 or 429 at once |
 | `GET /stats` | what it saw since the last reset |
 | `POST /reset` | forget what was seen and start with a fresh quota |
+| `POST /at-once/12` | from now on serve 12 at once, whatever runs already |
 """
 
 import argparse
@@ -224,9 +225,15 @@ def _pick(choices: Sequence[T], about: str, pair: str) -> T:
 class Market:
     """The handlers, and the books they write."""
 
-    def __init__(self, latency: float) -> None:
+    def __init__(self, latency: float, per_second: int, at_once: int, *, retry_after: bool) -> None:
         self.latency = latency
-        self.books = Books(opened=time.monotonic())
+        self.retry_after = retry_after
+        self.per_second = per_second
+        self.at_once = at_once
+        self.open_books()
+
+    def open_books(self) -> None:
+        self.books = Books(opened=time.monotonic(), quota=Quota(self.per_second, self.at_once))
 
     def routes(self) -> list[Route]:
         return [
@@ -236,6 +243,7 @@ class Market:
             Route("/analysis/{pair}", self.slowly(analysis)),
             Route("/stats", self.stats),
             Route("/reset", self.reset, methods=["POST"]),
+            Route("/at-once/{count:int}", self.set_at_once, methods=["POST"]),
         ]
 
     def slowly(self, describe: Callable[[str], Json]) -> Callable[[Request], Awaitable[Response]]:
@@ -247,7 +255,8 @@ class Market:
                 raise HTTPException(404, f"unknown pair {pair!r}, see /pairs")
             books = self.books  # a reset may put others in their place before this request leaves
             if retry_after := books.arrive(time.monotonic()):
-                return JSONResponse({"error": "above the quota"}, 429, {"Retry-After": str(retry_after)})
+                headers = {"Retry-After": str(retry_after)} if self.retry_after else None
+                return JSONResponse({"error": "above the quota"}, 429, headers)
             try:
                 await asyncio.sleep(self.latency)
             finally:
@@ -263,7 +272,11 @@ class Market:
         return JSONResponse(self.books.stats())
 
     async def reset(self, request: Request) -> Response:
-        self.books = Books(opened=time.monotonic())
+        self.open_books()
+        return Response(status_code=204)
+
+    async def set_at_once(self, request: Request) -> Response:
+        self.at_once = self.books.quota.at_once = request.path_params["count"]
         return Response(status_code=204)
 
 
@@ -274,10 +287,10 @@ def stop_with_parent(server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-def serve(latency: float) -> None:
+def serve(market: Market) -> None:
     """Serve on a free loopback port until standard input closes."""
     faulthandler.dump_traceback_later(LIFETIME, exit=True)
-    app = Starlette(routes=Market(latency).routes())
+    app = Starlette(routes=market.routes())
     config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     # With the protocol named, asyncio turns off Nagle's algorithm, which would add 40 ms to each answer.
@@ -295,7 +308,11 @@ def serve(latency: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A currency market on a loopback port.")
     parser.add_argument("--latency", type=float, default=0.33, metavar="S", help="seconds to answer (0.33)")
-    serve(parser.parse_args().latency)
+    parser.add_argument("--per-second", type=int, default=60, metavar="N", help="requests served in any second (60)")
+    parser.add_argument("--at-once", type=int, default=25, metavar="N", help="requests served at once (25)")
+    parser.add_argument("--no-retry-after", action="store_true", help="refuse without saying how long to wait")
+    chosen = parser.parse_args()
+    serve(Market(chosen.latency, chosen.per_second, chosen.at_once, retry_after=not chosen.no_retry_after))
 
 
 if __name__ == "__main__":

@@ -91,9 +91,9 @@ class TestData:
         assert quoted["ask"] < analysed["resistance"]
 
 
-def start_server(latency: float) -> subprocess.Popen[str]:
+def start_server(latency: float, *options: str) -> subprocess.Popen[str]:
     """Start the market server, which runs until its standard input closes."""
-    command = [sys.executable, str(SERVER), "--latency", str(latency)]
+    command = [sys.executable, str(SERVER), "--latency", str(latency), *options]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -150,6 +150,20 @@ class TestServer:
             "peak_per_second": 0,
             "timeline": [],
         }
+
+    def test_capacity_changes_while_it_runs(self) -> None:
+        """What may be served at once can be set, and a refusal can come without a Retry-After."""
+        options = ["--at-once", "5", "--per-second", "1", "--no-retry-after"]
+        with start_server(0, *options) as server, httpx.Client(base_url=url_of(server), trust_env=False) as client:
+            answered = client.get("/rate/EUR-USD")
+            over_its_rate = client.get("/rate/EUR-USD")
+            client.post("/reset")
+            client.post("/at-once/0")
+            over_its_slots = client.get("/rate/EUR-USD")
+
+        assert [response.status_code for response in (answered, over_its_rate, over_its_slots)] == [200, 429, 429]
+        assert "Retry-After" not in over_its_rate.headers
+        assert "Retry-After" not in over_its_slots.headers
 
     def test_leaves_with_its_parent(self) -> None:
         """The server exits cleanly when its standard input closes, which the end of a parent does."""
