@@ -227,29 +227,29 @@ EVENTS = st.one_of(
 )
 
 
-class TestAgainstTheModel:
-    @settings(max_examples=400, deadline=None)
-    @given(any_limits(), st.lists(EVENTS, max_size=60))
-    def test_no_sequence_of_events_breaks_a_promise(self, first: Limits, events: list[tuple[Any, ...]]) -> None:
-        """No window over, no place lost, no wait without a reason, whatever comes in whatever order."""
-        model = Model(first)
-        for event, *arguments in events:
-            event(model, *arguments)
+@settings(max_examples=400, deadline=None)
+@given(any_limits(), st.lists(EVENTS, max_size=60))
+def test_no_sequence_of_events_breaks_a_promise(first: Limits, events: list[tuple[Any, ...]]) -> None:
+    """No window over, no place lost, no wait without a reason, whatever comes in whatever order."""
+    model = Model(first)
+    for event, *arguments in events:
+        event(model, *arguments)
 
-        assert model.meter.in_flight == model.in_flight()
+    assert model.meter.in_flight == model.in_flight()
 
-    @settings(max_examples=200, deadline=None)
-    @given(any_limits(), st.lists(EVENTS, max_size=60))
-    def test_everybody_who_waits_comes_in_the_end(self, first: Limits, events: list[tuple[Any, ...]]) -> None:
-        """Once the calls inside end and time passes, the queue is empty and all slots are free."""
-        model = Model(first)
-        for event, *arguments in events:
-            event(model, *arguments)
-        while model.queue or model.in_flight():
-            model.finish(0)
-            model.pass_punctually(3600.0)
 
-        assert model.meter.in_flight == 0
+@settings(max_examples=200, deadline=None)
+@given(any_limits(), st.lists(EVENTS, max_size=60))
+def test_everybody_who_waits_comes_in_the_end(first: Limits, events: list[tuple[Any, ...]]) -> None:
+    """Once the calls inside end and time passes, the queue is empty and all slots are free."""
+    model = Model(first)
+    for event, *arguments in events:
+        event(model, *arguments)
+    while model.queue or model.in_flight():
+        model.finish(0)
+        model.pass_punctually(3600.0)
+
+    assert model.meter.in_flight == 0
 
 
 class TestPace:
