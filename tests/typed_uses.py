@@ -1,0 +1,306 @@
+"""What type checkers make of pairs: never run, checked by mypy and pyright, both strict.
+
+A line that must be an error carries `# type: ignore`; both checkers report one that is not needed.
+"""
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+# ruff: noqa: D103  (what a function here is for is the comment over it)
+
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, assert_type
+
+from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables.base import RunnableSerializable
+
+from asyncify import Dual, Limiter, concurrency, dual, dual_patch, registry
+
+Quote = dict[str, float]
+
+
+def fetch_sync(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+async def fetch_async(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+async def other_result(query: str, count: int = 1) -> list[float]:
+    return [count]
+
+
+async def other_parameters(text: str) -> Quote:
+    return {text: 1}
+
+
+def ticks_sync(query: str) -> Iterator[float]:
+    yield 1.0
+
+
+async def ticks_async(query: str) -> AsyncIterator[float]:
+    yield 1.0
+
+
+upper = RunnableLambda(str.upper)
+
+
+# --- the five forms ---
+
+
+@dual(async_=fetch_async)
+def on_sync(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual(sync=fetch_sync)
+async def on_async(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+from_two = dual(sync=fetch_sync, async_=fetch_async)
+
+
+@dual(sync=fetch_sync, async_=fetch_async)
+def over_stub(query: str, count: int = 1) -> Quote:
+    """Fetch one quote."""
+    raise NotImplementedError
+
+
+@dual(sync=fetch_sync, async_=fetch_async, name="quotes")
+async def over_async_stub(query: str, count: int = 1) -> Quote:
+    """Fetch one quote."""
+    raise NotImplementedError
+
+
+@dual
+def one_side(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+both_sides = one_side.async_(fetch_async)
+
+
+@dual(name="named")
+async def one_async_side(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+async def sync_forms() -> None:
+    """Forms that stand for a `def` return its result."""
+    assert_type(on_sync("EUR"), Quote)
+    assert_type(from_two("EUR", count=2), Quote)
+    assert_type(over_stub("EUR", 2), Quote)
+    assert_type(one_side(query="EUR"), Quote)
+    assert_type(both_sides("EUR"), Quote)
+
+
+async def async_forms() -> None:
+    """Forms that stand for an `async def` return an awaitable."""
+    awaitable: Coroutine[Any, Any, Quote] = on_async("EUR")
+    assert_type(await awaitable, Quote)
+    assert_type(await on_async("EUR", count=2), Quote)
+    assert_type(await over_async_stub("EUR"), Quote)
+    assert_type(await one_async_side("EUR"), Quote)
+
+
+async def sides() -> None:
+    """`call` and `acall` take the function's parameters, in every form."""
+    assert_type(on_sync.call("EUR", count=2), Quote)
+    assert_type(on_async.call("EUR", count=2), Quote)
+    assert_type(from_two.call("EUR"), Quote)
+    assert_type(over_stub.call("EUR"), Quote)
+    assert_type(over_async_stub.call("EUR"), Quote)
+    assert_type(await on_sync.acall("EUR", count=2), Quote)
+    assert_type(await on_async.acall("EUR"), Quote)
+    assert_type(await from_two.acall("EUR"), Quote)
+    assert_type(await over_stub.acall("EUR"), Quote)
+    assert_type(await one_side.acall("EUR"), Quote)
+    assert_type(await one_async_side.acall("EUR"), Quote)
+
+
+async def as_runnables() -> None:
+    """As a runnable a pair gives the function's result."""
+    assert_type(on_sync.invoke("EUR"), Quote)
+    assert_type(on_async.invoke("EUR"), Quote)
+    assert_type(await on_sync.ainvoke("EUR"), Quote)
+    assert_type(await on_async.ainvoke("EUR"), Quote)
+    assert_type(on_sync.batch(["EUR"]), list[Quote])
+    assert_type(await on_async.abatch(["EUR"]), list[Quote])
+    assert_type(on_sync | RunnableLambda(len), RunnableSerializable[Any, int])
+    assert_type(upper | on_sync, RunnableSerializable[str, Quote])
+    assert_type((upper | on_async).invoke("eur"), Quote)
+
+
+def wrong_arguments() -> None:
+    """A wrong argument is an error wherever the function's own parameters are taken."""
+    on_sync(3)  # type: ignore[arg-type]
+    on_sync(text="EUR")  # type: ignore[call-arg]
+    from_two.call("EUR", "2")  # type: ignore[arg-type]
+    over_stub.acall()  # type: ignore[call-arg, unused-coroutine]
+    one_async_side("EUR", number=2)  # type: ignore[call-arg, unused-coroutine]
+
+
+def wrong_sides() -> None:
+    """Sides that disagree in parameters or in result, or have the wrong colour, are errors."""
+    dual(async_=other_parameters)(fetch_sync)  # type: ignore[arg-type]
+    dual(async_=other_result)(fetch_sync)  # type: ignore[arg-type]
+    dual(sync=fetch_sync)(other_parameters)  # type: ignore[arg-type]
+    dual(sync=fetch_sync)(other_result)  # type: ignore[arg-type]
+    dual(sync=fetch_sync)(fetch_sync)  # type: ignore[arg-type]
+    dual(sync=fetch_sync, async_=fetch_sync)  # type: ignore[arg-type]
+    # mypy joins the parameters of two arguments; it is left to the check at decoration to tell.
+    dual(sync=fetch_sync, async_=other_parameters)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    one_side.async_(other_parameters)  # type: ignore[arg-type]
+    one_side.async_(other_result)  # type: ignore[arg-type]
+    one_side.async_(fetch_sync)  # type: ignore[arg-type]
+    one_async_side.sync(other_parameters)  # type: ignore[arg-type]
+    from_two(other_parameters)  # type: ignore[arg-type]
+
+
+# --- generators ---
+
+
+@dual(async_=ticks_async)
+def ticks(query: str) -> Iterator[float]:
+    yield 1.0
+
+
+@dual(sync=ticks_sync)
+async def aticks(query: str) -> AsyncIterator[float]:
+    yield 1.0
+
+
+two_ticks = dual(sync=ticks_sync, async_=ticks_async)
+
+
+@dual
+async def ticks_alone(query: str) -> AsyncIterator[float]:
+    yield 1.0
+
+
+async def streams() -> None:
+    """Streaming pairs give iterators when called, and chunks as runnables."""
+    assert_type(ticks("EUR"), Iterator[float])
+    assert_type(aticks("EUR"), AsyncIterator[float])
+    assert_type(two_ticks("EUR"), Iterator[float])
+    assert_type(ticks.call("EUR"), Iterator[float])
+    assert_type(aticks.call("EUR"), Iterator[float])
+    assert_type(ticks.acall("EUR"), AsyncIterator[float])
+    assert_type(ticks_alone.acall("EUR"), AsyncIterator[float])
+    assert_type(ticks_alone.call("EUR"), Iterator[float])
+    assert_type(ticks.stream("EUR"), Iterator[float])
+    assert_type(ticks.astream("EUR"), AsyncIterator[float])
+    assert_type(await ticks.ainvoke("EUR"), float)
+    ticks(3)  # type: ignore[arg-type]
+    dual(async_=ticks_async)(fetch_sync)  # type: ignore[arg-type]
+
+
+# --- limits, in either order ---
+
+
+@concurrency(limit=3)
+@dual(async_=fetch_async)
+def limit_over(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual(async_=fetch_async)
+@concurrency(per_second=3)
+def limit_under(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@concurrency(limiter=Limiter(limit=3))
+async def limit_alone(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@concurrency(limit=3)
+def limit_on_ticks(query: str) -> Iterator[float]:
+    yield 1.0
+
+
+async def limits() -> None:
+    """A limit changes nothing in the types."""
+    assert_type(limit_over("EUR", count=2), Quote)
+    assert_type(await limit_over.acall("EUR"), Quote)
+    assert_type(limit_under("EUR", count=2), Quote)
+    assert_type(await limit_under.acall("EUR"), Quote)
+    assert_type(await limit_alone("EUR", count=2), Quote)
+    assert_type(limit_alone.call("EUR"), Quote)
+    assert_type(limit_on_ticks.acall("EUR"), AsyncIterator[float])
+    limit_over(3)  # type: ignore[arg-type]
+    limit_under(3)  # type: ignore[arg-type]
+    limit_alone(3)  # type: ignore[arg-type, unused-coroutine]
+    concurrency(limit="3")  # type: ignore[arg-type]
+    concurrency(limit=3)(3)  # type: ignore[call-overload]
+
+
+# --- methods ---
+
+
+class Desk:
+    async def _afetch(self, query: str, count: int = 1) -> Quote:
+        return {query: count}
+
+    @dual(async_=_afetch)
+    def fetch(self, query: str, count: int = 1) -> Quote:
+        return {query: count}
+
+    @concurrency(limit=3)
+    async def news(self, query: str) -> str:
+        return query
+
+    @dual
+    def ticks(self, query: str) -> Iterator[float]:
+        yield 1.0
+
+    @dual
+    @staticmethod
+    def of_none(query: str) -> str:
+        return query
+
+
+async def methods(desk: Desk) -> None:
+    """A bound pair takes the parameters without `self`."""
+    assert_type(desk.fetch("EUR", count=2), Quote)
+    assert_type(desk.fetch.call("EUR"), Quote)
+    assert_type(await desk.fetch.acall("EUR"), Quote)
+    assert_type(await desk.fetch.ainvoke("EUR"), Quote)
+    assert_type(await desk.news("EUR"), str)
+    assert_type(desk.news.call("EUR"), str)
+    assert_type(desk.ticks.acall("EUR"), AsyncIterator[float])
+    assert_type(desk.fetch | RunnableLambda(len), RunnableSerializable[Any, int])
+    assert_type(Desk.fetch(desk, "EUR"), Quote)
+    assert_type(Desk.of_none("EUR"), str)
+    desk.fetch(3)  # type: ignore[arg-type]
+    desk.fetch.call(text="EUR")  # type: ignore[call-arg]
+
+
+# --- the drop-in, the registry, other people's code ---
+
+
+async def drop_in(pair: Dual[str, Quote]) -> None:
+    """`Dual` stands for `RunnableLambda` in an annotation, and infers when it is made."""
+    assert_type(pair("EUR"), Quote)
+    assert_type(pair.invoke("EUR"), Quote)
+    assert_type(await pair.ainvoke("EUR"), Quote)
+    assert_type(await pair.acall("EUR"), Quote)
+    assert_type(Dual(fetch_sync)("EUR"), Quote)
+    assert_type(Dual(fetch_sync, fetch_async).call("EUR", count=2), Quote)
+    assert_type(await Dual(fetch_async)("EUR"), Quote)
+    assert_type(Dual(ticks_sync).acall("EUR"), AsyncIterator[float])
+    pair.invoke(3)  # type: ignore[arg-type]
+
+
+def fakes() -> None:
+    """A fake is any function; a pair is named or given."""
+    with registry.override(on_sync, fetch_async), registry.override("quotes", sync=fetch_sync):
+        on_sync("EUR")
+    registry.override(fetch_sync, fetch_sync)  # type: ignore[arg-type]
+
+
+def patches() -> None:
+    """A patch is undone by what it returns."""
+    with dual_patch("quotes:Client.fetch", async_=fetch_async) as patch:
+        assert_type(patch.target, str)
+    dual_patch("quotes:fetch", async_="fetch").undo()  # type: ignore[arg-type]
