@@ -78,21 +78,23 @@ class Decorator(Protocol):
 
 
 @overload
-def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread") -> D: ...
+def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> D: ...
 @overload
 def dual(
-    fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+    fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-    fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+    fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]
-    fn: Callable[P, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread"
+    fn: Callable[P, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
 @overload
-def dual(fn: Callable[P, T], /, *, name: str | None = None, bridge: Bridge = "thread") -> Dual[Any, T, P, T]: ...
+def dual(
+    fn: Callable[P, T], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+) -> Dual[Any, T, P, T]: ...
 @overload
 def dual(
     *,
@@ -100,6 +102,7 @@ def dual(
     async_: Callable[P, AsyncIterator[T]],
     name: str | None = None,
     bridge: Bridge = "thread",
+    warn: bool = True,
 ) -> _OverStreamStub[T, P]: ...
 @overload
 def dual(
@@ -108,25 +111,30 @@ def dual(
     async_: Callable[P, Coroutine[Any, Any, T]],
     name: str | None = None,
     bridge: Bridge = "thread",
+    warn: bool = True,
 ) -> _OverStub[T, P]: ...
 @overload
 def dual(
-    *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread"
+    *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[[Callable[P, Iterator[T]]], Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]]: ...
 @overload
 def dual(
-    *, async_: Callable[P, Coroutine[Any, Any, T]], name: str | None = None, bridge: Bridge = "thread"
+    *,
+    async_: Callable[P, Coroutine[Any, Any, T]],
+    name: str | None = None,
+    bridge: Bridge = "thread",
+    warn: bool = True,
 ) -> Callable[[Callable[P, T]], Dual[Any, T, P, T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-    *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread"
+    *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[[Callable[P, AsyncIterator[T]]], Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]]: ...
 @overload
 def dual(
-    *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread"
+    *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[Any, Any, T]]]: ...
 @overload
-def dual(*, name: str | None = None, bridge: Bridge = "thread") -> Decorator: ...
+def dual(*, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> Decorator: ...
 def dual(
     fn: Function | None = None,
     /,
@@ -135,6 +143,7 @@ def dual(
     async_: Function | None = None,
     name: str | None = None,
     bridge: Bridge = "thread",
+    warn: bool = True,
 ) -> Any:
     """Keep the sync and the async implementation of one function together, as one runnable.
 
@@ -157,6 +166,7 @@ def dual(
         name: what the registry calls the pair, after its module; by default the function's qualified name.
         bridge: how a missing side is made: "thread" (async from sync on threads of its own, sync from async on a
             background event loop), "error" (not at all), or an `Executor` for the async side of a sync function.
+        warn: whether to tell of the traps that its calls run into; `False` if they are meant.
 
     Returns:
         A `Dual`; or, with one of `sync` and `async_` alone, a decorator for the other.
@@ -166,7 +176,7 @@ def dual(
         NameTakenError: a different function is registered under the name.
     """
     _check_options(name, bridge)
-    if fn is None and sync is None and async_ is None and name is None and bridge == "thread":
+    if fn is None and sync is None and async_ is None and name is None and bridge == "thread" and warn:
         raise PairError(
             "dual() was given no function; write @dual on one, @dual(async_=...) on the sync one, or "
             "dual(sync=..., async_=...)"
@@ -179,16 +189,16 @@ def dual(
         check_side(function_of(async_, "async"), "async", "dual(async_=...)")
     if sync is not None and async_ is not None:
         stands = function_of(sync, "sync") if is_pair(sync) else sync
-        pair = _make_pair(stands, sync, async_, name=name, bridge=bridge)
+        pair = _make_pair(stands, sync, async_, name=name, bridge=bridge, warn=warn)
         pair.expect_stub(partial(_decorate_stub, name))
         return pair
 
     def decorate(fn: Function) -> AnyDual:
         if sync is not None:
-            return _make_pair(fn, sync, fn, where="@dual(sync=...)", name=name, bridge=bridge)
+            return _make_pair(fn, sync, fn, where="@dual(sync=...)", name=name, bridge=bridge, warn=warn)
         if async_ is not None:
-            return _make_pair(fn, fn, async_, where="@dual(async_=...)", name=name, bridge=bridge)
-        return _make_pair(fn, *_side_of(fn, "@dual"), where="@dual", name=name, bridge=bridge)
+            return _make_pair(fn, fn, async_, where="@dual(async_=...)", name=name, bridge=bridge, warn=warn)
+        return _make_pair(fn, *_side_of(fn, "@dual"), where="@dual", name=name, bridge=bridge, warn=warn)
 
     return decorate if fn is None else decorate(fn)
 
@@ -205,6 +215,7 @@ def concurrency(
     timeout: float | None = None,
     limiter: Limiter | AsyncLimiter | BaseRateLimiter | None = None,
     name: str | None = None,
+    warn: bool | None = None,
 ) -> Decorator:
     """Put one limit on a function or a pair, for every path, thread, event loop, pipe and batch together.
 
@@ -221,6 +232,7 @@ def concurrency(
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
             `BaseRateLimiter`, instead of limits of its own.
         name: what errors and `repr` call the limiter.
+        warn: False to be told of no traps; by default as `dual` was told.
 
     Returns:
         A decorator; the pair that it returns is the one that it was given, if it was given one.
@@ -252,9 +264,9 @@ def concurrency(
                     f"@concurrency: {describe(fn)} has a limit already ({fn.gate.limiter!r}); give both in one place, "
                     "as in @concurrency(limit=10, per_second=50)"
                 )
-            fn.furnish(gate=gate)
+            fn.furnish(gate=gate, warn=warn)
             return fn
-        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate)
+        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate, warn=warn)
 
     return decorate
 
@@ -268,6 +280,7 @@ def _make_pair(
     name: str | None = None,
     bridge: Bridge = "thread",
     gate: Gate | None = None,
+    warn: bool | None = None,
 ) -> AnyDual:
     """Check everything, then make the pair and register it.
 
@@ -275,6 +288,7 @@ def _make_pair(
     the new pair, which takes its place in the registry if it is the one decorated.
     """
     gate = gate or gate_of(sync, async_)
+    warn = warn is not False and all(side.warns for side in (sync, async_) if is_pair(side))
     plain_sync = None if sync is None else function_of(sync, "sync")
     plain_async = None if async_ is None else function_of(async_, "async")
     fn = function_of(decorated)
@@ -287,7 +301,7 @@ def _make_pair(
     if isinstance(bridge, Executor) and plain_sync is None:
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
     pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
-    pair.furnish(wears=fn, gate=gate, bridge=bridge)
+    pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
     _copy_binding(decorated, pair)
     registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
     pair.pickle_by_reference()

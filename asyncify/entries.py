@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from contextvars import Context, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import iscoroutine
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable
 from asyncify.gate import Gate, Pass
 from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
 from asyncify.signatures import Shape, describe, shape_of
+from asyncify.traps import telling_if_held
 
-__all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
+__all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries", "run_in_background"]
 
 Bridge = Literal["thread", "error"] | Executor
 Kind = Literal["native", "bridged", "missing"]
@@ -56,19 +57,32 @@ class Entries:
 
 
 def make_entries(
-    sync: Function | None, async_: Function | None, *, gate: Gate | None, bridge: Bridge, name: str
+    sync: Function | None,
+    async_: Function | None,
+    *,
+    gate: Gate | None,
+    bridge: Bridge,
+    name: str,
+    warn: bool = False,
 ) -> Entries:
-    """Put the limit around both sides, and make the one that is missing."""
+    """Put the limit around both sides, and make the one that is missing.
+
+    With `warn`, a sync call that is made on an event loop and holds it is told.
+    """
     fn = sync or async_
     if gate is not None and fn is not None:
         gate = gate.before(fn)
-    if sync is not None and async_ is not None:
-        return Entries(_native(sync, gate), _anative(async_, gate, name))
     if sync is not None:
-        return Entries(_native(sync, gate), _abridged(sync, gate, bridge, name))
-    if async_ is not None:
-        return Entries(_bridged(async_, gate, bridge, name), _anative(async_, gate, name))
-    raise AssertionError("a pair has at least one side")
+        entry = _native(sync, gate)
+        other = _abridged(sync, gate, bridge, name) if async_ is None else _anative(async_, gate, name)
+    elif async_ is not None:
+        entry, other = _bridged(async_, gate, bridge, name), _anative(async_, gate, name)
+    else:
+        raise AssertionError("a pair has at least one side")
+    if warn and entry.kind != "missing":
+        run = telling_if_held(entry.run, name, is_generator=entry.shape.is_generator)
+        entry = replace(entry, run=run)
+    return Entries(entry, other)
 
 
 def _native(fn: Function, gate: Gate | None) -> Entry:
@@ -137,7 +151,7 @@ def _bridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Entr
     watched = watchable(fn, name, is_generator=shape.is_generator)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return background.run(partial(watched, *args, **kwargs), _context_of_thread())
+        return run_in_background(partial(watched, *args, **kwargs))
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
         return background.stream(watched(*args, **kwargs), _context_of_thread())
@@ -181,6 +195,11 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
                 yield chunk
 
     return stream if shape.is_generator else run
+
+
+def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Await what `call` makes on the background loop, and wait for it in this thread."""
+    return background.run(call, _context_of_thread())
 
 
 def _context_of_thread() -> Context:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import wait
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -18,7 +18,7 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config
 from asyncify.bridge import ThreadPool
 from asyncify.runs import is_reserved, observed, quiet_config
 
-__all__ = ["DualParallel", "DualSequence", "Piped"]
+__all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -44,6 +44,10 @@ class Piped:
         `awaited` says that the caller's task will wait for it and for nothing else.
         """
 
+    @abstractmethod
+    def beware(self, calls: int, *, bounded: bool) -> None:
+        """Tell of the traps that an async batch of so many calls runs into; `bounded` if not all run at once."""
+
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
 
         def __or__(self, other: Any) -> Any:
@@ -57,6 +61,22 @@ class Piped:
         def pipe(self, *others: Any, name: str | None = None) -> Any:
             """Compose, as `Runnable` does."""
             return _of_pairs(super().pipe(*others, name=name))
+
+        async def abatch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
+            """Run as `Runnable` does, and tell of the traps that so many calls run into."""
+            self.beware(len(inputs), bounded=is_bounded(config))
+            return await super().abatch(inputs, config, **options)
+
+        def abatch_as_completed(self, inputs: Any, config: Any = None, **options: Any) -> Any:
+            """Run as `Runnable` does, and tell of the traps that so many calls run into."""
+            self.beware(len(inputs), bounded=is_bounded(config))
+            return super().abatch_as_completed(inputs, config, **options)
+
+
+def is_bounded(config: RunnableConfig | Sequence[RunnableConfig] | None) -> bool:
+    """Tell whether a batch with this config, or these, has a bound of its own on the calls in flight."""
+    first = next(iter(config), None) if isinstance(config, Sequence) else config
+    return ensure_config(first).get("max_concurrency") is not None
 
 
 class DualSequence(Piped, RunnableSequence[Input, Output]):
@@ -97,6 +117,11 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
+    def beware(self, calls: int, *, bounded: bool) -> None:
+        """Tell of the traps that a step runs into."""
+        for step in _pairs(self.steps):
+            step.beware(calls, bounded=bounded)
+
     # LangChain calls a run and a serialized object by the class; it is to know this one as its own.
 
     def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
@@ -111,6 +136,11 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
 class DualParallel(Piped, RunnableParallel[Input]):
     """A dict in a pipe that holds pairs, or pipes of pairs, alone."""
+
+    def beware(self, calls: int, *, bounded: bool) -> None:
+        """Tell of the traps that a branch runs into."""
+        for branch in _pairs(self.steps__.values()):
+            branch.beware(calls, bounded=bounded)
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the sync sides, each in a thread."""

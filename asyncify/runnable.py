@@ -11,6 +11,7 @@ import operator
 import pickle
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Executor
 from contextlib import aclosing, closing
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, overload
@@ -24,16 +25,17 @@ from langchain_core.utils.pydantic import TypeBaseModel
 from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
-from asyncify.entries import Bridge, Entries, Entry, make_entries
-from asyncify.errors import PairError
+from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
+from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.permits import hand_over, held_by_this_task, innermost
-from asyncify.pipes import Piped
+from asyncify.pipes import Piped, is_bounded
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
 from asyncify.schemas import parameters_schema, tool_of
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
 from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
+from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
 
@@ -120,6 +122,8 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._arguments = (func, afunc, name)
         self._gate: Gate | None = None
         self._bridge: Bridge = "thread"
+        self._warn = True
+        self._told: set[type[AsyncifyWarning]] = set()
         self._fakes: tuple[Entries, ...] = ()
         self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
@@ -128,7 +132,14 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
 
-    def furnish(self, *, wears: Function | None = None, gate: Gate | None = None, bridge: Bridge | None = None) -> None:
+    def furnish(
+        self,
+        *,
+        wears: Function | None = None,
+        gate: Gate | None = None,
+        bridge: Bridge | None = None,
+        warn: bool | None = None,
+    ) -> None:
         """Give the pair the name, docs, signature and colour of a function, a limit, a way to make a side."""
         if wears is not None:
             functools.update_wrapper(self, wears, updated=())
@@ -138,6 +149,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
                 self.name = own_name
         self._gate = gate or self._gate
         self._bridge = bridge or self._bridge
+        self._warn = self._warn if warn is None else warn
         self._assemble()
 
     def _assemble(self) -> None:
@@ -147,6 +159,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             gate=self._gate,
             bridge=self._bridge,
             name=self.get_name(),
+            warn=self._warn,
         )
         self.set_fakes(self._fakes)
 
@@ -174,6 +187,11 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     def limiter(self) -> Limiter | KeyedLimiter | ForeignLimiter | None:
         """What limits both sides, if anything does."""
         return None if self._gate is None else self._gate.limiter
+
+    @property
+    def warns(self) -> bool:
+        """Whether its callers are told of traps."""
+        return self._warn
 
     def pickle_by_reference(self) -> None:
         """Pickle this pair as functions are, by module and name."""
@@ -303,6 +321,32 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     ) -> asyncio.Task[Any]:
         """Start the async side, where it is known that nobody watches."""
         return self._start(self._live.async_, value, config, kwargs, awaited=awaited)
+
+    def beware(self, calls: int, *, bounded: bool) -> None:
+        """Tell, once each, of the traps that an async batch of so many calls runs into."""
+        if not self._warn or self._fakes:
+            return
+        entry = self._entries.async_
+        bridged = entry.kind == "bridged" and not isinstance(self._bridge, Executor)
+        unbounded = entry.kind == "native" and self._gate is None and not bounded
+        if bridged and calls >= MANY_BRIDGED and self._is_news(BridgedWarning):
+            tell_bridged(self.get_name(), entry.fn, calls)
+        if unbounded and calls > MANY_UNBOUNDED and self._is_news(UnboundedWarning):
+            tell_unbounded(self.get_name(), entry.fn, calls)
+
+    def _is_news(self, warning: type[AsyncifyWarning]) -> bool:
+        is_news = warning not in self._told
+        self._told.add(warning)
+        return is_news
+
+    if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
+
+        def batch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
+            """Run as `RunnableLambda` does; a bridged sync side with a limit runs all inputs on the background loop."""
+            bounded = is_bounded(config) or (self._gate is not None and self._gate.limiter.bounds_calls)
+            if self._live.sync.kind == "bridged" and bounded:
+                return run_in_background(functools.partial(self.abatch, inputs, config, **options))
+            return super().batch(inputs, config, **options)
 
     def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
         if hasattr(self, "func"):
@@ -579,6 +623,10 @@ class _Bound(Dual[Any, Any]):
             Entry(functools.partial(sync.run, self._receiver), sync.fn, _bound_shape(sync.shape), sync.kind),
             Entry(functools.partial(async_.run, self._receiver), async_.fn, _bound_shape(async_.shape), async_.kind),
         )
+
+    def beware(self, calls: int, *, bounded: bool) -> None:
+        """Tell what the pair tells, once for all its instances."""
+        self._pair.beware(calls, bounded=bounded)
 
     def furnish(self, **given: Any) -> None:
         """Refuse: what a method is made of is said in its class."""

@@ -23,6 +23,7 @@ LEVELS = {
     "adaptive": 2,
     "permits": 2,
     "executors": 2,
+    "traps": 2,
     "turnstile": 3,
     "limiter": 4,
     "gate": 5,

@@ -1,0 +1,111 @@
+"""The traps that a pair's callers are told of, at their own line and with the line to write.
+
+The fourth, blocking I/O in an async side, is found by `watch` in `drive`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import langchain_core
+
+from asyncify.errors import AsyncifyWarning, BlockingWarning, BridgedWarning, UnboundedWarning
+from asyncify.signatures import describe
+
+__all__ = ["MANY_BRIDGED", "MANY_UNBOUNDED", "tell_bridged", "tell_unbounded", "telling_if_held"]
+
+Function = Callable[..., Any]
+
+MANY_BRIDGED = 10
+"""Calls in a batch from which on it matters that the async side is made of threads."""
+
+MANY_UNBOUNDED = 100
+"""Calls in a batch up to which no limit is needed."""
+
+_HELD_SECONDS = 0.05
+
+_NOT_THE_CALLER = tuple(
+    f"{Path(module.__file__ or '').parent}/" for module in (sys.modules[__name__], langchain_core, asyncio)
+)
+
+
+def tell_bridged(name: str, fn: Function, calls: int) -> None:
+    """Tell that a batch of async calls runs on threads."""
+    _tell(
+        BridgedWarning(
+            f"{calls:,} async calls of {name} run in threads, for it has no async side of its own; write one, and "
+            f"@dual(async_={_plain_name(name)}_async) over {describe(fn)}; or @dual(warn=False), if threads will do"
+        )
+    )
+
+
+def tell_unbounded(name: str, fn: Function, calls: int) -> None:
+    """Tell that a batch runs all its calls at once."""
+    _tell(
+        UnboundedWarning(
+            f"{calls:,} calls of {name} run at once, for nothing limits them; write @concurrency(limit=50) over "
+            f'{describe(fn)}, or give the batch config={{"max_concurrency": 50}}; or @dual(warn=False), if all at once '
+            "will do"
+        )
+    )
+
+
+def _tell_held(name: str, seconds: float) -> None:
+    _tell(
+        BlockingWarning(
+            f"a sync call of {name} held the event loop for {seconds * 1000:.0f} ms; where there is a loop, write "
+            f"await {_plain_name(name)}.ainvoke(...), or await {_plain_name(name)}.acall(...)"
+        )
+    )
+
+
+def telling_if_held(run: Function, name: str, *, is_generator: bool) -> Function:
+    """Return a sync function that does what `run` does, and tells if it held an event loop it was called on."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if asyncio._get_running_loop() is None:
+            return run(*args, **kwargs)
+        began = perf_counter()
+        try:
+            return run(*args, **kwargs)
+        finally:
+            if (seconds := perf_counter() - began) > _HELD_SECONDS:
+                _tell_held(name, seconds)
+
+    def timed_chunks(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        one_more = telling_if_held(next, name, is_generator=False)
+        with closing(run(*args, **kwargs)) as chunks:
+            while (chunk := one_more(chunks, _END)) is not _END:
+                yield chunk
+
+    return timed_chunks if is_generator else timed
+
+
+_END: Any = object()
+
+
+def _plain_name(name: str) -> str:
+    return name if name.isidentifier() else "pair"
+
+
+def _tell(warning: AsyncifyWarning) -> None:
+    """Warn at the line of whoever called the package, be it by way of LangChain."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+        frame = frame.f_back
+    if frame is None:  # a task that was made of the call itself: nobody's line is on the stack
+        warnings.warn(warning, stacklevel=2)
+        return
+    names = frame.f_globals
+    registry = names.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        warning, None, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry, names
+    )
