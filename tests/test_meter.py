@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncify.meter import CATCH_UP, PERIODS, Limits, Meter, Rate
@@ -227,7 +227,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(any_limits(), st.lists(EVENTS, max_size=60))
 def test_no_sequence_of_events_breaks_a_promise(first: Limits, events: list[tuple[Any, ...]]) -> None:
     """No window over, no place lost, no wait without a reason, whatever comes in whatever order."""
@@ -238,7 +238,7 @@ def test_no_sequence_of_events_breaks_a_promise(first: Limits, events: list[tupl
     assert model.meter.in_flight == model.in_flight()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(any_limits(), st.lists(EVENTS, max_size=60))
 def test_everybody_who_waits_comes_in_the_end(first: Limits, events: list[tuple[Any, ...]]) -> None:
     """Once the calls inside end and time passes, the queue is empty and all slots are free."""

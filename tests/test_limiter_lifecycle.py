@@ -1,0 +1,399 @@
+"""Forks, loops that come and go, exits and garbage: what a limiter lives through."""
+
+import asyncio
+import contextvars
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from asyncify import clock as clock_module
+from asyncify.clock import MonotonicClock
+from asyncify.limiter import Limiter
+from asyncify.testing import FakeClock
+
+SAFETY_NET = 30
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds that other threads bring about."""
+    deadline = time.monotonic() + SAFETY_NET
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def run_program(program: str) -> str:
+    """Run a program in an interpreter of its own and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=SAFETY_NET, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+FORK = """
+import contextvars, os, threading, time
+from asyncify.gate import KeyedLimiter
+from asyncify.limiter import Limiter
+
+def apart(call):
+    return threading.Thread(target=contextvars.Context().run, args=(call,), daemon=True)
+
+def in_child(check):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            check()
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    print("child", os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class TestFork:
+    def test_a_child_has_a_state_of_its_own(self) -> None:
+        """Waiters and holders of the parent are not in the child, whose own calls are admitted and limited."""
+        program = """
+limiter = Limiter(limit=2)
+permits = [contextvars.Context().run(limiter.enter) for _ in range(2)]
+threads = [apart(lambda: limiter.enter().leave()) for _ in range(3)]
+for thread in threads:
+    thread.start()
+while limiter.stats().waiting < 3:
+    time.sleep(0.001)
+
+def check():
+    assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0), limiter
+    with limiter, limiter:
+        assert limiter.stats().in_flight == 2
+        limiter.resize(limit=2)
+    for permit in permits:
+        permit.end()  # the parent's: nothing to the child
+    assert limiter.stats().in_flight == 0
+
+in_child(check)
+assert (limiter.stats().in_flight, limiter.stats().waiting) == (2, 3)
+for permit in permits:
+    permit.end()
+for thread in threads:
+    thread.join()
+print(limiter)
+"""
+        assert run_program(FORK + program) == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
+
+    def test_a_child_keeps_the_calls_that_it_is_inside_of(self) -> None:
+        """A fork inside a call runs on inside it, and gives the slot back in its own process."""
+        program = """
+limiter = Limiter(limit=2)
+other = contextvars.Context().run(limiter.enter)
+
+def check():
+    assert limiter.stats().in_flight == 1, limiter
+    limiter.__exit__(None, None, None)
+    assert limiter.stats().in_flight == 0
+
+with limiter:
+    in_child(check)
+    assert limiter.stats().in_flight == 2
+other.end()
+print(limiter)
+"""
+        assert run_program(FORK + program) == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
+
+    def test_a_lock_held_by_another_thread_is_free_in_the_child(self) -> None:
+        """A fork in the middle of somebody else's admission leaves the child a limiter that works."""
+        program = """
+limiter = Limiter(limit=2, per_second=1000)
+keyed = KeyedLimiter(lambda key: key, limit=1)
+held = threading.Event()
+
+def hold():
+    with limiter._lock, keyed._lock, limiter._clock._lock:
+        held.set()
+        time.sleep(30)
+
+apart(hold).start()
+held.wait()
+
+def check():
+    for _ in range(3):
+        limiter.enter(timeout=20).leave()
+    keyed.enter("a", 1, None).leave()
+
+in_child(check)
+"""
+        assert run_program(FORK + program) == "child 0\n"
+
+    def test_timers_run_in_the_child(self) -> None:
+        """The timer thread stays in the parent; the child starts its own."""
+        program = """
+limiter = Limiter(per_second=100)
+limiter.enter().leave()
+limiter.enter().leave()
+
+def check():
+    for _ in range(3):
+        limiter.enter(timeout=20).leave()
+
+in_child(check)
+"""
+        assert run_program(FORK + program) == "child 0\n"
+
+
+class TestLoops:
+    def test_run_again_and_again(self) -> None:
+        """One limiter serves one loop after the other, with waiters in each."""
+        limiter = Limiter(limit=2)
+
+        async def call() -> None:
+            async with limiter:
+                await asyncio.sleep(0)
+
+        async def many() -> None:
+            await asyncio.gather(*(call() for _ in range(20)))
+
+        for _ in range(10):
+            asyncio.run(many())
+
+        assert limiter.stats().admitted == 200
+        assert limiter.stats().in_flight == 0
+
+    def test_two_live_loops_hand_slots_to_each_other(self) -> None:
+        """With one slot and two loops, each call's end wakes a waiter, on whichever loop that is."""
+        limiter = Limiter(limit=1)
+        inside: list[int] = []
+        most: list[int] = []
+        both = threading.Barrier(2)
+
+        async def call() -> None:
+            async with limiter:
+                inside.append(1)
+                most.append(len(inside))
+                await asyncio.sleep(0)
+                inside.pop()
+
+        async def many() -> None:
+            both.wait(SAFETY_NET)
+            await asyncio.gather(*(call() for _ in range(200)))
+
+        loops = [threading.Thread(target=lambda: asyncio.run(many())) for _ in range(2)]
+        for loop in loops:
+            loop.start()
+        for loop in loops:
+            loop.join(SAFETY_NET)
+
+        assert limiter.stats().admitted == 400
+        assert max(most) == 1
+
+    def test_a_loop_closed_with_waiters_in_it(self) -> None:
+        """Thousands of waiters that nobody can wake any more are passed over, and whoever is behind gets the slot."""
+        limiter = Limiter(limit=1)
+        permit = contextvars.Context().run(limiter.enter)
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(limiter.aenter()) for _ in range(3000)]
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        assert limiter.stats().waiting == 3000
+        loop.close()
+        done = threading.Event()
+        thread = threading.Thread(target=lambda: (limiter.enter().leave(), done.set()))
+        thread.start()
+        wait_until(lambda: limiter.stats().waiting == 3001)
+        permit.end()
+        thread.join(SAFETY_NET)
+
+        assert done.is_set()
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
+
+    def test_run_cancels_its_waiters(self) -> None:
+        """A program that leaves `asyncio.run` with waiters behind leaves none in the queue."""
+        limiter = Limiter(limit=1)
+        permit = contextvars.Context().run(limiter.enter)
+
+        async def leave_waiters() -> None:
+            tasks = [asyncio.create_task(limiter.aenter()) for _ in range(5)]
+            await asyncio.sleep(0)
+            assert limiter.stats().waiting == len(tasks)
+
+        asyncio.run(leave_waiters())
+
+        assert limiter.stats().waiting == 0
+        permit.end()
+
+
+class TestExit:
+    def test_the_interpreter_exits_with_waiters(self) -> None:
+        """Neither a waiting daemon thread nor a timer far ahead keeps a program from ending."""
+        program = """
+import contextvars, threading, time
+from asyncify.limiter import Limiter
+limiter = Limiter(limit=1, per_hour=2)
+held = limiter.enter()
+waiting = [lambda: limiter.enter(timeout=3600), limiter.acquire, limiter.acquire]
+for wait in waiting:
+    threading.Thread(target=contextvars.Context().run, args=(wait,), daemon=True).start()
+while limiter.stats().waiting < 2:
+    time.sleep(0.001)
+print("end")
+"""
+        assert run_program(program) == "end\n"
+
+
+def timer_threads() -> list[threading.Thread]:
+    """Return the timer threads that live."""
+    return [thread for thread in threading.enumerate() if thread.name == "asyncify-timer"]
+
+
+class TestTimerThread:
+    def test_it_ends_when_idle_and_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without timers the thread ends; the next timer starts another."""
+        monkeypatch.setattr(clock_module, "_IDLE_SECONDS", 0.01)
+        clock = MonotonicClock()
+        before = set(timer_threads())
+        for _ in range(2):
+            fired = threading.Event()
+            clock.call_at(clock.now(), fired.set)
+            assert fired.wait(SAFETY_NET)
+            wait_until(lambda: set(timer_threads()) <= before)
+
+    def test_it_waits_for_a_later_timer_after_an_earlier_one(self) -> None:
+        """Timers run in the order of their times, whatever the order that they were set in; a cancelled one never."""
+        clock = MonotonicClock()
+        order: list[str] = []
+        done = threading.Event()
+        now = clock.now()
+        clock.call_at(now + 0.2, done.set)
+        clock.call_at(now + 0.1, lambda: order.append("second"))
+        clock.call_at(now + 0.15, lambda: order.append("never")).cancel()
+        clock.call_at(now + 0.05, lambda: order.append("first"))
+
+        assert done.wait(SAFETY_NET)
+        assert order == ["first", "second"]
+
+    def test_cancelled_timers_do_not_pile_up(self) -> None:
+        """Ten thousand waits that ended early leave no ten thousand timers."""
+        clock = MonotonicClock()
+        kept = [clock.call_at(clock.now() + 3600, lambda: None) for _ in range(10)]
+        for _ in range(10_000):
+            clock.call_at(clock.now() + 3600, lambda: None).cancel()
+
+        assert len(clock._timers) < 200
+        assert sum(not timer.cancelled for _, _, timer in clock._timers) == len(kept)
+
+
+def finalize_at_line(number: int, act: Callable[[], Any], finalizer: Callable[[], Any]) -> bool:
+    """Run `act`, and at the n-th line of the package's own code that it executes, a finalizer in the same thread."""
+    seen = 0
+    fired = False
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal seen, fired
+        if "/asyncify/" not in frame.f_code.co_filename:
+            return None
+        if event == "line" and not fired:
+            seen += 1
+            if seen == number:
+                fired = True
+                sys.settrace(None)
+                finalizer()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(None)
+    return fired
+
+
+def run_apart(run: Callable[[], Any]) -> Any:
+    """Run in a thread and a context of its own, whose trace function is nobody else's."""
+    result: list[Any] = []
+    thread = threading.Thread(target=contextvars.Context().run, args=(lambda: result.append(run()),), daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+    assert not thread.is_alive(), "locked out by itself"
+    return result[0]
+
+
+class TestFinalizers:
+    """A finalizer may run in the middle of anything: here at every single line, one after the other."""
+
+    @pytest.mark.parametrize("clock_type", [FakeClock, MonotonicClock])
+    def test_a_call_ends_inside_an_admission(self, clock_type: Callable[[], Any]) -> None:
+        """The thread that is inside the limiter does not lock itself out, and no place is lost."""
+        number = 0
+        while True:
+            number += 1
+            limiter = Limiter(limit=2, per_second=1000, clock=clock_type())
+            garbage = [contextvars.Context().run(limiter.enter) for _ in range(1)]
+
+            def act(limiter: Limiter = limiter) -> None:
+                limiter.acquire(blocking=False)
+                limiter.resize(limit=3)
+                limiter.stats()
+
+            fired = run_apart(lambda: finalize_at_line(number, act, garbage[0].end))  # noqa: B023
+            if not fired:
+                garbage[0].end()
+            assert limiter.stats().in_flight == 0, f"at line {number}"
+            if not fired:
+                break
+        assert number > 30
+
+    @pytest.mark.parametrize("clock_type", [FakeClock, MonotonicClock])
+    def test_a_call_with_others_behind_it_ends_while_a_timer_is_set(self, clock_type: Callable[[], Any]) -> None:
+        """A finalizer that itself has to set a timer does not lock the clock out."""
+        number = 0
+        while True:
+            number += 1
+            clock = clock_type()
+            limiter = Limiter(limit=1, per_second=1, clock=clock)
+            garbage = contextvars.Context().run(limiter.enter)
+            loop = asyncio.new_event_loop()
+            waiting = loop.create_task(limiter.aenter())
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+
+            def act(clock: Any = clock) -> None:
+                for seconds in (300, 200, 100):
+                    clock.call_at(clock.now() + seconds, lambda: None).cancel()
+
+            fired = run_apart(lambda: finalize_at_line(number, act, garbage.end))  # noqa: B023
+            if not fired:
+                garbage.end()
+            waiting.cancel()
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            loop.close()
+            assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0), f"at line {number}"
+            if not fired:
+                break
+        assert number > 10
+
+    async def test_a_garbage_collected_waiter_leaves_the_queue(self) -> None:
+        """A coroutine that is dropped while it waits gives its place back when it is collected."""
+        limiter = Limiter(limit=1)
+        permit = contextvars.Context().run(limiter.enter)
+        coroutine = limiter.aenter()
+        coroutine.send(None)
+        assert limiter.stats().waiting == 1
+        del coroutine
+        gc.collect()
+
+        assert limiter.stats().waiting == 0
+        permit.end()
