@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from asyncify import clock as clock_module
 from asyncify.clock import MonotonicClock
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
@@ -206,7 +205,12 @@ class TestLoops:
         assert limiter.stats().waiting == 3000
         loop.close()
         done = threading.Event()
-        thread = threading.Thread(target=lambda: (limiter.enter().leave(), done.set()))
+
+        def wait() -> None:
+            with limiter:
+                done.set()
+
+        thread = threading.Thread(target=wait)
         thread.start()
         wait_until(lambda: limiter.stats().waiting == 3001)
         permit.end()
@@ -249,48 +253,6 @@ while limiter.stats().waiting < 2:
 print("end")
 """
         assert run_program(program) == "end\n"
-
-
-def timer_threads() -> list[threading.Thread]:
-    """Return the timer threads that live."""
-    return [thread for thread in threading.enumerate() if thread.name == "asyncify-timer"]
-
-
-class TestTimerThread:
-    def test_it_ends_when_idle_and_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without timers the thread ends; the next timer starts another."""
-        monkeypatch.setattr(clock_module, "_IDLE_SECONDS", 0.01)
-        clock = MonotonicClock()
-        before = set(timer_threads())
-        for _ in range(2):
-            fired = threading.Event()
-            clock.call_at(clock.now(), fired.set)
-            assert fired.wait(SAFETY_NET)
-            wait_until(lambda: set(timer_threads()) <= before)
-
-    def test_it_waits_for_a_later_timer_after_an_earlier_one(self) -> None:
-        """Timers run in the order of their times, whatever the order that they were set in; a cancelled one never."""
-        clock = MonotonicClock()
-        order: list[str] = []
-        done = threading.Event()
-        now = clock.now()
-        clock.call_at(now + 0.2, done.set)
-        clock.call_at(now + 0.1, lambda: order.append("second"))
-        clock.call_at(now + 0.15, lambda: order.append("never")).cancel()
-        clock.call_at(now + 0.05, lambda: order.append("first"))
-
-        assert done.wait(SAFETY_NET)
-        assert order == ["first", "second"]
-
-    def test_cancelled_timers_do_not_pile_up(self) -> None:
-        """Ten thousand waits that ended early leave no ten thousand timers."""
-        clock = MonotonicClock()
-        kept = [clock.call_at(clock.now() + 3600, lambda: None) for _ in range(10)]
-        for _ in range(10_000):
-            clock.call_at(clock.now() + 3600, lambda: None).cancel()
-
-        assert len(clock._timers) < 200
-        assert sum(not timer.cancelled for _, _, timer in clock._timers) == len(kept)
 
 
 def finalize_at_line(number: int, act: Callable[[], Any], finalizer: Callable[[], Any]) -> bool:

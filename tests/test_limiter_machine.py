@@ -162,15 +162,15 @@ class LimiterMachine(RuleBasedStateMachine):
         if limits.limit is not None and waiter.slots:
             assert sum(other.slots for other in self.running()) <= limits.limit
         for rate in limits.rates:
-            recent = [w for w in self.started if w.admitted_at is not None and w.admitted_at + rate.period > permit.at]
-            assert sum(w.cost for w in recent if w.admitted_at <= permit.at) <= rate.amount + EPSILON
+            times = [(waiter.admitted_at or 0.0, waiter.cost) for waiter in self.started]
+            assert sum(cost for at, cost in times if at <= permit.at < at + rate.period) <= rate.amount + EPSILON
         if limits.rates:
             self.check_pace(permit.at, limits.rates[0].period / limits.rates[0].amount, limits.burst)
 
     def check_pace(self, at: float, interval: float, burst: int) -> None:
         due = 0.0
         by_time = sorted(self.started, key=lambda waiter: (waiter.admitted_at, waiter.number))
-        for earlier in reversed([waiter for waiter in by_time[:-1]]):
+        for earlier in reversed(by_time[:-1]):
             due += earlier.cost * interval
             assert earlier.admitted_at is not None
             assert at - earlier.admitted_at >= due - CATCH_UP - (burst - 1) * interval - EPSILON

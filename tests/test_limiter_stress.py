@@ -56,6 +56,7 @@ def most_in_a_window(times: list[float], period: float) -> int:
 
 
 def call_from_a_thread(limiter: Limiter, watch: Watch, seed: int, stop: threading.Event) -> None:
+    """Call again and again, and give up after as long as chance will have it."""
     chance = random.Random(seed)
     while not stop.is_set():
         try:
@@ -69,6 +70,7 @@ def call_from_a_thread(limiter: Limiter, watch: Watch, seed: int, stop: threadin
 
 
 async def call_from_a_task(limiter: Limiter, watch: Watch, chance: random.Random) -> None:
+    """Call once, and stay for a step of the loop or leave at once."""
     permit = await limiter.aenter()
     watch.enter(permit.at)
     try:

@@ -1,0 +1,83 @@
+"""The real clock: one thread for all timers of the process, for as long as there are any."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from asyncify import clock as clock_module
+from asyncify.clock import MonotonicClock
+
+SAFETY_NET = 30
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds that other threads bring about."""
+    deadline = time.monotonic() + SAFETY_NET
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def timer_threads() -> list[threading.Thread]:
+    """Return the timer threads that live."""
+    return [thread for thread in threading.enumerate() if thread.name == "asyncify-timer"]
+
+
+class TestTimerThread:
+    def test_it_ends_when_idle_and_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without timers the thread ends; the next timer starts another."""
+        monkeypatch.setattr(clock_module, "_IDLE_SECONDS", 0.01)
+        clock = MonotonicClock()
+        before = set(timer_threads())
+        for _ in range(2):
+            fired = threading.Event()
+            clock.call_at(clock.now(), fired.set)
+            assert fired.wait(SAFETY_NET)
+            wait_until(lambda: set(timer_threads()) <= before)
+
+    def test_it_waits_for_a_later_timer_after_an_earlier_one(self) -> None:
+        """Timers run in the order of their times, whatever the order that they were set in; a cancelled one never."""
+        clock = MonotonicClock()
+        order: list[str] = []
+        done = threading.Event()
+        now = clock.now()
+        clock.call_at(now + 0.2, done.set)
+        clock.call_at(now + 0.1, lambda: order.append("second"))
+        clock.call_at(now + 0.15, lambda: order.append("never")).cancel()
+        clock.call_at(now + 0.05, lambda: order.append("first"))
+
+        assert done.wait(SAFETY_NET)
+        assert order == ["first", "second"]
+
+    def test_cancelled_timers_do_not_pile_up(self) -> None:
+        """Ten thousand waits that ended early leave no ten thousand timers."""
+        clock = MonotonicClock()
+        kept = [clock.call_at(clock.now() + 3600, lambda: None) for _ in range(10)]
+        for _ in range(10_000):
+            clock.call_at(clock.now() + 3600, lambda: None).cancel()
+
+        assert len(clock._timers) < 200
+        assert sum(not timer.cancelled for _, _, timer in clock._timers) == len(kept)
+
+    def test_a_timer_in_front_of_the_others_is_not_late(self) -> None:
+        """A thread that sleeps until a far timer is woken for a near one."""
+        clock = MonotonicClock()
+        far = clock.call_at(clock.now() + 3600, lambda: None)
+        wait_until(lambda: bool(timer_threads()))
+        near = threading.Event()
+        clock.call_at(clock.now() + 0.01, near.set)
+
+        assert near.wait(SAFETY_NET)
+        far.cancel()
+
+    def test_one_thread_serves_all(self) -> None:
+        """A thousand timers start one thread."""
+        clock = MonotonicClock()
+        before = len(timer_threads())
+        timers = [clock.call_at(clock.now() + 3600 - number, lambda: None) for number in range(1000)]
+
+        assert len(timer_threads()) <= before + 1
+        for timer in timers:
+            timer.cancel()

@@ -1,0 +1,404 @@
+"""Gates: keys, costs, and limiters of other people, on both paths."""
+
+import asyncio
+import contextvars
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiolimiter import AsyncLimiter
+from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
+
+from asyncify.adaptive import Adaptive
+from asyncify.bridge import background
+from asyncify.errors import LimitTimeout
+from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter, make_gate
+from asyncify.limiter import Limiter
+from asyncify.testing import FakeClock
+
+SAFETY_NET = 30
+
+
+def gate_of(limiter: Any = None, fn: Callable[..., Any] = lambda query: query, **arguments: Any) -> Gate:
+    """Make a gate as `concurrency` does, in front of a function."""
+    return make_gate(limiter, **{"key": None, "cost": None, "timeout": None, **arguments}).before(fn)
+
+
+async def pass_through(gate: Gate, path: str, *args: Any, **kwargs: Any) -> None:
+    """Enter and leave, on the sync or the async path."""
+    permit = gate.enter(args, kwargs) if path == "sync" else await gate.aenter(args, kwargs)
+    permit.leave()
+
+
+def quote(pair: str, tenant: str = "x") -> str:
+    """Name a quote."""
+    return pair + tenant
+
+
+def convert(pair: str, amount: float, tenant: str = "x") -> str:
+    """Name a conversion."""
+    return f"{pair}{amount}{tenant}"
+
+
+both_paths = pytest.mark.parametrize("path", ["sync", "async"])
+
+
+class TestKeys:
+    @both_paths
+    async def test_each_key_has_the_limits_for_itself(self, path: str) -> None:
+        """A full key does not hold up another."""
+        gate = gate_of(key=lambda query: query[0], limit=1, timeout=0.01)
+        held = gate.enter(("a1",), {})
+        await pass_through(gate, path, "b1")
+        with pytest.raises(LimitTimeout, match=r"^limiter key\['a'\]: not admitted"):
+            await contextvars.Context().run(asyncio.ensure_future, pass_through(gate, "async", "a2"))
+        held.leave()
+        await pass_through(gate, path, "a2")
+
+    def test_idle_keys_are_forgotten(self) -> None:
+        """A hundred thousand keys leave a handful in memory."""
+        keyed = KeyedLimiter(lambda key: key, limit=1)
+        for key in range(100_000):
+            keyed.enter(key, 1, None).leave()
+
+        assert len(keyed) <= 3
+
+    def test_a_busy_key_does_not_keep_idle_ones(self) -> None:
+        """While one key's call runs on and on, those that come and go are forgotten."""
+        keyed = KeyedLimiter(lambda key: key, limit=1)
+        permit = keyed.enter("busy", 1, None)
+        for key in range(1000):
+            contextvars.Context().run(lambda key=key: keyed.enter(key, 1, None).leave())  # type: ignore[misc]  # bound now
+
+        assert len(keyed) <= 5
+        assert keyed["busy"].stats().in_flight == 1
+        permit.leave()
+
+    def test_a_key_whose_calls_still_count_is_remembered(self) -> None:
+        """Forgetting it would let more through than the rate: only a window later it may go."""
+        clock = FakeClock()
+        keyed = KeyedLimiter(lambda key: key, per_second=1, clock=clock)
+        keyed.enter("a", 1, None).leave()
+        for key in range(100):
+            keyed.enter(key, 1, None).leave()
+        gc.collect()
+        assert not keyed["a"].acquire(blocking=False)
+        assert len(keyed) == 101
+        clock.advance(1)
+        for _ in range(200):
+            keyed["b"].state()
+        gc.collect()
+
+        assert len(keyed) <= 2
+
+    def test_a_key_forgotten_between_look_up_and_admission_still_counts(self) -> None:
+        """However other threads interleave, no window of a key is over."""
+        clock = FakeClock()
+        keyed = KeyedLimiter(lambda key: key, per_second=1, clock=clock)
+
+        class Interloper(FakeClock):
+            """A clock that lets others use their keys while this call is about to be admitted."""
+
+            def now(self) -> float:
+                if threading.current_thread().name == "slow":
+                    threading.current_thread().name = "resumed"
+                    for key in ("b", "c", "d"):
+                        keyed["a" + key].stats()
+                return super().now()
+
+        keyed._arguments["clock"] = Interloper()
+
+        def call() -> None:
+            keyed.enter("a", 1, None).leave()
+
+        thread = threading.Thread(target=call, name="slow")
+        thread.start()
+        thread.join()
+        gc.collect()
+
+        assert thread.name == "resumed"
+        assert not keyed["a"].acquire(blocking=False)
+
+    def test_the_key_of_several_arguments_is_a_mapping(self) -> None:
+        """A function that needs more than one argument gives its key all of them by name, defaults too."""
+        seen: list[Any] = []
+
+        def key(query: Any) -> str:
+            seen.append(dict(query))
+            return "k"
+
+        gate = gate_of(fn=convert, key=key, limit=1)
+        gate.enter(("EURUSD", 5), {}).leave()
+        gate.enter(("EURUSD",), {"amount": 6, "tenant": "y"}).leave()
+
+        assert seen == [
+            {"pair": "EURUSD", "amount": 5, "tenant": "x"},
+            {"pair": "EURUSD", "amount": 6, "tenant": "y"},
+        ]
+
+    def test_the_key_of_one_argument_is_the_argument(self) -> None:
+        """By position or by name; None if there is none."""
+        seen: list[Any] = []
+        gate = gate_of(fn=quote, key=lambda query: (seen.append(query), "k")[1], limit=1)  # type: ignore[func-returns-value]
+        gate.enter(("EURUSD",), {}).leave()
+        gate.enter((), {"pair": "GBPUSD"}).leave()
+        gate.enter((), {}).leave()
+
+        assert seen == ["EURUSD", "GBPUSD", None]
+
+    @both_paths
+    async def test_a_key_without_a_hash_is_told(self, path: str) -> None:
+        """The error names the function and shows the key."""
+        gate = gate_of(fn=quote, key=lambda query: [query], limit=1)
+
+        with pytest.raises(
+            TypeError, match=r"^key= of .*quote.* gave \['a'\], which has no hash; let it give a string"
+        ):
+            await pass_through(gate, path, "a")
+
+    def test_record_finds_the_limiter_of_the_key(self) -> None:
+        """A correction inside a call goes to its own key."""
+        keyed = KeyedLimiter(lambda key: key, per_minute=10, burst=10, clock=FakeClock())
+        permit = keyed.enter("a", 1, None)
+        keyed.record(10)
+        permit.leave()
+
+        assert not keyed["a"].acquire(blocking=False)
+        assert keyed["b"].acquire(blocking=False)
+
+    def test_record_outside_a_call_is_an_error(self) -> None:
+        """There is nothing to correct, even inside a call of somebody else."""
+        keyed = KeyedLimiter(lambda key: key, limit=1, name="quotes")
+        with Limiter(limit=1), pytest.raises(RuntimeError, match=r"^quotes: this context is not inside a call"):
+            keyed.record(1)
+        with pytest.raises(RuntimeError, match=r"^keyed limiter: this context"):
+            KeyedLimiter(lambda key: key, limit=1).record(1)
+
+    def test_repr_tells_how_many_keys(self) -> None:
+        """With the name, if it has one; and its limiters are called by name and key."""
+        keyed = KeyedLimiter(lambda key: key, name="quotes", limit=3)
+        permit = keyed.enter("a", 1, None)
+
+        assert repr(keyed) == "<KeyedLimiter quotes 1 keys>"
+        assert repr(keyed["a"]) == "<Limiter quotes['a'] 1/3 in flight, 0 waiting>"
+        assert repr(KeyedLimiter(lambda key: key, limit=1)) == "<KeyedLimiter 0 keys>"
+        permit.leave()
+
+    def test_limits_of_a_key_do_not_bound_all_calls(self) -> None:
+        """A thread pool of a pair can't be sized by them."""
+        assert not KeyedLimiter(lambda key: key, limit=3).bounds_calls
+
+
+class TestCost:
+    @both_paths
+    async def test_a_function_of_the_input_tells_the_cost(self, path: str) -> None:
+        """Each call takes what its input costs."""
+        clock = FakeClock()
+        gate = gate_of(cost=len, per_minute=10, burst=10, clock=clock, timeout=0.01)
+        await pass_through(gate, path, "1234")
+        await pass_through(gate, path, "123456")
+
+        assert isinstance(gate.limiter, Limiter)
+        assert not gate.limiter.acquire(blocking=False)
+
+    @both_paths
+    async def test_a_cost_above_the_limit_is_told_at_once(self, path: str) -> None:
+        """The error names the function and both figures."""
+        gate = gate_of(fn=quote, cost=len, per_minute=5)
+
+        with pytest.raises(
+            ValueError, match=r"quote.*: a cost of 6 can never be admitted, as the limit is 5 per minute$"
+        ):
+            await pass_through(gate, path, "123456")
+        await pass_through(gate, path, "12345")
+
+    @both_paths
+    @pytest.mark.parametrize(("cost", "error"), [(-1, ValueError), (float("nan"), ValueError), ("5", TypeError)])
+    async def test_a_bad_cost_is_told(self, path: str, cost: Any, error: type[Exception]) -> None:
+        """What the function gave is shown, and nothing was taken."""
+        gate = gate_of(cost=lambda _: cost, per_minute=5)
+
+        with pytest.raises(error, match=r"^cost="):
+            await pass_through(gate, path, "x")
+        assert isinstance(gate.limiter, Limiter)
+        assert gate.limiter.stats().admitted == 0
+
+    @both_paths
+    async def test_a_fixed_cost(self, path: str) -> None:
+        """Every call takes the same."""
+        gate = gate_of(cost=5, per_minute=10, burst=10, clock=FakeClock())
+        await pass_through(gate, path, "x")
+        await pass_through(gate, path, "x")
+
+        assert isinstance(gate.limiter, Limiter)
+        assert not gate.limiter.acquire(blocking=False)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"key": "tenant", "limit": 1}, TypeError, r"^key='tenant': must be a function of the input"),
+            ({"timeout": 0, "limit": 1}, ValueError, r"^timeout=0: must be above 0 and finite, as in timeout=30$"),
+            ({"cost": -1, "per_second": 1}, ValueError, r"^cost=-1: must be finite and not negative$"),
+            ({"cost": True, "per_second": 1}, TypeError, r"^cost=True: must be a number$"),
+            ({"cost": 2, "limit": 1}, ValueError, r"^cost= needs a rate, as in per_minute=90_000, cost=count_tokens$"),
+            ({"cost": len, "limit": 1}, ValueError, r"^cost= needs a rate"),
+            (
+                {"cost": 7, "per_minute": 5, "per_hour": 6},
+                ValueError,
+                r"^cost=7: a cost of 7 .* limit is 5 per minute$",
+            ),
+            (
+                {"limiter": Limiter(limit=1), "limit": 3},
+                TypeError,
+                r"^limiter= brings its own limits, so limit can't be",
+            ),
+            ({"limiter": Limiter(limit=1), "key": len}, TypeError, r"^limiter= brings its own limits, so key can't be"),
+            ({"limiter": 5}, TypeError, r"^limiter=5 is no limiter; write limiter=Limiter\(limit=10\), or give an"),
+            ({"limiter": AsyncLimiter(5), "cost": 2}, TypeError, r"^cost= and timeout= need a limiter of asyncify's"),
+            (
+                {"limiter": AsyncLimiter(5), "timeout": 2},
+                TypeError,
+                r"^cost= and timeout= need a limiter of asyncify's",
+            ),
+            ({}, TypeError, r"^nothing to limit"),
+            ({"key": len}, TypeError, r"^nothing to limit"),
+        ],
+    )
+    def test_bad_arguments_are_told(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+        """When decorated, not at the first call."""
+        with pytest.raises(error, match=message):
+            gate_of(**arguments)
+
+    @both_paths
+    async def test_the_gates_timeout_counts(self, path: str) -> None:
+        """A shared limiter with another timeout is not asked for it."""
+        limiter = Limiter(limit=1, timeout=3600)
+        gate = gate_of(limiter, timeout=0.01)
+        held = contextvars.Context().run(limiter.enter)
+
+        with pytest.raises(LimitTimeout):
+            await pass_through(gate, path, "x")
+        held.end()
+
+    def test_an_adaptive_limit_serves_each_key(self) -> None:
+        """Each key finds its own."""
+        gate = gate_of(key=lambda query: query, limit=Adaptive(min=2, max=9))
+        gate.enter(("a",), {}).leave()
+
+        assert isinstance(gate.limiter, KeyedLimiter)
+        assert gate.limiter["a"].stats().limit == 2
+
+
+class Turnstile(BaseRateLimiter):
+    """Somebody's rate limiter, which counts."""
+
+    def __init__(self) -> None:
+        self.passed: list[str] = []
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        self.passed.append("sync")
+        return True
+
+    async def aacquire(self, *, blocking: bool = True) -> bool:
+        self.passed.append("async")
+        return True
+
+
+class TestForeignLimiters:
+    @both_paths
+    async def test_a_langchain_limiter_is_asked_on_its_own_path(self, path: str) -> None:
+        """Its sync face serves sync calls, its async face async ones."""
+        turnstile = Turnstile()
+        await pass_through(gate_of(turnstile), path, "x")
+
+        assert turnstile.passed == [path]
+
+    @both_paths
+    async def test_langchains_own_limiter_serves(self, path: str) -> None:
+        """The bucket is drawn from on both paths."""
+        limiter = InMemoryRateLimiter(requests_per_second=1000, check_every_n_seconds=0.001, max_bucket_size=1)
+        gate = gate_of(limiter)
+        for _ in range(3):
+            await pass_through(gate, path, "x")
+
+        assert limiter.available_tokens < 1
+
+    def test_an_aiolimiter_serves_threads_and_two_loops(self) -> None:
+        """Though it belongs to one loop, calls of all of them pass, and none fails."""
+        limiter = AsyncLimiter(30, 0.05)
+        gate = gate_of(limiter)
+        passed: list[str] = []
+        errors: list[BaseException] = []
+
+        def on_a_thread() -> None:
+            for _ in range(20):
+                gate.enter(("x",), {}).leave()
+                passed.append("thread")
+
+        async def on_a_loop() -> None:
+            async def one() -> None:
+                (await gate.aenter(("x",), {})).leave()
+                passed.append("loop")
+
+            await asyncio.gather(*(one() for _ in range(20)))
+
+        def guard(run: Callable[[], Any]) -> None:
+            try:
+                run()
+            except BaseException as error:  # noqa: BLE001  (the test looks at it)
+                errors.append(error)
+
+        runs: list[Callable[[], Any]] = [on_a_thread, on_a_thread]
+        runs += [lambda: asyncio.run(on_a_loop()), lambda: asyncio.run(on_a_loop())]
+        threads = [threading.Thread(target=guard, args=(run,)) for run in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SAFETY_NET)
+
+        assert errors == []
+        assert sorted(passed) == ["loop"] * 40 + ["thread"] * 40
+
+    async def test_a_wait_for_an_aiolimiter_can_be_cancelled(self) -> None:
+        """A call that gives up while it waits for the loop in the background is let go at once."""
+        limiter = AsyncLimiter(1, 3600)
+        gate = gate_of(limiter)
+        await pass_through(gate, "async", "x")
+        waiting = asyncio.create_task(gate.aenter(("x",), {}))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    def test_a_sync_call_on_the_background_loop_does_not_wait_for_itself(self) -> None:
+        """A sync call inside a bridged async one passes an AsyncLimiter as well."""
+        gate = gate_of(AsyncLimiter(5))
+        passed = threading.Event()
+
+        async def bridged() -> None:
+            gate.enter(("x",), {}).leave()
+            passed.set()
+
+        thread = threading.Thread(target=lambda: background.run(bridged, contextvars.copy_context()), daemon=True)
+        thread.start()
+        thread.join(SAFETY_NET)
+
+        assert passed.is_set()
+
+    def test_what_it_grants_needs_no_giving_back(self) -> None:
+        """A rate has no slots; a pass of it ends in any way and any order."""
+        gate = gate_of(Turnstile())
+        granted = gate.enter(("x",), {})
+
+        for end in (granted.leave, granted.end, granted.step_out, granted.move_to_this_thread):
+            end()
+        assert not gate.limiter.bounds_calls
+
+    def test_repr_tells_whose_it_is(self) -> None:
+        """By its class."""
+        assert repr(ForeignLimiter(AsyncLimiter(5))) == "<ForeignLimiter limited by AsyncLimiter>"

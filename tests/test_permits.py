@@ -1,0 +1,228 @@
+"""Permits: which calls can't end while this thread or this task waits."""
+
+import asyncio
+import contextvars
+import threading
+from typing import Any
+
+import pytest
+
+from asyncify.permits import (
+    UNUSED,
+    Permit,
+    hand_over,
+    held_by_this_task,
+    held_by_this_thread,
+    innermost,
+    permits,
+)
+
+
+class Place:
+    """Takes permits back and remembers how."""
+
+    epoch = 0
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[Permit, BaseException | None]] = []
+
+    def give_back(self, permit: Permit, error: BaseException | None) -> None:
+        self.taken.append((permit, error))
+
+
+@pytest.fixture
+def place() -> Place:
+    """A place to give back to."""
+    return Place()
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing() -> Any:
+    """Each test begins and ends under no permit."""
+    token = innermost.set(None)
+    yield
+    innermost.reset(token)
+
+
+def begun(place: Place) -> Permit:
+    """Return a permit under which this context runs."""
+    permit = Permit(place, 1, 1)
+    permit.begin()
+    return permit
+
+
+def test_permits_are_told_from_the_inside_out(place: Place) -> None:
+    """Those that have ended are passed over."""
+    first, second, third = begun(place), begun(place), begun(place)
+    second.end()
+
+    assert list(permits()) == [third, first]
+
+
+def test_leaving_goes_back_to_the_permit_around(place: Place) -> None:
+    """Each leaves its own context as it was."""
+    first, second = begun(place), begun(place)
+    second.leave()
+    assert innermost.get() is first
+    first.leave()
+
+    assert innermost.get() is None
+
+
+def test_only_the_first_end_counts(place: Place) -> None:
+    """However a call ends, and however often, its place is given back once, with the first error."""
+    permit = begun(place)
+    error = ValueError()
+    permit.leave(error)
+    permit.end()
+    permit.give_up()
+
+    assert place.taken == [(permit, error)]
+
+
+def test_ending_in_another_context_leaves_that_one_alone(place: Place) -> None:
+    """A call that began elsewhere gives its place back, and what this context runs under stays."""
+    elsewhere = contextvars.Context().run(lambda: begun(place))
+    mine = begun(place)
+    elsewhere.leave()
+
+    assert place.taken == [(elsewhere, None)]
+    assert innermost.get() is mine
+
+
+def test_stepping_out_goes_on_elsewhere(place: Place) -> None:
+    """The context is left, the place is not given back."""
+    permit = begun(place)
+    permit.step_out()
+
+    assert innermost.get() is None
+    assert place.taken == []
+
+
+def test_giving_up_is_an_outcome(place: Place) -> None:
+    """The limiter learns that the call never started."""
+    permit = begun(place)
+    permit.give_up()
+
+    assert permit.outcome is UNUSED
+    assert place.taken == [(permit, None)]
+
+
+def test_a_new_permit_keeps_none_that_has_ended(place: Place) -> None:
+    """What is around it is the next that still runs."""
+    first, second = begun(place), begun(place)
+    second.end()
+
+    assert Permit(place, 1, 1).outer is first
+
+
+def test_an_ended_permit_lets_go_of_those_that_ended_before(place: Place) -> None:
+    """A chain of calls does not keep all of its links."""
+    first, second = begun(place), begun(place)
+    first.end()
+    assert second.outer is first
+    second.end()
+
+    assert second.outer is None
+
+
+class TestThread:
+    def test_a_thread_holds_what_it_has_entered(self, place: Place) -> None:
+        """All of it, the innermost first."""
+        first, second = begun(place), begun(place)
+
+        assert held_by_this_thread() == [second, first]
+
+    def test_a_thread_holds_nothing_that_it_inherited(self, place: Place) -> None:
+        """A copy of the context in another thread is no proof."""
+        begun(place)
+        held: list[list[Permit]] = []
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(lambda: held.append(held_by_this_thread()),))
+        thread.start()
+        thread.join()
+
+        assert held == [[]]
+
+    def test_a_thread_holds_what_has_moved_to_it(self, place: Place) -> None:
+        """A call that was handed to a thread is held by that, and no more by the one that it came from."""
+        permit = begun(place)
+        held: list[list[Permit]] = []
+
+        def run() -> None:
+            permit.move_to_this_thread()
+            held.append(held_by_this_thread())
+
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
+        thread.start()
+        thread.join()
+
+        assert held == [[permit]]
+        assert held_by_this_thread() == []
+
+
+class TestTask:
+    async def test_a_task_holds_what_it_has_entered(self, place: Place) -> None:
+        """All of it, the innermost first, and asking changes nothing."""
+        first, second = begun(place), begun(place)
+
+        for _ in range(2):
+            assert held_by_this_task() == [second, first]
+        second.leave()
+        assert held_by_this_task() == [first]
+        first.leave()
+        assert held_by_this_task() == []
+        assert innermost.get() is None
+
+    async def test_a_task_holds_nothing_that_it_inherited(self, place: Place) -> None:
+        """A background task may outlive the call that started it."""
+        permit = begun(place)
+
+        async def inside() -> tuple[list[Permit], list[Permit]]:
+            inherited = held_by_this_task()
+            mine = begun(place)
+            assert held_by_this_task() == [mine]
+            return inherited, list(permits())
+
+        held, around = await asyncio.create_task(inside())
+
+        assert held == []
+        assert around[1:] == [permit]
+
+    async def test_a_task_holds_what_was_handed_over_to_it(self, place: Place) -> None:
+        """Whoever holds them waits for this context and for nothing else."""
+        permit = begun(place)
+        context = contextvars.Context()
+        hand_over(held_by_this_task(), context)
+
+        async def inside() -> list[list[Permit]]:
+            mine = begun(place)
+            first = held_by_this_task()
+            permit.end()
+            return [first, held_by_this_task(), [mine]]
+
+        first, then, mine = await asyncio.get_running_loop().create_task(inside(), context=context)
+
+        assert first == [*mine, permit]
+        assert then == mine
+
+    async def test_what_was_handed_over_is_not_inherited(self, place: Place) -> None:
+        """A task that this context starts is not what the holder waits for."""
+        permit = begun(place)
+        context = contextvars.Context()
+        hand_over([permit], context)
+
+        async def deeper() -> list[Permit]:
+            return held_by_this_task() + held_by_this_thread()
+
+        async def inside() -> list[Permit]:
+            return await asyncio.create_task(deeper())
+
+        assert await asyncio.get_running_loop().create_task(inside(), context=context) == []
+
+    def test_nothing_to_hand_over(self) -> None:
+        """No holder, no link."""
+        context = contextvars.Context()
+        hand_over([], context)
+
+        assert not list(context)

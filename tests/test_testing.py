@@ -1,0 +1,84 @@
+"""The fake clock: time that moves only when it is told to."""
+
+import pytest
+
+from asyncify.limiter import Limiter
+from asyncify.testing import FakeClock
+
+
+def test_time_stands_still_until_it_is_moved() -> None:
+    """It begins where it is told to, and passes by as much as it is told."""
+    clock = FakeClock(start=5)
+    assert clock.now() == 5
+    clock.advance(2.5)
+    clock.advance(0)
+
+    assert clock.now() == 7.5
+
+
+def test_timers_run_in_order_each_at_its_own_time() -> None:
+    """Whatever the order that they were set in, and the first come first at the same time."""
+    clock = FakeClock()
+    seen: list[tuple[str, float]] = []
+    for name, when in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("b2", 2.0), ("late", 3.1)):
+        clock.call_at(when, lambda name=name: seen.append((name, clock.now())))  # type: ignore[misc]  # bound now
+    clock.advance(3)
+
+    assert seen == [("a", 1), ("b", 2), ("b2", 2), ("c", 3)]
+    assert clock.now() == 3
+
+
+def test_a_timer_may_set_another() -> None:
+    """One that falls into the same step runs in it; one that is overdue runs at once."""
+    clock = FakeClock()
+    seen: list[float] = []
+
+    def note(when: float) -> None:
+        clock.call_at(when, lambda: seen.append(clock.now()))
+
+    clock.call_at(1, lambda: note(2))
+    clock.call_at(3, lambda: note(0))
+    clock.advance(10)
+
+    assert seen == [2, 3]
+
+
+def test_a_cancelled_timer_never_runs() -> None:
+    """Neither does its cancelling a second time hurt."""
+    clock = FakeClock()
+    seen: list[str] = []
+    timer = clock.call_at(1, lambda: seen.append("ran"))
+    timer.cancel()
+    timer.cancel()
+    clock.advance(2)
+
+    assert seen == []
+
+
+def test_time_does_not_go_back() -> None:
+    """A negative step is an error, and nothing has moved."""
+    clock = FakeClock(start=5)
+    with pytest.raises(ValueError, match=r"^advance\(-1\): time does not go back$"):
+        clock.advance(-1)
+
+    assert clock.now() == 5
+
+
+def test_repr_tells_the_time_and_the_timers() -> None:
+    """Cancelled timers are not counted."""
+    clock = FakeClock(start=1.5)
+    clock.call_at(2, lambda: None)
+    clock.call_at(3, lambda: None).cancel()
+
+    assert repr(clock) == "<FakeClock 1.5 s, 1 timers>"
+
+
+def test_a_limit_is_tested_without_a_real_second() -> None:
+    """What the class is for: an hour passes at once."""
+    clock = FakeClock()
+    limiter = Limiter(per_hour=1, clock=clock)
+    assert limiter.acquire(blocking=False)
+    assert not limiter.acquire(blocking=False)
+    clock.advance(3600)
+
+    assert limiter.acquire(blocking=False)
