@@ -92,8 +92,9 @@ class Turnstile:
         """Wait in this thread for a slot and the rate; the caller must `leave()` the permit."""
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
-            permit.ready = ready = allocate_lock()
+            ready = allocate_lock()
             ready.acquire()
+            permit.ready = ready  # only now, as it may be released from this moment on
             try:
                 if self._must_wait(permit, held_by_this_thread, timeout):
                     ready.acquire()

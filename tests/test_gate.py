@@ -12,7 +12,7 @@ from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
 
 from asyncify.adaptive import Adaptive
-from asyncify.bridge import background
+from asyncify.background import background
 from asyncify.errors import LimitTimeout
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter, make_gate
 from asyncify.limiter import Limiter

@@ -347,6 +347,27 @@ class TestFinalizers:
                 break
         assert number > 10
 
+    @pytest.mark.parametrize("path", ["sync", "async"])
+    def test_the_slot_comes_free_at_any_moment_of_the_wait(self, path: str) -> None:
+        """Whenever another call ends while this one begins to wait, this one comes in, and nothing fails."""
+        number, fired = 0, True
+        while fired:
+            number += 1
+            limiter = Limiter(limit=1)
+            holder = contextvars.Context().run(limiter.enter)
+
+            async def act(limiter: Limiter = limiter) -> None:
+                (limiter.enter() if path == "sync" else await limiter.aenter()).leave()
+
+            safety = threading.Timer(0.05, holder.end)  # for when the wait began before the n-th line
+            safety.start()
+            fired = run_apart(lambda: finalize_at_line(number, lambda: asyncio.run(act()), holder.end))  # noqa: B023
+            safety.join()
+            assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0), f"at line {number}"
+            assert limiter.stats().admitted == 2
+
+        assert number > 30
+
     async def test_a_garbage_collected_waiter_leaves_the_queue(self) -> None:
         """A coroutine that is dropped while it waits gives its place back when it is collected."""
         limiter = Limiter(limit=1)
