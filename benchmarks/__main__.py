@@ -124,12 +124,12 @@ def run(name: str, entry: Entry, chosen: argparse.Namespace, console: Console) -
     return Report(name, where, cases)
 
 
-def plot(name: str, entry: Entry, path: Path, console: Console) -> int:
+def plot(name: str, entry: Entry, chosen: argparse.Namespace, console: Console) -> int:
     """Draw the picture of a benchmark, if it has one, and return the exit status."""
     if not isinstance(entry, Pictured):
         console.print(f"{name} has no picture", style="red")
         return 2
-    entry.plot(path)
+    entry.plot(chosen.plot, quick=chosen.quick)
     return 0
 
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"no benchmark {chosen.name!r}; there are: {', '.join(found)}", style="red")
         return 2
     if chosen.plot:
-        return plot(chosen.name, found[chosen.name], chosen.plot, console)
+        return plot(chosen.name, found[chosen.name], chosen, console)
     report = run(chosen.name, found[chosen.name], chosen, console)
     if chosen.json:
         chosen.json.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

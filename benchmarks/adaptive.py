@@ -169,9 +169,9 @@ def benchmark(*, quick: bool) -> Sequence[Case]:
     return [near_capacity(experiment), few_refused(experiment), over_time(experiment, moments)]
 
 
-def plot(path: Path) -> None:
+def plot(path: Path, *, quick: bool) -> None:
     """Draw the limit over time beside what the server takes at once."""
-    experiment = Experiment(FULL)
+    experiment = Experiment(QUICK if quick else FULL)
     asyncio.run(experiment.afresh(Run.share_refused))
     run, plan = experiment.run, experiment.plan
     ends = [plan.start_of(phase) for phase in range(len(plan.capacities) + 1)]

@@ -1,7 +1,7 @@
 """The one harness of all benchmarks: runs the sides of a case in turn and compares their medians.
 
 A benchmark is a module of this package with a one-line docstring and a function `benchmark(quick)` that returns its
-cases. With `quick` the cases are small enough for a test. If it has a picture, `plot(path)` draws it.
+cases. With `quick` the cases are small enough for a test. If it has a picture, `plot(path, quick)` draws it.
 """
 
 import asyncio
@@ -162,8 +162,8 @@ class Entry(Protocol):
 class Pictured(Protocol):
     """A benchmark that can draw what it measures."""
 
-    def plot(self, path: Path) -> None:
-        """Measure what the picture needs and draw it to a file, whose suffix says the format."""
+    def plot(self, path: Path, *, quick: bool) -> None:
+        """Measure what the picture needs, little if `quick`, and draw it to a file, whose suffix says the format."""
         ...  # pragma: no cover
 
 

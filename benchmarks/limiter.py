@@ -282,7 +282,6 @@ def benchmark(*, quick: bool) -> Sequence[Case]:
 # The picture
 
 RATE = 50
-SHOWN = 3.0  # seconds
 WORKERS = 50
 GREY = "#8a8a8a"  # this and the other colours can be read on white and on black
 
@@ -311,7 +310,7 @@ DRAWN = (
 )
 
 
-async def admitted(acquire: Callable[[], Awaitable[object]]) -> list[float]:
+async def admitted(acquire: Callable[[], Awaitable[object]], seconds: float) -> list[float]:
     """Return when, in seconds from the start, calls are admitted that more tasks want than may."""
     start, times = time.monotonic(), list[float]()
 
@@ -321,7 +320,7 @@ async def admitted(acquire: Callable[[], Awaitable[object]]) -> list[float]:
             times.append(time.monotonic() - start)
 
     workers = [asyncio.create_task(worker()) for _ in range(WORKERS)]
-    await asyncio.sleep(SHOWN)
+    await asyncio.sleep(seconds)
     for task in workers:
         task.cancel()
     await asyncio.gather(*workers, return_exceptions=True)
@@ -334,33 +333,34 @@ def draw_sums(axes: Axes, seen: Sequence[Sequence[float]]) -> None:
         sums = range(len(times) + 1)
         axes.step([0, *times], sums, where="post", color=limiter.colour, linewidth=limiter.width)
         axes.annotate(limiter.name, limiter.at, color=limiter.colour)
-    axes.set(ylim=(0, RATE * SHOWN + 60), yticks=range(0, 201, 50))
+    axes.set(ylim=(0, None), yticks=range(0, 201, 50))
     axes.set_title(f"Calls admitted, by a limit of {RATE} per second", loc="left", fontsize="medium", color=GREY)
 
 
-def draw_windows(axes: Axes, seen: Sequence[Sequence[float]]) -> None:
+def draw_windows(axes: Axes, seen: Sequence[Sequence[float]], seconds: float) -> None:
     """Draw how many calls were admitted in the second before each moment."""
     for limiter, times in zip(DRAWN, seen, strict=True):
-        moments = sorted([0, *times, *(at + 1 for at in times if at + 1 < SHOWN)])
+        moments = sorted([0, *times, *(at + 1 for at in times if at + 1 < seconds)])
         counts = [bisect_right(times, moment) - bisect_right(times, moment - 1) for moment in moments]
         axes.step(moments, counts, where="post", color=limiter.colour, linewidth=limiter.width)
         if max(counts) > RATE + 1:
             axes.annotate(f"{max(counts)} calls", (1.02, max(counts)), color=limiter.colour, va="top")
-    axes.annotate("the limit", (SHOWN, RATE + 3), color=GREY, ha="right")
+    axes.annotate("the limit", (seconds, RATE + 3), color=GREY, ha="right")
     axes.axhline(RATE, color=GREY, linestyle=":", linewidth=1.2, zorder=5)
     axes.set(ylim=(0, 110), yticks=(0, RATE, 2 * RATE), xlabel="seconds")
     axes.set_title("Of these, within the last second", loc="left", fontsize="medium", color=GREY)
 
 
-def plot(path: Path) -> None:
+def plot(path: Path, *, quick: bool) -> None:
     """Draw the admissions over time of three limiters, each under the same load."""
-    seen = [asyncio.run(admitted(limiter.make())) for limiter in DRAWN]
+    seconds = 0.5 if quick else 3.0
+    seen = [asyncio.run(admitted(limiter.make(), seconds)) for limiter in DRAWN]
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     draw_sums(above, seen)
-    draw_windows(below, seen)
+    draw_windows(below, seen, seconds)
     for axes in (above, below):
-        axes.set_xlim(0, SHOWN)
+        axes.set_xlim(0, seconds)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(GREY)
         axes.tick_params(colors=GREY)

@@ -261,7 +261,7 @@ def test_a_picture_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     """`--plot` writes the picture of a benchmark that has one, and prints no table."""
     file = tmp_path / "picture.svg"
 
-    status = main([name, "--plot", str(file)])
+    status = main([name, "--quick", "--plot", str(file)])
 
     assert status == 0
     assert "<svg" in file.read_text(encoding="utf-8")
