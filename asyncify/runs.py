@@ -56,16 +56,12 @@ def observed(config: RunnableConfig | None) -> bool:
     if callbacks is None and (ambient := var_child_runnable_config.get()) is not None:
         callbacks = ambient.get("callbacks")
     return (
-        (bool(callbacks) and _has_handlers(callbacks))
-        or langchain_globals.get_debug()
-        or _is_instrumented()
-        or _is_traced()
-        or _is_hooked()
+        _has_handlers(callbacks) or langchain_globals.get_debug() or _is_instrumented() or _is_traced() or _is_hooked()
     )
 
 
 def _has_handlers(callbacks: object) -> bool:
-    if isinstance(callbacks, BaseCallbackManager):
+    if isinstance(callbacks, BaseCallbackManager):  # to look at one that nobody has looked at would fill it
         return not _is_untouched(callbacks) and bool(callbacks.handlers or callbacks.inheritable_handlers)
     return bool(callbacks)
 
