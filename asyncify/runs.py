@@ -119,8 +119,8 @@ def _is_traced() -> bool:
 
 
 def _is_hooked() -> bool:
-    for variable, _, handler, switch in _tracer_context()._configure_hooks:
-        if variable.get() is not None or (switch is not None and handler is not None and _is_set(switch)):
+    for variable, _, _, switch in _tracer_context()._configure_hooks:
+        if variable.get() is not None or (switch is not None and _is_set(switch)):
             return True
     return False
 
