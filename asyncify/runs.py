@@ -213,9 +213,9 @@ class _AsyncQuietManager(_MadeLate, AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
 
-def _is_untouched(manager: object) -> bool:
-    """Tell whether nobody has looked at a manager, so that it holds nothing."""
-    return isinstance(manager, _MadeLate) and not manager.__dict__
+def _is_untouched(manager: BaseCallbackManager) -> bool:
+    """Tell whether nobody has looked at a quiet manager, so that it holds nothing; any other holds something."""
+    return not manager.__dict__
 
 
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
