@@ -56,16 +56,12 @@ def observed(config: RunnableConfig | None) -> bool:
     if callbacks is None and (ambient := var_child_runnable_config.get()) is not None:
         callbacks = ambient.get("callbacks")
     return (
-        (bool(callbacks) and _has_handlers(callbacks))
-        or langchain_globals.get_debug()
-        or _is_instrumented()
-        or _is_traced()
-        or _is_hooked()
+        _has_handlers(callbacks) or langchain_globals.get_debug() or _is_instrumented() or _is_traced() or _is_hooked()
     )
 
 
 def _has_handlers(callbacks: object) -> bool:
-    if isinstance(callbacks, BaseCallbackManager):
+    if isinstance(callbacks, BaseCallbackManager):  # to look at one that nobody has looked at would fill it
         return not _is_untouched(callbacks) and bool(callbacks.handlers or callbacks.inheritable_handlers)
     return bool(callbacks)
 
@@ -123,8 +119,8 @@ def _is_traced() -> bool:
 
 
 def _is_hooked() -> bool:
-    for variable, _, handler, switch in _tracer_context()._configure_hooks:
-        if variable.get() is not None or (switch is not None and handler is not None and _is_set(switch)):
+    for variable, _, _, switch in _tracer_context()._configure_hooks:
+        if variable.get() is not None or (switch is not None and _is_set(switch)):
             return True
     return False
 
@@ -217,9 +213,9 @@ class _AsyncQuietManager(_MadeLate, AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
 
-def _is_untouched(manager: object) -> bool:
-    """Tell whether nobody has looked at a manager, so that it holds nothing."""
-    return isinstance(manager, _MadeLate) and not manager.__dict__
+def _is_untouched(manager: BaseCallbackManager) -> bool:
+    """Tell whether nobody has looked at a quiet manager, so that it holds nothing; any other holds something."""
+    return not manager.__dict__
 
 
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:

@@ -307,12 +307,13 @@ def test_a_bridged_async_function_gets_async_managers(watched: RunnableConfig, n
 
 def test_the_child_config_drops_what_belongs_to_the_run(make: Make, run: Run) -> None:
     """`run_name` and `run_id` are the run's own; a key that is unknown goes to `configurable`."""
-    sides = both(lambda _, config: config)
-    child = run(make(*sides), 0, {"run_name": "once", "run_id": uuid.uuid4(), "thread_id": "t1"})
+    sides = both(lambda _, config: (config, var_child_runnable_config.get()))
+    children = run(make(*sides), 0, {"run_name": "once", "run_id": uuid.uuid4(), "thread_id": "t1"})
 
-    assert "run_name" not in child
-    assert "run_id" not in child
-    assert child["configurable"] == {"thread_id": "t1"}
+    for child in children:
+        assert "run_name" not in child
+        assert "run_id" not in child
+        assert child["configurable"] == {"thread_id": "t1"}
 
 
 def test_the_child_config_names_a_parent(make: Make, run: Run) -> None:

@@ -482,6 +482,16 @@ def test_without_a_watcher_a_run_is_unobserved() -> None:
     assert not observed({"callbacks": CallbackManager([])})
 
 
+@pytest.mark.parametrize("switch", [None, "A_HOOK_THAT_IS_OFF"])
+def test_a_hook_that_is_not_set_watches_nothing(switch: str | None) -> None:
+    """A hook may have a handler class, with a variable of the environment or without, and be off."""
+    register_configure_hook(ContextVar("hook", default=None), inheritable=True, handle_class=Watcher, env_var=switch)
+    try:
+        assert not observed(None)
+    finally:
+        _configure_hooks.pop()
+
+
 @pytest.mark.parametrize("runnable", [_single(Dual), _piped(Dual), _branched(Dual)], ids=["pair", "pipe", "dict"])
 def test_an_unobserved_run_makes_no_callback_manager(
     runnable: Runnable[Any, Any], run: Run, monkeypatch: pytest.MonkeyPatch
