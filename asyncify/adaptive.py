@@ -69,8 +69,8 @@ class AdaptiveLimit:
     __slots__ = ("_ceiling", "_epoch", "_run", "_shrunk_at", "_successes", "config", "limit")
 
     def __init__(self, config: Adaptive) -> None:
-        self.config = config
-        self.limit = config.min if config.start is None else config.start
+        self.config: Adaptive = config
+        self.limit: int = config.min if config.start is None else config.start
         self._ceiling: int | None = None  # how many calls were not too many when it last hurt
         self._shrunk_at = -math.inf
         self._epoch = -math.inf  # where the curve begins: the shrinking, moved on while it is held at the ceiling

@@ -234,5 +234,5 @@ class BackgroundLoop:
             thread.join(_CLOSE_SECONDS)
 
 
-background = BackgroundLoop()
+background: BackgroundLoop = BackgroundLoop()
 """The loop of all async sides that are called by sync code."""

@@ -23,9 +23,9 @@ class Timer:
     __slots__ = ("callback", "cancelled", "when")
 
     def __init__(self, when: float, callback: Callable[[], None]) -> None:
-        self.when = when
-        self.callback = callback
-        self.cancelled = False
+        self.when: float = when
+        self.callback: Callable[[], None] = callback
+        self.cancelled: bool = False
 
     def cancel(self) -> None:
         """Never run the callback; harmless when it has run."""
@@ -65,7 +65,7 @@ class MonotonicClock:
         self._sweep_at = _SWEEP
         self._running = False
 
-    now = staticmethod(time.monotonic)
+    now: staticmethod[[], float] = staticmethod(time.monotonic)
     """Return the time in seconds."""
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
@@ -121,5 +121,5 @@ class MonotonicClock:
             return not self._running
 
 
-monotonic_clock = MonotonicClock()
+monotonic_clock: Clock = MonotonicClock()
 """The clock of every limiter that is not given another."""

@@ -19,7 +19,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.background import BackgroundLoop
 from asyncify.limiter import Limiter, check_cost
-from asyncify.meter import check_positive
+from asyncify.meter import Limits, check_positive
 from asyncify.permits import Permit, permits
 from asyncify.signatures import describe, shape_of, signature_of
 from asyncify.turnstile import check_affordable
@@ -36,7 +36,7 @@ class KeyedLimiter:
     """
 
     def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
-        self.limits = Limiter(**limits).limits  # bad arguments are told now, and not at the first call
+        self.limits: Limits = Limiter(**limits).limits  # bad arguments are told now, and not at the first call
         self.key = key
         self.name = name
         self._arguments = limits

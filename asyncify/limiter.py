@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import EllipsisType
+from typing import Any, ClassVar
 
 from langchain_core.rate_limiters import BaseRateLimiter
 
@@ -72,7 +74,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     # --- the faces ---
 
-    __enter__ = Turnstile.enter
+    __enter__: ClassVar[Callable[[Turnstile], Permit]] = Turnstile.enter
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
@@ -81,7 +83,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             permit = self._entered()
         permit.leave(error)
 
-    __aenter__ = Turnstile.aenter
+    __aenter__: ClassVar[Callable[[Turnstile], Coroutine[Any, Any, Permit]]] = Turnstile.aenter
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""

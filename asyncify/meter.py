@@ -183,8 +183,8 @@ class Meter:
     )
 
     def __init__(self, limits: Limits) -> None:
-        self.in_flight = 0
-        self.paused_until = -math.inf
+        self.in_flight: int = 0
+        self.paused_until: float = -math.inf
         self._windows: tuple[_Window, ...] = ()
         self._next = -math.inf  # GCRA's theoretical arrival time
         self._last = -math.inf  # when the last call was admitted
@@ -197,7 +197,7 @@ class Meter:
     def configure(self, limits: Limits) -> None:
         """Set the limits; what was admitted before counts against the new ones."""
         logs = {window.rate.period: window for window in self._windows}
-        self.limits = limits
+        self.limits: Limits = limits
         self._slots = math.inf if limits.limit is None else limits.limit
         self._windows = tuple(_Window(rate) for rate in limits.rates)
         for window in self._windows:

@@ -302,5 +302,5 @@ def _is_named(fn: Function) -> bool:
     return getattr(fn, "__name__", "<lambda>") != "<lambda>"
 
 
-registry = Registry()
+registry: Registry = Registry()
 """The registry that `dual` and `concurrency` register with."""

@@ -74,16 +74,16 @@ class Permit:
     """What it waits on: a future of `loop`, or a lock."""
 
     def __init__(self, place: Place, cost: float, slots: int) -> None:
-        self.place = place
-        self.epoch = place.epoch  # a forked child has others
-        self.cost = cost
-        self.slots = slots
+        self.place: Place = place
+        self.epoch: int = place.epoch  # a forked child has others
+        self.cost: float = cost
+        self.slots: int = slots
         outer = innermost.get()
         while outer is not None and outer.ended:
             outer = outer.outer
-        self.outer = outer
-        self.thread = get_ident()
-        self.ended = False
+        self.outer: Permit | None = outer
+        self.thread: int = get_ident()
+        self.ended: bool = False
         self.outcome = None
 
     def queue_up(self, since: float, ahead: int) -> None:
@@ -119,7 +119,7 @@ class Permit:
         if not self.ended:
             self.ended = True
             while self.outer is not None and self.outer.ended:  # or a chain of tasks would keep all of its permits
-                self.outer = self.outer.outer
+                self.outer: Permit | None = self.outer.outer
             self.place.give_back(self, error)
 
     def give_up(self) -> None:

@@ -59,7 +59,7 @@ class Turnstile:
         self._adaptive = adaptive
         self.timeout = timeout
         self.name = name
-        self.epoch = 0
+        self.epoch: int = 0
         self._clock = clock
         self._now = clock.now
         self._admitted: int = 0

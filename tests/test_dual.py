@@ -3,6 +3,7 @@
 import functools
 import inspect
 import operator
+import pydoc
 from collections.abc import Callable
 from typing import Any
 
@@ -315,6 +316,22 @@ def test_a_pair_over_a_stub_takes_a_function_as_an_argument() -> None:
 def test_the_signature_survives(form: Callable[[], Dual[Any, Any]]) -> None:
     """`inspect.signature` shows the function's parameters."""
     assert str(inspect.signature(form())) == "(query: str) -> str"
+
+
+def test_help_shows_name_signature_and_docs() -> None:
+    """`help` of a pair is the help of its function; on a class and on an instance, that of a method."""
+
+    class Desk:
+        @dual
+        def sell(self, amount: float) -> float:
+            """Sell an amount."""
+            return amount
+
+    shown = pydoc.plain(pydoc.render_doc(over_stub()))
+
+    assert "fetch(query: str) -> str\n    Fetch one quote." in shown
+    assert "sell(self, amount: float) -> float\n |      Sell an amount." in pydoc.plain(pydoc.render_doc(Desk))
+    assert "sell(amount: float) -> float\n    Sell an amount." in pydoc.plain(pydoc.render_doc(Desk().sell))
 
 
 def test_func_and_afunc_are_the_raw_implementations() -> None:

@@ -245,6 +245,29 @@ async def test_all_instances_share_the_limit() -> None:
     assert Desk().fetch.limiter is Desk.fetch.limiter
 
 
+async def test_a_key_gives_each_instance_a_limit_of_its_own() -> None:
+    """`key=` sees the instance: two calls on one wait for each other, those on two do not."""
+    entered: list[str] = []
+    leave = asyncio.Event()
+
+    class Desk:
+        @concurrency(limit=1, key=lambda call: id(call["self"]))
+        async def fetch(self, query: str) -> str:
+            entered.append(query)
+            await leave.wait()
+            return query
+
+    one, other = Desk(), Desk()
+    calls = [asyncio.ensure_future(desk.fetch.ainvoke(query)) for desk, query in ((one, "a"), (one, "b"), (other, "c"))]
+    for _ in range(100):
+        await asyncio.sleep(0)
+    inside = list(entered)
+    leave.set()
+
+    assert inside == ["a", "c"]
+    assert await asyncio.gather(*calls) == ["a", "b", "c"]
+
+
 async def test_a_mapping_is_spread_over_a_methods_parameters() -> None:
     """With two parameters beside `self` the input is a mapping; with one it is the value."""
     fx = Plain()
