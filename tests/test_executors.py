@@ -23,7 +23,7 @@ from langchain_core.runnables.base import Runnable
 
 from asyncify import BridgeError, DeadlockError, Dual, Limiter, PairError, concurrency, dual
 
-SECONDS = 60  # a safety net, never the measure of anything
+SECONDS = 100  # a safety net, never the measure of anything
 
 colour = ContextVar("colour", default="none")
 
