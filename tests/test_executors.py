@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextvars import ContextVar
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import loky  # type: ignore[import-untyped]  # it has no types
@@ -22,7 +23,7 @@ from langchain_core.runnables.base import Runnable
 
 from asyncify import BridgeError, DeadlockError, Dual, Limiter, PairError, concurrency, dual
 
-SECONDS = 60  # a safety net, never the measure of anything
+SECONDS = 100  # a safety net, never the measure of anything
 
 colour = ContextVar("colour", default="none")
 
@@ -368,6 +369,7 @@ MAIN = """
 import asyncio, os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import loky  # type: ignore[import-untyped]  # it has no types
 from asyncify import dual
@@ -409,3 +411,21 @@ def test_a_function_of_the_main_program_leaves_the_process(tmp_path):
 def with_package() -> dict[str, str]:
     """Return an environment in which a program anywhere finds this package."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_the_example_scores_the_same_by_each_engine():
+    """The example's pipe, with its middle step in threads, processes and on Dask, gets the same scores."""
+    example = Path(__file__).parents[1] / "examples" / "cpu_bound.py"
+    done = subprocess.run(
+        [sys.executable, example, "--texts", "4", "--words", "100"],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=with_package(),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["threads", "processes", "dask", "all"]
+    assert "scored in this process" in done.stdout.splitlines()[0]
+    assert "scored in this" not in "".join(done.stdout.splitlines()[1:])
