@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import Dual, aeach, concurrency, each
+from asyncify.progress import Progress
 
 Pair = Dual[Any, Any]
 SAFETY_NET = 30  # seconds, for what must never be waited for
@@ -344,6 +345,8 @@ def test_a_slow_head_does_not_idle_the_others(way: str) -> None:
     """In order, behind a first call that takes long, the rest of the window is run meanwhile."""
     others_ran = threading.Event()
     ran: list[int] = []
+    ahead: list[int] = []
+    done = 0
 
     def call(value: int) -> int:
         if value == 0:
@@ -362,7 +365,18 @@ def test_a_slow_head_does_not_idle_the_others(way: str) -> None:
             return value
         return call(value)
 
-    assert collect(way, Pair(call, call_async), range(10), window=4, config={"max_concurrency": 2}) == list(range(10))
+    def source() -> Iterator[int]:
+        for number in range(10):
+            ahead.append(number + 1 - done)
+            yield number
+
+    def count(state: Progress) -> None:
+        nonlocal done
+        done = state.done
+
+    options: Any = {"window": 4, "config": {"max_concurrency": 2}, "progress": count}
+    assert collect(way, Pair(call, call_async), source(), **options) == list(range(10))
+    assert max(ahead) == 4, "the source was read further than the window"
 
 
 async def test_a_caller_that_takes_no_result_holds_the_source_back_a() -> None:
