@@ -13,6 +13,7 @@ from asyncify.errors import (
     BlockingWarning,
     BridgedWarning,
     BridgeError,
+    CheckpointError,
     DeadlockError,
     LimitTimeout,
     NameTakenError,
@@ -21,6 +22,7 @@ from asyncify.errors import (
     RegistryError,
     UnboundedWarning,
 )
+from asyncify.flow import aeach, each
 from asyncify.limiter import Limiter
 from asyncify.pairs import Registry, registry
 from asyncify.patch import dual_patch
@@ -33,6 +35,7 @@ __all__ = [
     "BlockingWarning",
     "BridgeError",
     "BridgedWarning",
+    "CheckpointError",
     "DeadlockError",
     "Dual",
     "LimitTimeout",
@@ -43,9 +46,11 @@ __all__ = [
     "Registry",
     "RegistryError",
     "UnboundedWarning",
+    "aeach",
     "concurrency",
     "dual",
     "dual_patch",
+    "each",
     "registry",
     "watch",
 ]

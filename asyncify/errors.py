@@ -8,7 +8,8 @@
         │   ├── NameTakenError (ValueError)    two different functions under one name
         │   └── PairNotFoundError (KeyError)   no pair of that name, or several
         ├── LimitTimeout (TimeoutError)        not admitted in time
-        └── DeadlockError (RuntimeError)       a call that waits for itself
+        ├── DeadlockError (RuntimeError)       a call that waits for itself
+        └── CheckpointError (ValueError)       a file that can't serve as a checkpoint
 
     UserWarning
     └── AsyncifyWarning
@@ -25,6 +26,7 @@ __all__ = [
     "BlockingWarning",
     "BridgeError",
     "BridgedWarning",
+    "CheckpointError",
     "DeadlockError",
     "LimitTimeout",
     "NameTakenError",
@@ -69,6 +71,10 @@ class LimitTimeout(AsyncifyError, TimeoutError):  # noqa: N818  (the name of the
 
 class DeadlockError(AsyncifyError, RuntimeError):
     """A call waits for a slot that only its own end could give back."""
+
+
+class CheckpointError(AsyncifyError, ValueError):
+    """A file can't serve as this checkpoint, or can't keep what it is given."""
 
 
 class AsyncifyWarning(UserWarning):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import RunnableConfig, ensure_config
 
+from asyncify.batches import Batches
 from asyncify.bridge import ThreadPool
 from asyncify.runs import is_reserved, observed, quiet_config
 
@@ -24,25 +25,8 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 
-class Piped:
+class Piped(Batches):
     """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
-
-    @abstractmethod
-    def needs_a_run(self, *, is_async: bool) -> bool:
-        """Tell whether a part of it, on this path, can't do without a run of LangChain's, observed or not."""
-
-    @abstractmethod
-    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
-        """Run the sync side; the config is that of the caller."""
-
-    @abstractmethod
-    def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
-    ) -> asyncio.Task[Any]:
-        """Start the async side in a task of its own; the config is that of the caller.
-
-        `awaited` says that the caller's task will wait for it and for nothing else.
-        """
 
     @abstractmethod
     def beware(self, calls: int, *, bounded: bool) -> None:
@@ -122,6 +106,10 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         for step in _pairs(self.steps):
             step.beware(calls, bounded=bounded)
 
+    def admits(self) -> int | None:
+        """Return how many inputs can be within the limits of the steps, all together."""
+        return _sum(step.admits() for step in _pairs(self.steps))
+
     # LangChain calls a run and a serialized object by the class; it is to know this one as its own.
 
     def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
@@ -187,6 +175,12 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def lc_id(cls) -> list[str]:
         """Return the id of `RunnableParallel`."""
         return RunnableParallel.lc_id()
+
+
+def _sum(limits: Iterable[int | None]) -> int | None:
+    """Add up limits; None is no limit, and so is their sum with one."""
+    found = list(limits)
+    return None if None in found else sum(limit for limit in found if limit is not None)
 
 
 def _pairs(steps: Iterable[Runnable[Any, Any]]) -> Iterable[Piped]:

@@ -312,6 +312,11 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Tell whether a side can't do without a run of LangChain's, observed or not."""
         return _needs_a_run(self._live.async_ if is_async else self._live.sync)
 
+    def admits(self) -> int | None:
+        """Return how many calls the limit lets in at once; a fake runs at once, in the place of pair and limit."""
+        limiter = None if self._fakes else self.limiter
+        return limiter.limits.limit if isinstance(limiter, Limiter) else None
+
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync side, where it is known that nobody watches."""
         return self._run(self._live.sync, value, config, kwargs)

@@ -1,0 +1,199 @@
+"""The four batch methods of a runnable of ours, over the engine in `fanout`.
+
+They keep LangChain's meaning: order, `return_exceptions`, a config for all or one for each, `run_id` for the first
+alone, `max_concurrency` of the first config. They differ in what they leave behind, which is nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.runnables.base import Runnable
+from langchain_core.runnables.config import RunnableConfig, get_config_list
+
+from asyncify.bridge import DEFAULT_THREADS
+from asyncify.fanout import aas_completed, agather, as_completed, gather
+from asyncify.runs import is_reserved, observed
+
+__all__ = ["Batches", "Items", "checked_count"]
+
+Configs = RunnableConfig | Sequence[RunnableConfig] | None
+
+_QUEUED = 64
+"""Tasks at most that wait at a limiter, so that a slot which comes free is taken at once."""
+
+
+class Items:
+    """How one input after another goes through a runnable: whether it is watched is decided once, if it can be.
+
+    Args:
+        runnable: any; one of ours goes its quiet way where nobody watches.
+        config: for all inputs, or one for each.
+        configs: the same as LangChain understands it; of a config for all, the first and that of the others.
+        kwargs: for the function.
+    """
+
+    def __init__(
+        self,
+        runnable: Runnable[Any, Any],
+        config: Configs,
+        configs: list[RunnableConfig],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._runnable = runnable
+        self._configs = configs
+        self._kwargs = kwargs
+        self._shared = configs[0] if config and configs else None
+        self._ours = runnable if isinstance(runnable, Batches) and not is_reserved(kwargs) else None
+        self._is_one_for_all = not isinstance(config, Sequence)
+        unobserved = self._is_one_for_all and not observed(self._shared)
+        self._quiet = self._ours if unobserved and not self._needs_a_run(is_async=False) else None
+        self._aquiet = self._ours if unobserved and not self._needs_a_run(is_async=True) else None
+        self._asked = checked_count("max_concurrency", configs[0].get("max_concurrency")) if configs else None
+        self._context = copy_context()
+
+    def call(self, index: int, value: Any) -> Any:
+        """Run one input in this thread, in a copy of the context in which this object was made."""
+        context = self._context.copy()
+        if self._quiet is not None:
+            return context.run(self._quiet.run_unobserved, value, self._shared, self._kwargs)
+        return context.run(self._runnable.invoke, value, self._config_of(index), **self._kwargs)
+
+    def start(self, index: int, value: Any) -> asyncio.Task[Any]:
+        """Start one input in a task of its own, with a copy of the context in which this object was made."""
+        return self._context.run(self._start, index, value)
+
+    def _start(self, index: int, value: Any) -> asyncio.Task[Any]:
+        if self._aquiet is not None:
+            return self._aquiet.start_unobserved(value, self._shared, self._kwargs)
+        config = self._config_of(index)
+        if self._ours is not None and not self._is_one_for_all and self._is_quiet(config):
+            return self._ours.start_unobserved(value, config, self._kwargs)
+        return asyncio.get_running_loop().create_task(self._runnable.ainvoke(value, config, **self._kwargs))
+
+    def _is_quiet(self, config: RunnableConfig) -> bool:
+        return not self._needs_a_run(is_async=True) and not observed(config)
+
+    def _needs_a_run(self, *, is_async: bool) -> bool:
+        return self._ours is not None and self._ours.needs_a_run(is_async=is_async)
+
+    def _config_of(self, index: int) -> RunnableConfig:
+        return self._configs[min(index, len(self._configs) - 1)]
+
+    def threads(self) -> float:
+        """Return how many threads to use, as things stand now."""
+        admitted = self._admitted()
+        if self._asked is None and admitted is None:
+            return DEFAULT_THREADS
+        return min(self._asked or math.inf, admitted or math.inf)
+
+    def tasks(self) -> float:
+        """Return how many tasks to have alive, as things stand now."""
+        admitted = self._admitted()
+        asked = self._asked or math.inf
+        return asked if admitted is None else min(asked, admitted + min(admitted, _QUEUED))
+
+    def bound(self) -> float | None:
+        """Return how many inputs can get anywhere at once, None if nothing bounds them."""
+        admitted = self._admitted()
+        if self._asked is None and admitted is None:
+            return None
+        return min(self._asked or math.inf, admitted or math.inf)
+
+    def _admitted(self) -> int | None:
+        return self._ours.admits() if self._ours is not None else None
+
+
+class Batches:
+    """The batch methods, for a runnable whose run can be started when it is known that nobody watches."""
+
+    @abstractmethod
+    def needs_a_run(self, *, is_async: bool) -> bool:
+        """Tell whether a part of it, on this path, can't do without a run of LangChain's, observed or not."""
+
+    @abstractmethod
+    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        """Run the sync side; the config is that of the caller."""
+
+    @abstractmethod
+    def start_unobserved(
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+    ) -> asyncio.Task[Any]:
+        """Start the async side in a task of its own; the config is that of the caller.
+
+        `awaited` says that the caller's task will wait for it and for nothing else.
+        """
+
+    def admits(self) -> int | None:
+        """Return how many inputs the limits let in at once, None if they don't bound that."""
+        return None
+
+    if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
+
+        def batch(
+            self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
+        ) -> list[Any]:
+            """Run the sync side on every input, in threads, and return the outputs in order.
+
+            There are `max_concurrency` threads, or else as many as the limit admits calls, or else 64. The first
+            error stops the batch: calls that run are waited for, those that have not started never do.
+            """
+            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            return gather(items.call, inputs, items.threads, name=_name(self), return_exceptions=return_exceptions)
+
+        async def abatch(
+            self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
+        ) -> list[Any]:
+            """Run the async side on every input, in a task each, and return the outputs in order.
+
+            `max_concurrency` tasks are alive at once, or else somewhat more than the limit admits calls, or else
+            all. The first error cancels the others and is raised when they have ended.
+            """
+            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            return await agather(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
+
+        def batch_as_completed(
+            self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
+        ) -> Generator[tuple[int, Any]]:
+            """Run as `batch` does and yield index and output as each input ends; leaving the loop stops the rest."""
+            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            return as_completed(
+                items.call, inputs, items.threads, name=_name(self), return_exceptions=return_exceptions
+            )
+
+        def abatch_as_completed(
+            self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
+        ) -> AsyncGenerator[tuple[int, Any]]:
+            """Run as `abatch` does and yield index and output as each input ends; leaving the loop cancels the rest."""
+            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            return aas_completed(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
+
+
+def checked_count(name: str, value: object) -> int | None:
+    """Return a number of inputs that may be in flight, None for no bound.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or less than 1.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be a whole number of calls, as in {name}=10")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: must be at least 1, as in {name}=10; leave it out for no bound")
+    return value
+
+
+def _count(config: Configs, inputs: Sequence[Any]) -> int:
+    """Return how many configs a batch needs: a config for all differs only in its first, which has the run id."""
+    return len(inputs) if isinstance(config, Sequence) else min(max(len(inputs), 1), 2)
+
+
+def _name(runnable: Any) -> str:
+    name: str = runnable.get_name()
+    return name

@@ -1,0 +1,393 @@
+"""Many inputs, a bounded number of them in flight: one engine for batches and `each`.
+
+A fan-out has items, each with an index. They are started as places come free and collected as they end, in
+whatever order that is. `Tasks` runs them as tasks of the running event loop and `Threads` in threads; what both
+share is how they are used: `with` one, `take()` groups of ended items until there are none, and leaving the block,
+for whatever reason, ends what is still in flight and waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from inspect import isasyncgen
+from itertools import islice
+from typing import Any, Self
+
+from asyncify.bridge import ThreadPool
+
+__all__ = [
+    "Blocking",
+    "Ended",
+    "Tasks",
+    "Threads",
+    "Width",
+    "aas_completed",
+    "agather",
+    "as_completed",
+    "attempt",
+    "ended_task",
+    "gather",
+    "outcome",
+]
+
+Ended = tuple[int, Any, BaseException | None]
+"""An item that has ended: its index, its output, and its error instead if it has failed."""
+
+Width = Callable[[], float]
+"""How many items may be in flight, asked again and again, as a limit may be resized meanwhile."""
+
+_STRIDE = 100
+"""Tasks made before the event loop gets a turn: unbounded items that end at once never pile up, and 100 ran fastest."""
+
+
+def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:
+    """Run an item in this thread."""
+    try:
+        return index, call(index, value), None
+    except BaseException as error:  # noqa: BLE001  (it is handed to whoever takes the item)
+        return index, None, error
+
+
+def outcome(ended: Ended, *, return_exceptions: bool) -> Any:
+    """Return what an ended item gives its caller, or raise its error."""
+    _, output, error = ended
+    if error is None:
+        return output
+    if _is_returned(error, return_exceptions=return_exceptions):
+        return error
+    raise error
+
+
+def _is_returned(error: BaseException, *, return_exceptions: bool) -> bool:
+    return return_exceptions and isinstance(error, Exception)
+
+
+class _Signal:
+    """Wakes the one task that waits for it; nothing is kept for a task that comes later."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class Tasks:
+    """Items that run as tasks, one each.
+
+    Args:
+        start: makes the task of an item from its index and its input; None for an item that needs none, which is
+            then given to `settle()`.
+        source: the inputs; read by a task of its own, and never further than there is room.
+        width: tasks alive.
+        window: items that are alive or have not been let go by `free()`.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int, Any], asyncio.Task[Any] | None],
+        source: Iterable[Any] | AsyncIterable[Any],
+        width: Width,
+        window: float = math.inf,
+    ) -> None:
+        self._start = start
+        self._source = source
+        self._width = width
+        self._window = window
+        self._held = 0
+        self._alive: dict[asyncio.Task[Any], int] = {}
+        self._ended: deque[Ended] = deque()
+        self._room_made = _Signal()
+        self._news = _Signal()
+
+    async def __aenter__(self) -> Self:
+        """Begin to start items."""
+        feeding = (
+            self._feed_async(self._source) if isinstance(self._source, AsyncIterable) else self._feed(self._source)
+        )
+        self._feeder = asyncio.get_running_loop().create_task(feeding)
+        self._feeder.add_done_callback(lambda _: self._news.set())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancel what is still in flight and wait for its end, however often this wait is itself cancelled."""
+        interrupted: asyncio.CancelledError | None = None
+        self._feeder.cancel()
+        for task in self._alive:
+            task.cancel()
+        while self._alive or not self._feeder.done():
+            try:
+                await asyncio.wait([self._feeder, *self._alive])
+            except asyncio.CancelledError as error:
+                interrupted = error
+        if not self._feeder.cancelled():
+            self._feeder.exception()  # seen, so that nobody is told of it again
+        if interrupted is not None:
+            raise interrupted
+
+    async def take(self) -> list[Ended]:
+        """Wait until an item has ended and return all that have; none when the source is at its end.
+
+        Raises:
+            Exception: what the source has raised, when all items before it are taken.
+        """
+        while not self._ended:
+            if self._feeder.done() and not self._alive:
+                self._feeder.result()
+                return []
+            await self._news.wait()
+        return self.take_at_once()
+
+    def take_at_once(self) -> list[Ended]:
+        """Return all items that have ended by now."""
+        group = list(self._ended)
+        self._ended.clear()
+        return group
+
+    def settle(self, ended: Ended) -> None:
+        """Let an item end that was not started."""
+        self._ended.append(ended)
+        self._news.set()
+
+    def free(self) -> None:
+        """Let go of an item that was taken."""
+        self._held -= 1
+        self._room_made.set()
+
+    def _room(self) -> float:
+        return min(self._width() - len(self._alive), self._window - self._held)
+
+    async def _feed(self, source: Iterable[Any]) -> None:
+        values = iter(source)
+        index = 0
+        try:
+            while True:
+                room = self._room()
+                if room <= 0:
+                    await self._room_made.wait()
+                    continue
+                stride = int(min(room, _STRIDE))
+                stop = index + stride
+                for value in islice(values, stride):
+                    self._run(index, value)
+                    index += 1
+                if index < stop:
+                    return
+                await asyncio.sleep(0)
+        finally:
+            if isinstance(values, Generator):
+                values.close()
+
+    async def _feed_async(self, source: AsyncIterable[Any]) -> None:
+        values = aiter(source)
+        index = 0
+        try:
+            while True:
+                while self._room() <= 0:
+                    await self._room_made.wait()
+                try:
+                    value = await anext(values)
+                except StopAsyncIteration:
+                    return
+                self._run(index, value)
+                index += 1
+        finally:
+            if isasyncgen(values):
+                await values.aclose()
+
+    def _run(self, index: int, value: Any) -> None:
+        self._held += 1
+        task = self._start(index, value)
+        if task is not None:
+            self._alive[task] = index
+            task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[Any]) -> None:
+        self._ended.append(ended_task(self._alive.pop(task), task))
+        self._room_made.set()
+        self._news.set()
+
+
+def ended_task(index: int, task: asyncio.Task[Any]) -> Ended:
+    """Return how the task of an item has ended."""
+    if task.cancelled():
+        return index, None, asyncio.CancelledError()
+    error = task.exception()
+    return (index, task.result(), None) if error is None else (index, None, error)
+
+
+class Blocking(ABC):
+    """Items that run elsewhere, for a caller who blocks until they end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._inbox: deque[tuple[int, Any]] = deque()
+        self._ended: deque[Ended] = deque()
+        self._awaited = False
+
+    def __enter__(self) -> Self:
+        """Return the fan-out itself."""
+        return self
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None:
+        """End what is still in flight, and wait for its end."""
+
+    @abstractmethod
+    def run(self, items: Iterable[tuple[int, Any]]) -> None:
+        """Start items, each an index and an input."""
+
+    @abstractmethod
+    def _is_idle(self) -> bool:
+        """Tell whether all items have ended."""
+
+    def take(self) -> list[Ended]:
+        """Wait until an item has ended and return all that have; none when there is nothing in flight."""
+        with self._changed:
+            while not self._ended and not self._is_idle():
+                self._awaited = True  # set before the last look: who ends an item appends it before looking here
+                if not self._ended:
+                    self._changed.wait()
+            self._awaited = False
+        return self.take_at_once()
+
+    def take_at_once(self) -> list[Ended]:
+        """Return all items that have ended by now."""
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def _tell(self) -> None:
+        """Wake the caller, if it waits."""
+        if self._awaited:
+            with self._changed:
+                self._awaited = False
+                self._changed.notify()
+
+
+class Threads(Blocking):
+    """Items that run in threads; a thread takes item after item for as long as there are any.
+
+    Args:
+        call: runs an item, given its index and its input.
+        width: threads.
+        name: what the threads are called while they work.
+        return_exceptions: go on after an error; otherwise no item starts after one.
+    """
+
+    def __init__(self, call: Callable[[int, Any], Any], width: Width, *, name: str, return_exceptions: bool) -> None:
+        super().__init__()
+        self._call = call
+        self._width = width
+        self._return_exceptions = return_exceptions
+        self._pool = ThreadPool(None, name)
+        self._busy = 0
+
+    def __exit__(self, *_: object) -> None:
+        """Drop the items that have not started, and wait for the end of those that have."""
+        with self._changed:
+            self._inbox.clear()
+            self._changed.wait_for(lambda: not self._busy)
+
+    def run(self, items: Iterable[tuple[int, Any]]) -> None:
+        """Start items, each an index and an input, as threads come free."""
+        with self._changed:
+            self._inbox.extend(items)
+        while self._needs_thread() and self._hire():
+            pass
+
+    def _is_idle(self) -> bool:
+        return not self._busy and not self._inbox
+
+    def _needs_thread(self) -> bool:
+        with self._changed:
+            needed = bool(self._inbox) and self._busy < self._width()
+            self._busy += needed
+        return needed
+
+    def _hire(self) -> bool:
+        try:
+            self._pool.submit(self._work)
+        except RuntimeError:  # the system has no thread left: those at work must do
+            with self._changed:
+                self._busy -= 1
+                if not self._busy:
+                    raise
+            return False
+        return True
+
+    def _work(self) -> None:
+        while (item := self._next()) is not None:
+            ended = attempt(self._call, *item)
+            if ended[2] is not None and not _is_returned(ended[2], return_exceptions=self._return_exceptions):
+                with self._changed:
+                    self._inbox.clear()
+            self._ended.append(ended)
+            self._tell()
+
+    def _next(self) -> tuple[int, Any] | None:
+        with self._changed:
+            if self._inbox:
+                return self._inbox.popleft()
+            self._busy -= 1
+            self._changed.notify()
+            return None
+
+
+def gather(
+    call: Callable[[int, Any], Any], inputs: Sequence[Any], width: Width, *, name: str, return_exceptions: bool
+) -> list[Any]:
+    """Return the outputs of all items, in order; the first error stops the rest."""
+    if len(inputs) == 1:
+        return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)]  # needs no thread
+    outputs: list[Any] = [None] * len(inputs)
+    for index, output in as_completed(call, inputs, width, name=name, return_exceptions=return_exceptions):
+        outputs[index] = output
+    return outputs
+
+
+async def agather(
+    start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
+) -> list[Any]:
+    """Return the outputs of all items, in order; the first error cancels the rest."""
+    outputs: list[Any] = [None] * len(inputs)
+    completed = aas_completed(start, inputs, width, return_exceptions=return_exceptions)
+    async with aclosing(completed):
+        async for index, output in completed:
+            outputs[index] = output
+    return outputs
+
+
+def as_completed(
+    call: Callable[[int, Any], Any], inputs: Sequence[Any], width: Width, *, name: str, return_exceptions: bool
+) -> Iterator[tuple[int, Any]]:
+    """Yield index and output of each item as it ends; the first error, or closing this, stops the rest."""
+    with Threads(call, width, name=name, return_exceptions=return_exceptions) as fan:
+        fan.run(enumerate(inputs))
+        while group := fan.take():
+            for ended in group:
+                yield ended[0], outcome(ended, return_exceptions=return_exceptions)
+
+
+async def aas_completed(
+    start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
+) -> AsyncGenerator[tuple[int, Any]]:
+    """Yield index and output of each item as it ends; the first error, or closing this, cancels the rest."""
+    async with Tasks(start, inputs, width) as fan:
+        while group := await fan.take():
+            for ended in group:
+                yield ended[0], outcome(ended, return_exceptions=return_exceptions)

@@ -1,0 +1,408 @@
+"""`each` and `aeach`: any runnable over any iterable, as a stream of results.
+
+The two drivers read alike. A source gives inputs as there is room for them, a fan-out runs them, a journal knows
+those that a checkpoint has and records the others, and a line gives the results out in their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sized
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
+from os import PathLike
+from typing import Any, Literal, Self, TypeVar, overload
+
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+
+from asyncify.batches import Items, checked_count
+from asyncify.bridge import ThreadPool
+from asyncify.checkpoint import Checkpoint, Codec
+from asyncify.fanout import Blocking, Ended, Tasks, Threads, outcome
+from asyncify.journal import Journal, Key
+from asyncify.loop_tasks import LoopTasks
+from asyncify.progress import Report, reporting
+
+__all__ = ["DEFAULT_WINDOW", "aeach", "each"]
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+DEFAULT_WINDOW = 64
+"""Inputs in flight where neither `window`, nor `max_concurrency`, nor a limit says how many."""
+
+
+class _Line:
+    """Results that wait for their turn: the order of the inputs, or that in which they end."""
+
+    def __init__(self, *, ordered: bool) -> None:
+        self._ordered = ordered
+        self._next = 0
+        self._by_index: dict[int, Ended] = {}
+        self._by_end: deque[Ended] = deque()
+
+    def put(self, ended: Ended) -> None:
+        if self._ordered:
+            self._by_index[ended[0]] = ended
+        else:
+            self._by_end.append(ended)
+
+    def pop(self) -> Ended | None:
+        """Return the result whose turn it is, None if it is not there yet."""
+        if not self._ordered:
+            return self._by_end.popleft() if self._by_end else None
+        ended = self._by_index.pop(self._next, None)
+        self._next += ended is not None
+        return ended
+
+    def is_ready(self) -> bool:
+        return self._next in self._by_index if self._ordered else bool(self._by_end)
+
+
+@overload
+def each(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: Literal[True] = True,
+    window: int | None = None,
+    return_exceptions: bool = False,
+    via: Literal["threads", "async"] = "threads",
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> Generator[Output]: ...
+
+
+@overload
+def each(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: Literal[False],
+    window: int | None = None,
+    return_exceptions: bool = False,
+    via: Literal["threads", "async"] = "threads",
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> Generator[tuple[int, Output]]: ...
+
+
+def each(
+    runnable: Runnable[Any, Any],
+    inputs: Iterable[Any],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: bool = True,
+    window: int | None = None,
+    return_exceptions: bool = False,
+    via: Literal["threads", "async"] = "threads",
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Key | None = None,
+    codec: Codec = "json",
+) -> Generator[Any]:
+    """Run a runnable on each input and yield the outputs, while further inputs are in flight.
+
+    The source is read in the caller's thread, and only as there is room in the window; it may be endless. An error
+    in the source is raised when the results of all inputs before it have been yielded. Leaving the loop ends the
+    calls in flight, waits for them, and closes a generator that was the source.
+
+    Args:
+        runnable: anything that LangChain can run.
+        inputs: any iterable.
+        config: for every run.
+        ordered: yield in the order of the inputs; otherwise index and output, as each input ends.
+        window: inputs at most that are in flight or whose results have not been asked for; by default twice the
+            limit of a pair or `max_concurrency`, or else 64.
+        return_exceptions: yield an exception in the place of the output, instead of raising it.
+        via: run the sync side in threads; or the async side on a background event loop.
+        progress: show a bar; or a function that is called with a `Progress`.
+        checkpoint: an SQLite file: inputs that it has are not run again, and what has ended is recorded in it.
+            Inputs that have failed are run again.
+        key: by what the checkpoint knows an input; by default a digest of it.
+        codec: how the checkpoint keeps outputs.
+
+    Raises:
+        CheckpointError: the file is of other work or damaged, or can't keep an output.
+    """
+    if isinstance(inputs, AsyncIterable):
+        raise TypeError("each() takes an iterable, and this is an async one; write `async for output in aeach(...)`")
+    if via not in ("threads", "async"):
+        raise ValueError(f'via={via!r}: must be "threads" or "async"')
+    options = _Options(
+        runnable,
+        inputs,
+        config=config,
+        window=window,
+        progress=progress,
+        checkpoint=checkpoint,
+        key=key,
+        codec=codec,
+    )
+    return _drive(options, inputs, via, ordered=ordered, return_exceptions=return_exceptions)
+
+
+@overload
+def aeach(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input] | AsyncIterable[Input],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: Literal[True] = True,
+    window: int | None = None,
+    return_exceptions: bool = False,
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> AsyncGenerator[Output]: ...
+
+
+@overload
+def aeach(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input] | AsyncIterable[Input],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: Literal[False],
+    window: int | None = None,
+    return_exceptions: bool = False,
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> AsyncGenerator[tuple[int, Output]]: ...
+
+
+def aeach(
+    runnable: Runnable[Any, Any],
+    inputs: Iterable[Any] | AsyncIterable[Any],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: bool = True,
+    window: int | None = None,
+    return_exceptions: bool = False,
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Key | None = None,
+    codec: Codec = "json",
+) -> AsyncGenerator[Any]:
+    """Run a runnable on each input and yield the outputs, while further inputs are in flight.
+
+    As `each`, with the async side, in a task for each input. The source may be async as well; a task of its own
+    reads it, so that results come out while the source makes one wait.
+    """
+    options = _Options(
+        runnable,
+        inputs,
+        config=config,
+        window=window,
+        progress=progress,
+        checkpoint=checkpoint,
+        key=key,
+        codec=codec,
+    )
+    return _adrive(options, inputs, ordered=ordered, return_exceptions=return_exceptions)
+
+
+class _Options:
+    """What `each` and `aeach` were asked for, checked when they are called and used when they are iterated."""
+
+    def __init__(
+        self,
+        runnable: Runnable[Any, Any],
+        inputs: object,
+        *,
+        config: RunnableConfig | None,
+        window: int | None,
+        progress: bool | Report,
+        checkpoint: str | PathLike[str] | None,
+        key: Key | None,
+        codec: Codec,
+    ) -> None:
+        _check_runnable(runnable)
+        if not isinstance(inputs, (Iterable, AsyncIterable)):
+            raise TypeError(f"inputs={inputs!r}: must be an iterable of inputs, as in [{inputs!r}]")
+        if codec not in ("json", "pickle"):
+            raise ValueError(f'codec={codec!r}: must be "json" or "pickle"')
+        if key is not None and checkpoint is None:
+            raise TypeError('key= names inputs in a checkpoint; give that too, as in checkpoint="run.sqlite"')
+        self.name = runnable.get_name()
+        self.total = len(inputs) if isinstance(inputs, Sized) else None
+        self.progress = progress
+        self.key = key
+        self.has_checkpoint = checkpoint is not None
+        self._work = _work_of(runnable)
+        self._checkpoint = checkpoint
+        self._codec: Codec = codec
+        self._asked_window = checked_count("window", window)
+        self._items_of = partial(Items, runnable, config, [ensure_config(config)], {})
+        self._items_of()  # a wrong max_concurrency is told of at once
+
+    def items(self) -> Items:
+        """Return what runs an input, in the context in which this is called."""
+        return self._items_of()
+
+    def window(self, items: Items) -> float:
+        """Return how many inputs may be in flight or waiting to be yielded."""
+        if self._asked_window is not None:
+            return self._asked_window
+        bound = items.bound()
+        return DEFAULT_WINDOW if bound is None else 2 * bound
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Open the checkpoint, if there is to be one."""
+        return None if self._checkpoint is None else Checkpoint(self._checkpoint, self._work, self._codec)
+
+
+class _Source:
+    """An iterable that is read one input at a time, by its owner's thread."""
+
+    def __init__(self, inputs: Iterable[Any]) -> None:
+        values = iter(inputs)
+        self._values = values
+        self._close = values.close if isinstance(values, Generator) else None
+        self._read = 0
+        self._error: Exception | None = None
+        self.is_done = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._close is not None:
+            self._close()
+
+    def read(self) -> list[tuple[int, Any]]:
+        """Return the next input with its index, in a list of one; none at the end or after an error."""
+        try:
+            value = next(self._values)
+        except StopIteration:
+            self.is_done = True
+            return []
+        except Exception as error:  # noqa: BLE001  (it is raised when its turn comes)
+            self.is_done = True
+            self._error = error
+            return []
+        self._read += 1
+        return [(self._read - 1, value)]
+
+    def raise_error(self) -> None:
+        """Raise what has ended the source, if it was an error."""
+        if self._error is not None:
+            raise self._error
+
+
+def _drive(
+    options: _Options, inputs: Iterable[Any], via: str, *, ordered: bool, return_exceptions: bool
+) -> Generator[Any]:
+    items = options.items()
+    window = options.window(items)
+    line = _Line(ordered=ordered)
+    held = 0
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(options.checkpoint(), options.key, line.put))
+        tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total))
+        fan = _fan(via, items, window, options.name, return_exceptions=return_exceptions)
+        stack.callback(lambda: journal.note(fan.take_at_once()))  # what has ended is recorded, whatever ends this
+        stack.enter_context(fan)
+        source = stack.enter_context(_Source(inputs))
+        while True:
+            if held < window and not source.is_done:
+                for index, value in source.read():
+                    held += 1
+                    if journal.must_run(index, value):
+                        fan.run([(index, value)])
+            must_wait = not line.is_ready() and (held >= window or source.is_done)
+            for ended in journal.settle(fan.take() if must_wait else fan.take_at_once()):
+                line.put(ended)
+            if (result := line.pop()) is not None:
+                held -= 1
+                tell(1, result[2] is not None)
+                output = outcome(result, return_exceptions=return_exceptions)
+                yield output if ordered else (result[0], output)
+            elif source.is_done and not held:
+                source.raise_error()
+                return
+
+
+def _fan(via: str, items: Items, window: float, name: str, *, return_exceptions: bool) -> Blocking:
+    if via == "async":
+        return LoopTasks(items.start, lambda: min(window, items.tasks()))
+    return Threads(
+        items.call, lambda: min(window, items.bound() or window), name=name, return_exceptions=return_exceptions
+    )
+
+
+async def _adrive(
+    options: _Options,
+    inputs: Iterable[Any] | AsyncIterable[Any],
+    *,
+    ordered: bool,
+    return_exceptions: bool,
+) -> AsyncGenerator[Any]:
+    items = options.items()
+    line = _Line(ordered=ordered)
+
+    def start(index: int, value: Any) -> asyncio.Task[Any] | None:
+        return items.start(index, value) if journal.must_run(index, value) else None
+
+    fan = Tasks(start, inputs, items.tasks, options.window(items))
+    async with AsyncExitStack() as stack:
+        journal = stack.enter_context(Journal(await _opened(options), options.key, fan.settle))
+        tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total))
+        stack.callback(lambda: journal.note(fan.take_at_once()))  # what has ended is recorded, whatever ends this
+        await stack.enter_async_context(fan)
+        while group := await fan.take():
+            for ended in await journal.asettle(group):
+                line.put(ended)
+            while (result := line.pop()) is not None:
+                fan.free()
+                tell(1, result[2] is not None)
+                output = outcome(result, return_exceptions=return_exceptions)
+                yield output if ordered else (result[0], output)
+
+
+async def _opened(options: _Options) -> Checkpoint | None:
+    """Open the checkpoint, if there is to be one, in a thread: it is checked from end to end."""
+    if not options.has_checkpoint:
+        return None
+    opening = ThreadPool(1, "asyncify-checkpoint").submit(options.checkpoint)
+    try:
+        return await asyncio.wrap_future(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_unused)
+        raise
+
+
+def _close_unused(opening: Future[Checkpoint | None]) -> None:
+    if not opening.cancelled() and opening.exception() is None and (checkpoint := opening.result()) is not None:
+        checkpoint.__exit__()
+
+
+def _check_runnable(runnable: object) -> None:
+    if not isinstance(runnable, Runnable):
+        raise TypeError(
+            f"each() and aeach() take a runnable, not {runnable!r}; make one of a function, as in "
+            "each(dual(fetch), inputs)"
+        )
+
+
+def _work_of(runnable: Any) -> str:
+    """Name the work that a runnable does, so that a checkpoint can tell it from other work: all its steps, by name."""
+    if steps := getattr(runnable, "steps", None):
+        return " | ".join(map(_work_of, steps))
+    if branches := getattr(runnable, "steps__", None):
+        return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in branches.items()) + "}"
+    if (bound := getattr(runnable, "bound", None)) is not None:
+        return _work_of(bound)
+    name: str = runnable.get_name()
+    return name

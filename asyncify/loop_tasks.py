@@ -1,0 +1,79 @@
+"""Many inputs as tasks of the background loop, for a caller who has no event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextvars import copy_context
+from typing import Any, Self
+
+from asyncify.background import background
+from asyncify.fanout import Blocking, Width, ended_task
+
+__all__ = ["LoopTasks"]
+
+
+class LoopTasks(Blocking):
+    """Items that run as tasks of the background loop, used by another thread as `Threads` is.
+
+    Args:
+        start: makes the task of an item from its index and its input; called on that loop.
+        width: tasks alive.
+    """
+
+    def __init__(self, start: Callable[[int, Any], asyncio.Task[Any]], width: Width) -> None:
+        super().__init__()
+        self._start = start
+        self._width = width
+        self._alive: dict[asyncio.Task[Any], int] = {}
+        self._drain_is_due = False
+
+    def __enter__(self) -> Self:
+        """Find the loop."""
+        self._loop = background.run(_running_loop, copy_context())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Cancel what is still in flight and wait for its end."""
+        closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        if asyncio._get_running_loop() is not self._loop:  # a garbage collector runs anywhere, on that loop too
+            closing.result()
+
+    async def _close(self) -> None:
+        self._inbox.clear()
+        for task in self._alive:
+            task.cancel()
+        while self._alive:
+            await asyncio.wait(self._alive)
+
+    def run(self, items: Iterable[tuple[int, Any]]) -> None:
+        """Start items, each an index and an input, as tasks end."""
+        self._inbox.extend(items)
+        if not self._drain_is_due:  # else the loop is on its way, and finds these too
+            self._drain_is_due = True
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _is_idle(self) -> bool:
+        return not self._drain_is_due and not self._inbox and not self._alive
+
+    # The caller may look at any moment: an item leaves one place when it is in the next.
+
+    def _drain(self) -> None:
+        while self._inbox and len(self._alive) < self._width():
+            task = self._start(*self._inbox[0])
+            self._alive[task] = self._inbox[0][0]
+            task.add_done_callback(self._on_end)
+            self._inbox.popleft()
+        self._drain_is_due = False
+        if self._inbox and len(self._alive) < self._width():  # came while the flag was still up
+            self._drain()
+
+    def _on_end(self, task: asyncio.Task[Any]) -> None:
+        self._ended.append(ended_task(self._alive[task], task))
+        del self._alive[task]
+        self._drain()
+        self._tell()
+
+
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()

@@ -1,0 +1,833 @@
+"""The four batch methods of a pair: LangChain's meaning, and nothing left behind."""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
+
+from asyncify import Dual, concurrency, dual, registry
+
+PATHS = ["sync", "async"]
+Pair = Dual[Any, Any]
+SAFETY_NET = 30  # seconds, for what must never be waited for
+
+
+class OddError(Exception):
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.args == self.args
+
+    __hash__ = Exception.__hash__
+
+
+def steps(value: int) -> int:
+    """Return ten times the value; the odd ones fail."""
+    if value % 2:
+        raise OddError(value)
+    return value * 10
+
+
+async def steps_async(value: int) -> int:
+    """Do the same after as many turns of the loop as the value says."""
+    for _ in range(value % 5):
+        await asyncio.sleep(0)
+    return steps(value)
+
+
+def times_ten(value: int) -> int:
+    """Return ten times the value."""
+    return value * 10
+
+
+async def times_ten_async(value: int) -> int:
+    """Do the same a turn of the loop later."""
+    await asyncio.sleep(0)
+    return value * 10
+
+
+def batch(
+    path: str, runnable: Runnable[Any, Any], inputs: Sequence[Any], config: Any = None, **options: Any
+) -> list[Any]:
+    """Run a batch on one of the two paths."""
+    if path == "sync":
+        return runnable.batch(list(inputs), config, **options)
+    return asyncio.run(runnable.abatch(list(inputs), config, **options))
+
+
+def completed(
+    path: str, runnable: Runnable[Any, Any], inputs: Sequence[Any], config: Any = None, **options: Any
+) -> list[tuple[int, Any]]:
+    """Return what `batch_as_completed` yields, or its async twin."""
+
+    async def collect() -> list[tuple[int, Any]]:
+        return [pair async for pair in runnable.abatch_as_completed(inputs, config, **options)]
+
+    if path == "sync":
+        return list(runnable.batch_as_completed(inputs, config, **options))
+    return asyncio.run(collect())
+
+
+def obvious(inputs: Sequence[int]) -> list[Any]:
+    """Return what a loop would collect, errors included."""
+    outputs: list[Any] = []
+    for value in inputs:
+        try:
+            outputs.append(steps(value))
+        except OddError as error:
+            outputs.append(error)
+    return outputs
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the event loop turn until something holds."""
+    async with asyncio.timeout(SAFETY_NET):
+        while not holds():  # noqa: ASYNC110  (what is waited for sets no event)
+            await asyncio.sleep(0)
+
+
+# --- the obvious loop ---
+
+numbers = st.lists(st.integers(0, 9), max_size=30)
+bounds = st.one_of(st.none(), st.integers(1, 5))
+
+
+def config_of(bound: int | None) -> RunnableConfig:
+    """Return a config with this bound, if there is one."""
+    return {} if bound is None else {"max_concurrency": bound}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(deadline=None)
+@given(inputs=numbers, bound=bounds)
+def test_a_batch_gives_what_the_loop_gives(path: str, inputs: list[int], bound: int | None) -> None:
+    """With `return_exceptions`, outputs and errors stand in the order of the inputs."""
+    pair = Pair(steps, steps_async)
+
+    assert batch(path, pair, inputs, config_of(bound), return_exceptions=True) == obvious(inputs)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(deadline=None)
+@given(inputs=numbers, bound=bounds)
+def test_as_completed_gives_what_the_loop_gives(path: str, inputs: list[int], bound: int | None) -> None:
+    """Each index comes out once, with the output or the error that the loop gives."""
+    pair = Pair(steps, steps_async)
+
+    found = completed(path, pair, inputs, config_of(bound), return_exceptions=True)
+
+    assert sorted(found, key=lambda item: item[0]) == list(enumerate(obvious(inputs)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(deadline=None)
+@given(inputs=numbers, bound=bounds)
+def test_a_batch_raises_what_the_loop_raises(path: str, inputs: list[int], bound: int | None) -> None:
+    """The error is one of those that the loop meets, the very first if one runs at a time."""
+    pair = Pair(steps, steps_async)
+    errors = [output for output in obvious(inputs) if isinstance(output, OddError)]
+    possible = errors[:1] if bound == 1 else errors
+
+    if errors:
+        with pytest.raises(OddError) as raised:
+            batch(path, pair, inputs, config_of(bound))
+        assert raised.value in possible
+    else:
+        assert batch(path, pair, inputs, config_of(bound)) == obvious(inputs)
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+def test_no_inputs_give_no_outputs(path: str, run: Callable[..., list[Any]]) -> None:
+    """An empty batch calls nothing."""
+    assert run(path, Pair(steps, steps_async), []) == []
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_wrong_bound_is_refused_without_inputs_too(path: str) -> None:
+    """An empty batch checks its config, so that the mistake is seen before there is any input."""
+    with pytest.raises(ValueError, match="max_concurrency=0"):
+        batch(path, Pair(steps, steps_async), [], {"max_concurrency": 0})
+
+
+# --- how many at once ---
+
+
+class InFlight:
+    """A function of both colours that counts how many of its calls are in flight."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now = 0
+        self.peak = 0
+        self.started = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            self.started += 1
+            self.now += 1
+            self.peak = max(self.peak, self.now)
+
+    def leave(self) -> None:
+        with self._lock:
+            self.now -= 1
+
+
+def rendezvous(parties: int) -> tuple[InFlight, Pair]:
+    """Return a pair each of whose calls waits until so many are in flight, and the count of them."""
+    seen = InFlight()
+    met = threading.Barrier(parties)
+    waiting: list[asyncio.Future[None]] = []
+
+    def meet(value: int) -> int:
+        seen.enter()
+        met.wait(SAFETY_NET)
+        seen.leave()
+        return value
+
+    async def meet_async(value: int) -> int:
+        seen.enter()
+        mine = asyncio.get_running_loop().create_future()
+        waiting.append(mine)
+        if len(waiting) == parties:
+            for one in waiting:
+                one.set_result(None)
+            waiting.clear()
+        await asyncio.wait_for(mine, SAFETY_NET)
+        seen.leave()
+        return value
+
+    return seen, Pair(meet, meet_async)
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+def test_max_concurrency_calls_are_in_flight(path: str, run: Callable[..., list[Any]]) -> None:
+    """With `max_concurrency=3` three calls meet again and again, and never a fourth."""
+    seen, pair = rendezvous(3)
+
+    run(path, pair, range(12), {"max_concurrency": 3})
+
+    assert (seen.peak, seen.started, seen.now) == (3, 12, 0)
+
+
+def test_abatch_without_a_bound_has_all_in_flight() -> None:
+    """Nothing caps an async batch that has neither `max_concurrency` nor a limit."""
+    seen, pair = rendezvous(1234)
+
+    assert batch("async", pair, range(1234)) == list(range(1234))
+    assert seen.peak == 1234
+
+
+def test_batch_without_a_bound_has_as_many_in_flight_as_there_are_default_threads() -> None:
+    """A sync batch that has neither `max_concurrency` nor a limit uses 64 threads."""
+    seen, pair = rendezvous(64)
+
+    batch("sync", pair, range(128))
+
+    assert seen.peak == 64
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_batch_uses_the_limit_of_the_pair(path: str) -> None:
+    """As many calls run at once as the limit says, without `max_concurrency`."""
+    seen, pair = rendezvous(5)
+    limited = concurrency(limit=5)(pair)
+
+    batch(path, limited, range(20))
+
+    assert seen.peak == 5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_max_concurrency_holds_beside_a_higher_limit(path: str) -> None:
+    """The lower of the two bounds holds."""
+    seen, pair = rendezvous(2)
+    limited = concurrency(limit=5)(pair)
+
+    batch(path, limited, range(20), {"max_concurrency": 2})
+
+    assert seen.peak == 2
+
+
+async def test_the_limit_holds_over_batches_together() -> None:
+    """Two batches of 3 at once over a pair limited to 4, one on each path, never run more than 4 calls."""
+    seen, pair = rendezvous(1)
+    limited = concurrency(limit=4)(pair)
+
+    bound: RunnableConfig = {"max_concurrency": 3}
+    in_thread = asyncio.to_thread(limited.batch, list(range(50)), bound)
+    await asyncio.gather(in_thread, limited.abatch(list(range(50)), bound), limited.abatch(list(range(50)), bound))
+
+    assert seen.peak <= 4
+    assert seen.started == 150
+
+
+async def test_tasks_are_made_as_slots_come_free() -> None:
+    """Over a limit of 5, some ten tasks are alive at any moment, not one for each of 500 inputs."""
+    alive: list[int] = []
+
+    @concurrency(limit=5)
+    @dual(sync=times_ten)
+    async def watched(value: int) -> int:
+        alive.append(len(asyncio.all_tasks()))
+        await asyncio.sleep(0)
+        return value
+
+    await watched.abatch(list(range(500)))
+
+    assert max(alive) <= 5 + 5 + 2
+
+
+async def test_an_unobserved_item_is_one_task() -> None:
+    """Beside the items' own tasks there are the caller's and the one that starts them."""
+    alive: list[int] = []
+
+    async def watched(value: int) -> int:
+        await asyncio.sleep(0)
+        alive.append(len(asyncio.all_tasks()))
+        return value
+
+    await Pair(times_ten, watched).abatch([1, 2, 3])
+
+    assert max(alive) <= 3 + 2
+
+
+def test_a_batch_of_one_uses_the_callers_thread() -> None:
+    """A sync batch of one input needs no thread."""
+    pair = Pair(lambda _: threading.get_ident())
+
+    assert pair.batch([0]) == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("bound", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_a_bound_that_bounds_nothing_is_refused(
+    path: str, run: Callable[..., list[Any]], bound: object, error: type[Exception]
+) -> None:
+    """`max_concurrency` is a whole number of at least 1, on all four methods."""
+    with pytest.raises(error, match="max_concurrency="):
+        run(path, Pair(times_ten, times_ten_async), [1, 2], {"max_concurrency": bound})
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_ambient_bound_holds_for_a_nested_batch(path: str) -> None:
+    """A batch inside a run takes `max_concurrency` from the config of that run."""
+    seen, pair = rendezvous(2)
+
+    def outer(values: list[int]) -> list[int]:
+        return pair.batch(values)
+
+    async def outer_async(values: list[int]) -> list[int]:
+        return await pair.abatch(values)
+
+    batch(path, Pair(outer, outer_async), [list(range(10))], {"max_concurrency": 2})
+
+    assert seen.peak == 2
+
+
+# --- errors, cancellation, leaving early ---
+
+
+async def test_the_first_error_cancels_the_rest_and_waits_for_them_a() -> None:
+    """When `abatch` raises, all other calls have been cancelled and have ended."""
+    ended: list[int] = []
+    all_started = asyncio.Event()
+    boom = OddError("boom")
+
+    async def call(value: int) -> int:
+        if value == 9:
+            all_started.set()
+            raise boom
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            ended.append(value)
+            raise
+        return value
+
+    with pytest.raises(OddError) as raised:
+        await Pair(times_ten, call).abatch(list(range(10)))
+
+    assert raised.value is boom
+    assert sorted(ended) == list(range(9))
+    assert len(asyncio.all_tasks()) == 1
+
+
+def test_the_first_error_stops_the_rest_and_waits_for_them() -> None:
+    """When `batch` raises, the call that was running has ended and no other has started."""
+    failed = threading.Event()
+    started: list[int] = []
+    ended: list[int] = []
+    both_run = threading.Barrier(2)
+    boom = OddError("boom")
+
+    def call(value: int) -> int:
+        started.append(value)
+        both_run.wait(SAFETY_NET)
+        if value == 0:
+            failed.set()
+            raise boom
+        failed.wait(SAFETY_NET)
+        ended.append(value)
+        return value
+
+    with pytest.raises(OddError) as raised:
+        Pair(call).batch(list(range(100)), {"max_concurrency": 2})
+
+    assert raised.value is boom
+    assert ended == [1]
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_error_that_is_no_exception_ends_a_batch_with_return_exceptions(path: str) -> None:
+    """`return_exceptions` returns exceptions; a `SystemExit` is none."""
+
+    def leave(value: int) -> int:
+        raise SystemExit(value)
+
+    async def leave_async(value: int) -> int:
+        raise asyncio.CancelledError(value)
+
+    with pytest.raises((SystemExit, asyncio.CancelledError)):
+        batch(path, Pair(leave, leave_async), [1, 2, 3], return_exceptions=True)
+
+
+async def test_cancelling_abatch_cancels_the_calls_and_waits_for_them() -> None:
+    """A cancelled `abatch` ends when its calls have ended, even if it is cancelled again meanwhile."""
+    started = asyncio.Semaphore(0)
+    may_end = asyncio.Event()
+    ended: list[int] = []
+
+    async def call(value: int) -> int:
+        try:
+            started.release()
+            await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+        except asyncio.CancelledError:
+            await may_end.wait()
+            ended.append(value)
+            raise
+        return value
+
+    running = asyncio.create_task(Pair(times_ten, call).abatch([1, 2, 3]))
+    for _ in range(3):
+        await started.acquire()
+    running.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    running.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    assert not running.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert sorted(ended) == [1, 2, 3]
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_leaving_the_loop_cancels_the_rest_a() -> None:
+    """Breaking out of `abatch_as_completed` cancels the other calls, without a word to close it."""
+    ended: list[int] = []
+    cancelled = asyncio.Event()
+
+    async def call(value: int) -> int:
+        if value:
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+            except asyncio.CancelledError:
+                ended.append(value)
+                if len(ended) == 3:
+                    cancelled.set()
+                raise
+        else:
+            await asyncio.sleep(0)
+        return value
+
+    async for index, _ in Pair(times_ten, call).abatch_as_completed([0, 1, 2, 3]):
+        assert index == 0
+        break
+    await asyncio.wait_for(cancelled.wait(), SAFETY_NET)
+    await until(lambda: len(asyncio.all_tasks()) == 1)
+
+    assert sorted(ended) == [1, 2, 3]
+
+
+def test_leaving_the_loop_stops_the_rest() -> None:
+    """Breaking out of `batch_as_completed` waits for the calls that run and starts no other."""
+    seen = InFlight()
+
+    def call(value: int) -> int:
+        seen.enter()
+        if value:
+            left.wait(SAFETY_NET)
+        seen.leave()
+        return value
+
+    left = threading.Event()
+    for index, _ in (results := Pair(call).batch_as_completed(list(range(100)), {"max_concurrency": 2})):
+        assert index == 0
+        break
+    closing = threading.Thread(target=results.close)  # type: ignore[attr-defined]
+    closing.start()
+    left.set()
+    closing.join(SAFETY_NET)
+
+    assert not closing.is_alive()
+    assert seen.now == 0
+    assert seen.started < 100
+
+
+async def test_the_calls_go_on_while_the_loop_body_is_busy() -> None:
+    """`abatch_as_completed` starts the next calls whether or not its caller asks for results."""
+    seen, pair = rendezvous(2)
+
+    async for _ in pair.abatch_as_completed(list(range(10)), {"max_concurrency": 2}):
+        await until(lambda: seen.started == 10 and not seen.now)
+
+    assert seen.peak == 2
+
+
+def test_no_error_of_another_call_is_reported_when_one_is_raised(recwarn: pytest.WarningsRecorder) -> None:
+    """Of two calls that fail together one is raised; the other is not "never retrieved"."""
+    reports: list[Any] = []
+
+    async def call(value: int) -> int:
+        raise OddError(value)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
+        with pytest.raises(OddError):
+            await Pair(times_ten, call).abatch([1, 2, 3])
+
+    asyncio.run(main())
+
+    assert reports == []
+    assert not recwarn.list
+
+
+# --- configs, kwargs, contexts ---
+
+
+class Runs(BaseCallbackHandler):
+    """Remember the id and the tags of every run."""
+
+    def __init__(self) -> None:
+        self.ids: list[uuid.UUID] = []
+        self.tags: list[list[str]] = []
+        self.ended = 0
+
+    def on_chain_start(self, *_: Any, run_id: uuid.UUID, tags: list[str] | None = None, **__: Any) -> None:
+        self.ids.append(run_id)
+        self.tags.append(tags or [])
+
+    def on_chain_end(self, *_: Any, **__: Any) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", [Dual, RunnableLambda])
+def test_an_observed_batch_reports_each_run(kind: Any, path: str, run: Callable[..., list[Any]]) -> None:
+    """A handler hears of the start and the end of each item, as with LangChain's own."""
+    runs = Runs()
+
+    run(path, kind(times_ten, times_ten_async), [1, 2, 3], {"callbacks": [runs], "tags": ["t"]})
+
+    assert (len(set(runs.ids)), runs.ended, runs.tags) == (3, 3, [["t"]] * 3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", [Dual, RunnableLambda])
+def test_the_run_id_is_the_first_ones_alone(kind: Any, path: str) -> None:
+    """A `run_id` for a whole batch goes to its first item, with LangChain's warning."""
+    runs = Runs()
+    run_id = uuid.uuid4()
+
+    with pytest.warns(RuntimeWarning, match="run_id"):
+        batch(path, kind(times_ten, times_ten_async), [1, 2, 3], {"callbacks": [runs], "run_id": run_id})
+
+    assert runs.ids.count(run_id) == 1
+    assert len(set(runs.ids)) == 3
+
+
+def test_the_warning_about_the_run_id_points_at_the_callers_line() -> None:
+    """`batch` warns in the file of the one who calls it."""
+    with pytest.warns(RuntimeWarning, match="run_id") as caught:
+        Pair(times_ten).batch([1, 2], {"run_id": uuid.uuid4()})
+
+    assert caught[0].filename == __file__
+
+
+def tags_of(_: int, config: RunnableConfig) -> tuple[str, ...]:
+    """Return the tags that this run has."""
+    return tuple(config["tags"])
+
+
+async def tags_of_async(_: int, config: RunnableConfig) -> tuple[str, ...]:
+    """Do the same on the other path."""
+    return tuple(config["tags"])
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+def test_each_item_has_its_own_config_of_a_list(path: str, run: Callable[..., list[Any]]) -> None:
+    """A list of configs gives one to each input, in order."""
+    configs = [{"tags": [str(number)]} for number in range(5)]
+
+    found = run(path, Pair(tags_of, tags_of_async), range(5), configs)
+
+    expected = [(str(number),) for number in range(5)]
+    assert sorted(found) == (expected if run is batch else list(enumerate(expected)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("configs", [1, 3])
+def test_a_list_of_configs_of_another_length_is_refused(path: str, configs: int) -> None:
+    """Two inputs need two configs or a single one that is no list."""
+    with pytest.raises(ValueError, match="same length"):
+        batch(path, Pair(times_ten, times_ten_async), [1, 2], [{}] * configs)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_observed_item_among_unobserved_ones_is_reported(path: str) -> None:
+    """Of a list of configs one has a handler, which hears of that item alone."""
+    runs = Runs()
+
+    batch(path, Pair(times_ten, times_ten_async), [1, 2, 3], [{}, {"callbacks": [runs]}, {}])
+
+    assert len(runs.ids) == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_kwargs_go_to_the_function(path: str) -> None:
+    """What a batch is given besides goes to every call."""
+
+    def add(value: int, more: int = 0) -> int:
+        return value + more
+
+    async def add_async(value: int, more: int = 0) -> int:
+        return value + more
+
+    assert batch(path, Pair(add, add_async), [1, 2], more=10) == [11, 12]
+
+
+seen_by_caller: ContextVar[str] = ContextVar("seen_by_caller", default="nobody")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_item_has_a_context_of_its_own(path: str) -> None:
+    """An item sees the caller's context variables, and what it sets there nobody else sees."""
+
+    def read_and_write(value: int) -> str:
+        before = seen_by_caller.get()
+        seen_by_caller.set(f"item {value}")
+        return before
+
+    async def read_and_write_async(value: int) -> str:
+        return read_and_write(value)
+
+    token = seen_by_caller.set("caller")
+    try:
+        found = batch(path, Pair(read_and_write, read_and_write_async), range(10), {"max_concurrency": 1})
+        after = seen_by_caller.get()
+    finally:
+        seen_by_caller.reset(token)
+
+    assert found == ["caller"] * 10
+    assert after == "caller"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_items_share_nothing_that_can_change(path: str) -> None:
+    """What a function does to its config is not seen by the next item."""
+
+    def spoil(value: int, config: RunnableConfig) -> tuple[Any, ...]:
+        manager: Any = config["callbacks"]
+        lists = (list(config["tags"]), list(manager.tags))
+        dicts = (dict(config["metadata"]), dict(manager.metadata), dict(config["configurable"]))
+        config["tags"].append(str(value))
+        config["metadata"][str(value)] = value
+        config["configurable"][str(value)] = value
+        manager.add_tags([str(value)])
+        manager.add_metadata({str(value): value})
+        return *lists, *dicts
+
+    async def spoil_async(value: int, config: RunnableConfig) -> tuple[Any, ...]:
+        return spoil(value, config)
+
+    shared: RunnableConfig = {
+        "tags": ["t"],
+        "metadata": {"m": 1},
+        "configurable": {"c": 1},
+        "max_concurrency": 1,
+    }
+    found = batch(path, Pair(spoil, spoil_async), range(3), shared)
+
+    assert found == [(["t"], ["t"], {"m": 1}, {"m": 1}, {"c": 1})] * 3
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_item_is_a_run_of_its_own_to_what_runs_inside(path: str) -> None:
+    """The parent's run id that nested runnables see differs from item to item and stays within one."""
+
+    def parent(_: int) -> tuple[Any, Any]:
+        manager: Any = ensure_config()["callbacks"]
+        return manager.parent_run_id, manager.parent_run_id
+
+    async def parent_async(value: int) -> tuple[Any, Any]:
+        return parent(value)
+
+    found = batch(path, Pair(parent, parent_async), range(3))
+
+    assert len({first for first, _ in found}) == 3
+    assert all(first == second and isinstance(first, uuid.UUID) for first, second in found)
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """Return a pair that can be overridden."""
+    return Pair(times_ten, times_ten_async)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_fake_stands_in_a_batch(path: str, pair: Pair) -> None:
+    """A batch runs the fake while there is one."""
+    with registry.override(pair, lambda value: -value):
+        found = batch(path, pair, [1, 2, 3])
+
+    assert found == [-1, -2, -3]
+    assert batch(path, pair, [1, 2, 3]) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_returned_runnable_runs(path: str) -> None:
+    """As on a single call, a runnable that the function returns is run on the same input."""
+    inner = Pair(times_ten, times_ten_async)
+
+    async def choose(_: int) -> Any:
+        return inner
+
+    assert batch(path, Pair(lambda _: inner, choose), [1, 2]) == [10, 20]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_generators_fold_in_a_batch(path: str) -> None:
+    """A generator's chunks add up to its output, for each input."""
+
+    def count(value: int) -> Iterator[int]:
+        yield from range(value)
+
+    async def count_async(value: int) -> Any:
+        for number in range(value):
+            yield number
+
+    assert batch(path, Pair(count, count_async), [3, 5]) == [3, 10]
+
+
+def test_a_side_made_from_the_other_runs_a_batch() -> None:
+    """An async-only pair has `batch`, a sync-only one has `abatch`."""
+    assert batch("sync", Pair(times_ten_async), [1, 2]) == [10, 20]
+    assert batch("async", Pair(times_ten), [1, 2]) == [10, 20]
+
+
+async def test_map_runs_a_batch() -> None:
+    """`pair.map()` goes over a list by the pair's own batch."""
+    mapped = Pair(times_ten, times_ten_async).map()
+
+    assert mapped.invoke([1, 2]) == [10, 20]
+    assert await mapped.ainvoke([1, 2]) == [10, 20]
+
+
+# --- pipes of pairs ---
+
+
+async def test_an_input_goes_on_in_a_pipe_without_waiting_for_the_others_a() -> None:
+    """The second step of one input runs while the first step of another still does."""
+    second_step_ran = asyncio.Event()
+
+    async def first(value: int) -> int:
+        if value:
+            await asyncio.wait_for(second_step_ran.wait(), SAFETY_NET)
+        return value
+
+    async def second(value: int) -> int:
+        second_step_ran.set()
+        return value * 10
+
+    pipe: Runnable[Any, Any] = Pair(times_ten, first) | Pair(times_ten, second)
+
+    assert await pipe.abatch([0, 1, 2]) == [0, 10, 20]
+
+
+def test_an_input_goes_on_in_a_pipe_without_waiting_for_the_others() -> None:
+    """The same for the sync sides, in threads."""
+    second_step_ran = threading.Event()
+
+    def first(value: int) -> int:
+        if value:
+            assert second_step_ran.wait(SAFETY_NET)
+        return value
+
+    def second(value: int) -> int:
+        second_step_ran.set()
+        return value * 10
+
+    pipe: Runnable[Any, Any] = Pair(first) | Pair(second)
+
+    assert pipe.batch([0, 1, 2], {"max_concurrency": 2}) == [0, 10, 20]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(deadline=None)
+@given(inputs=numbers, bound=bounds)
+def test_a_batch_of_a_pipe_gives_what_the_loop_gives(path: str, inputs: list[int], bound: int | None) -> None:
+    """Outputs and errors stand in the order of the inputs, whichever step they come from."""
+    pipe: Runnable[Any, Any] = Pair(times_ten, times_ten_async) | Pair(lambda value: value // 10) | Pair(steps)
+
+    assert batch(path, pipe, inputs, config_of(bound), return_exceptions=True) == obvious(inputs)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_observed_batch_of_a_pipe_reports_the_pipe_and_its_steps(path: str) -> None:
+    """A handler hears of three runs for each input: the pipe's and two steps'."""
+    runs = Runs()
+    pipe: Runnable[Any, Any] = Pair(times_ten, times_ten_async) | Pair(times_ten, times_ten_async)
+
+    assert batch(path, pipe, [1, 2], {"callbacks": [runs]}) == [100, 200]
+    assert (len(set(runs.ids)), runs.ended) == (6, 6)
+
+
+async def test_a_batch_of_a_pipe_makes_tasks_as_slots_come_free() -> None:
+    """With a limit on every step, the inputs in flight are about as many as the limits together admit."""
+    seen = InFlight()
+
+    async def watched(value: int) -> int:
+        seen.enter()
+        await asyncio.sleep(0)
+        seen.leave()
+        return value
+
+    def half() -> Any:
+        return concurrency(limit=3)(Pair(times_ten, watched))
+
+    alive: list[int] = []
+
+    async def count(value: int) -> int:
+        alive.append(len(asyncio.all_tasks()))
+        return value
+
+    await (half() | half() | concurrency(limit=1)(Pair(times_ten, count))).abatch(list(range(300)))
+
+    assert max(alive) <= 2 * (2 * 7) + 2
+    assert seen.peak <= 6

@@ -1,0 +1,506 @@
+"""The checkpoint: no call is paid for twice, whatever ends a run."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessage
+
+from asyncify import CheckpointError, Dual, aeach, each
+from asyncify.checkpoint import Checkpoint, digest
+
+Pair = Dual[Any, Any]
+SAFETY_NET = 60  # seconds, for what must never be waited for
+
+WAYS = ["each", "each via async", "aeach"]
+
+
+def collect(way: str, runnable: Any, inputs: Any, **options: Any) -> list[Any]:
+    """Return all that a stream yields."""
+
+    async def acollect() -> list[Any]:
+        return [result async for result in aeach(runnable, inputs, **options)]
+
+    if way == "aeach":
+        return asyncio.run(acollect())
+    return list(each(runnable, inputs, via="async" if way == "each via async" else "threads", **options))
+
+
+class Counted:
+    """A function of both colours that counts its calls by input; those in `failing` fail."""
+
+    def __init__(self, output: Callable[[Any], Any] = lambda value: value * 10) -> None:
+        self._output = output
+        self.calls: Counter[Any] = Counter()
+        self.failing: set[Any] = set()
+
+    def __call__(self, value: Any) -> Any:
+        name = json.dumps(value) if isinstance(value, dict) else value
+        self.calls[name] += 1
+        if name in self.failing:
+            raise LookupError(f"no {value}")
+        return self._output(value)
+
+    async def twin(self, value: Any) -> Any:
+        await asyncio.sleep(0)
+        return self(value)
+
+    def pair(self, name: str = "counted") -> Pair:
+        async def twin(value: Any) -> Any:
+            return await self.twin(value)
+
+        return Dual(self, twin, name=name)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """Return where the checkpoint goes, and see that nothing else is left beside it."""
+    file = tmp_path / "run.sqlite"
+    yield file
+    assert sorted(tmp_path.iterdir()) in ([], [file]), "a log or a lock was left behind: the file was not closed"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_run_takes_what_is_finished_from_the_file(way: str, path: Path) -> None:
+    """The outputs are the same and nothing is called."""
+    counted = Counted()
+
+    first = collect(way, counted.pair(), range(50), checkpoint=path)
+    second = collect(way, counted.pair(), range(50), checkpoint=path)
+
+    assert first == second == [value * 10 for value in range(50)]
+    assert set(counted.calls.values()) == {1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unordered_results_come_from_the_file_with_their_index(way: str, path: Path) -> None:
+    """The index is that of this run's input, not of the run that recorded it."""
+    counted = Counted()
+
+    collect(way, counted.pair(), [3, 2, 1], checkpoint=path)
+    found = collect(way, counted.pair(), [1, 2, 3, 4], checkpoint=path, ordered=False)
+
+    assert sorted(found) == [(0, 10), (1, 20), (2, 30), (3, 40)]
+    assert set(counted.calls.values()) == {1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None)
+@given(values=st.lists(st.integers(0, 5), max_size=20), window=st.integers(1, 6))
+def test_equal_inputs_are_called_once(
+    way: str, tmp_path_factory: pytest.TempPathFactory, values: list[int], window: int
+) -> None:
+    """Of equal inputs, in flight together or not, one is called, and all have its output."""
+    counted = Counted()
+    file = tmp_path_factory.mktemp("equal") / "run.sqlite"
+
+    assert collect(way, counted.pair(), values, checkpoint=file, window=window) == [value * 10 for value in values]
+    assert set(counted.calls.values()) <= {1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_failures_are_recorded_and_tried_again(way: str, path: Path) -> None:
+    """The file says what went wrong and how often it was tried; the next run calls those alone."""
+    counted = Counted()
+    counted.failing = {2, 3}
+
+    found = collect(way, counted.pair(), range(5), checkpoint=path, return_exceptions=True)
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT error, attempts FROM items WHERE error IS NOT NULL ORDER BY error").fetchall()
+    counted.failing = {3}
+    again = collect(way, counted.pair(), range(5), checkpoint=path, return_exceptions=True)
+
+    assert [isinstance(output, LookupError) for output in found] == [False, False, True, True, False]
+    assert recorded == [("LookupError: no 2", 1), ("LookupError: no 3", 1)]
+    assert again[:3] == [0, 10, 20]
+    assert counted.calls == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1}
+    counted.failing = set()
+    assert collect(way, counted.pair(), range(5), checkpoint=path) == [0, 10, 20, 30, 40]
+    assert counted.calls == {0: 1, 1: 1, 2: 2, 3: 3, 4: 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_ended_is_recorded_when_an_error_ends_the_run(way: str, path: Path) -> None:
+    """The calls that had ended before the error are not made again."""
+    counted = Counted()
+    counted.failing = {7}
+
+    with pytest.raises(LookupError):
+        collect(way, counted.pair(), range(20), checkpoint=path, window=4)
+    before = Counter(counted.calls)
+    counted.failing = set()
+    found = collect(way, counted.pair(), range(20), checkpoint=path, window=4)
+
+    assert found == [value * 10 for value in range(20)]
+    assert all(counted.calls[value] == 1 for value in range(7))
+    assert sum(counted.calls.values()) <= 20 + 4
+    assert before[7] == 1
+
+
+def test_a_call_that_ends_while_the_stream_is_left_is_recorded(path: Path) -> None:
+    """A thread can't be cancelled, so what it has paid for is kept."""
+    runs = threading.Event()
+    left = threading.Event()
+    calls: list[int] = []
+
+    def call(value: int) -> int:
+        calls.append(value)
+        if value:
+            runs.set()
+            assert left.wait(SAFETY_NET)
+        assert runs.wait(SAFETY_NET)
+        return value
+
+    results = each(Pair(call, name="call"), range(2), checkpoint=path)
+    assert next(results) == 0
+    closing_thread = threading.Thread(target=results.close)
+    closing_thread.start()
+    left.set()
+    closing_thread.join(SAFETY_NET)
+
+    assert list(each(Pair(call, name="call"), range(2), checkpoint=path)) == [0, 1]
+    assert calls == [0, 1]
+
+
+def test_an_input_that_was_cancelled_is_no_failure(path: Path) -> None:
+    """Leaving a stream cancels its calls; the file says nothing of them."""
+
+    async def call(value: int) -> int:
+        if value:
+            await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+        return value
+
+    async def leave() -> None:
+        results = aeach(Pair(lambda value: value, call, name="call"), range(5), checkpoint=path)
+        await anext(results)
+        await results.aclose()
+
+    asyncio.run(leave())
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT count(*), count(error) FROM items").fetchone()
+
+    assert recorded == (1, 0)
+
+
+def test_a_failure_never_takes_the_place_of_an_output(path: Path) -> None:
+    """Of two processes that ran the same input, one may have failed after the other had it."""
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row("key", 1, None)])
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row("key", None, LookupError("late"))])
+    with Checkpoint(path, "work", "json") as checkpoint:
+        found = checkpoint.find("key")
+
+    assert found == (1,)
+
+
+def test_an_output_is_found_before_and_after_it_is_sorted_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few rows the log is sorted into the table; a look-up knows both places."""
+    monkeypatch.setattr("asyncify.checkpoint._LOG_ROWS", 7)
+    with Checkpoint(path, "work", "json") as checkpoint:
+        for number in range(20):
+            checkpoint.record([checkpoint.row(str(number), number, None)])
+
+            assert [checkpoint.find(str(key)) for key in range(number + 2)] == [
+                *((key,) for key in range(number + 1)),
+                None,
+            ]
+
+
+# --- keys and codecs ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_key_names_the_inputs(way: str, path: Path) -> None:
+    """With `key=` two inputs of one key are one, and the file can be read by it."""
+    counted = Counted(lambda message: message["id"])
+    inputs = [{"id": "a", "at": 1}, {"id": "b", "at": 2}, {"id": "a", "at": 3}]
+
+    found = collect(way, counted.pair(), inputs, checkpoint=path, key=lambda message: message["id"])
+    with closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT key, output FROM items ORDER BY key").fetchall()
+
+    assert found == ["a", "b", "a"]
+    assert sum(counted.calls.values()) == 2
+    assert rows == [("a", '"a"'), ("b", '"b"')]
+
+
+def test_a_key_that_is_no_string_is_refused(path: Path) -> None:
+    """The message says what `key=` returned."""
+    with pytest.raises(TypeError, match="returned 1"):
+        list(each(Counted().pair(), [1], checkpoint=path, key=lambda value: value))
+
+
+def test_an_input_without_a_digest_needs_a_key(path: Path) -> None:
+    """An object is not the same in the next process; the message says what to write."""
+    with pytest.raises(TypeError, match="key=lambda"):
+        list(each(Counted().pair(), [AIMessage("hi")], checkpoint=path))
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(value=plain, other=plain)
+def test_digests_are_equal_for_equal_inputs_alone(value: Any, other: Any) -> None:
+    """The order of a dict's keys plays no part; the type of a number does."""
+    reordered = dict(reversed(value.items())) if isinstance(value, dict) else value
+
+    assert digest(value) == digest(reordered)
+    assert (digest(value) == digest(other)) == (json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True))
+
+
+def test_digests_tell_types_apart() -> None:
+    """What is equal to `==` and not the same to a function has another digest."""
+    values = [1, True, 1.0, "1", b"1", [1], (1,), {1: 1}, {"1": 1}, None, "None"]
+
+    assert len({digest(value) for value in values}) == len(values)
+
+
+@settings(deadline=None)
+@given(output=plain)
+def test_json_gives_back_what_it_was_given(tmp_path_factory: pytest.TempPathFactory, output: Any) -> None:
+    """An output from the file is that of the call."""
+    with Checkpoint(tmp_path_factory.mktemp("json") / "run.sqlite", "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row("key", output, None)])
+
+        assert checkpoint.find("key") == (output,)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("output", [(1, 2), {1: 2}, AIMessage("hi"), [{"a": {1}}]])
+def test_an_output_that_json_would_change_is_refused(way: str, path: Path, output: Any) -> None:
+    """A tuple would come back as a list: the message says what to write instead."""
+    with pytest.raises(CheckpointError, match='codec="pickle"'):
+        collect(way, Counted(lambda _: output).pair(), [1], checkpoint=path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_refused_output_takes_no_other_with_it(way: str, path: Path) -> None:
+    """What ended beside it has been paid for, and is recorded."""
+    counted = Counted(lambda value: (value,) if value == 1 else value)
+
+    with pytest.raises(CheckpointError):
+        collect(way, counted.pair(), range(4), checkpoint=path, window=4)
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT count(*) FROM items").fetchone()[0]
+
+    assert recorded == sum(counted.calls.values()) - 1
+
+
+async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(path: Path) -> None:
+    """Whenever the cancellation comes, no connection is left."""
+    for turns in range(4):
+        results = aeach(Counted().pair(), [1], checkpoint=path)
+        opening = asyncio.create_task(anext(results))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        async with asyncio.timeout(SAFETY_NET):
+            while len(list(path.parent.iterdir())) > 1:  # noqa: ASYNC110  (the file is closed in a thread)
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pickle_keeps_any_output(way: str, path: Path) -> None:
+    """A message comes back as it was."""
+    counted = Counted(lambda _: (AIMessage("hi"), {1}))
+
+    first = collect(way, counted.pair(), [1], checkpoint=path, codec="pickle")
+
+    assert collect(way, counted.pair(), [1], checkpoint=path, codec="pickle") == first == [(AIMessage("hi"), {1})]
+    assert counted.calls == {1: 1}
+
+
+# --- files that are refused ---
+
+
+def test_a_file_of_another_runnable_is_refused(path: Path) -> None:
+    """Both are named."""
+    list(each(Counted().pair("one"), [1], checkpoint=path))
+
+    with pytest.raises(CheckpointError, match="runnable 'one', and this is 'two'"):
+        list(each(Counted().pair("two"), [1], checkpoint=path))
+
+
+def test_a_file_of_another_pipe_is_refused(path: Path) -> None:
+    """A pipe is told by its steps."""
+    one, two = Counted().pair("one"), Counted().pair("two")
+    list(each(one | two, [1], checkpoint=path))
+
+    with pytest.raises(CheckpointError, match=r"'one \| two', and this is 'two \| one'"):
+        list(each(two | one, [1], checkpoint=path))
+
+
+def test_a_file_of_another_codec_is_refused(path: Path) -> None:
+    """Both are named."""
+    list(each(Counted().pair(), [1], checkpoint=path))
+
+    with pytest.raises(CheckpointError, match="codec 'json', and this is 'pickle'"):
+        list(each(Counted().pair(), [1], checkpoint=path, codec="pickle"))
+
+
+def test_a_file_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+    """Another program's tables are as they were."""
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+
+    with pytest.raises(CheckpointError, match="another SQLite file"):
+        list(each(Counted().pair(), [1], checkpoint=path))
+
+    assert path.read_bytes() == before
+
+
+def damage_header(path: Path) -> None:
+    """Write over the first bytes."""
+    path.write_bytes(b"no database" + path.read_bytes()[11:])
+
+
+def damage_pages(path: Path) -> None:
+    """Write over all pages but the first."""
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + random.Random(0).randbytes(len(data) - 4096))
+
+
+def cut_off(path: Path) -> None:
+    """Drop the second half."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_pages, cut_off])
+def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -> None:
+    """The message names the file and says what to do; nothing is called."""
+    counted = Counted()
+    list(each(counted.pair(), range(500), checkpoint=path))
+    damage(path)
+    before = sum(counted.calls.values())
+
+    with pytest.raises(CheckpointError, match=r"run\.sqlite.*delete the file"):
+        list(each(counted.pair(), range(500), checkpoint=path))
+
+    assert sum(counted.calls.values()) == before
+
+
+def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
+    """A directory that is not there is named."""
+    with pytest.raises(CheckpointError, match="nowhere"):
+        list(each(Counted().pair(), [1], checkpoint=tmp_path / "nowhere" / "run.sqlite"))
+
+
+# --- the death of a process, and two at once ---
+
+WINDOW = 8
+
+
+def work(way: str, directory: str, inputs: int) -> None:
+    """Stream over a checkpoint in a process of its own; write down each call, and each result when it is there."""
+    calls = os.open(f"{directory}/calls", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    results = os.open(f"{directory}/results", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def call(value: int) -> int:
+        os.write(calls, b"%d\n" % value)
+        time.sleep(0.001)
+        return value * 10
+
+    async def call_async(value: int) -> int:
+        os.write(calls, b"%d\n" % value)
+        await asyncio.sleep(0.001)
+        return value * 10
+
+    def got(index: int, output: int) -> None:
+        assert output == index * 10
+        os.write(results, b"%d\n" % index)
+
+    async def stream() -> None:
+        async for index, output in aeach(pair, range(inputs), **options):
+            got(index, output)
+
+    pair: Pair = Dual(call, call_async, name="work")
+    options: Any = {"checkpoint": f"{directory}/run.sqlite", "window": WINDOW, "ordered": False}
+    if way == "aeach":
+        asyncio.run(stream())
+    else:
+        for index, output in each(pair, range(inputs), **options):
+            got(index, output)
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Return a context whose processes start quickly: they are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["asyncify.flow", "hypothesis", "langchain_core.messages", "pytest"])
+    return context
+
+
+def lines(file: Path) -> list[int]:
+    """Return the numbers that a process has written down."""
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+@pytest.mark.parametrize("way", ["each", "aeach"])
+def test_kill_9_loses_at_most_the_calls_in_flight(way: str, tmp_path: Path, processes: ForkServerContext) -> None:
+    """Killed at 20 random moments, a run ends with every input called, and few of them more than once."""
+    inputs, kills = 400, 20
+    moments = random.Random(way)
+
+    for _ in range(kills):
+        calls_before = len(lines(tmp_path / "calls"))
+        results_before = set(lines(tmp_path / "results"))
+        moment = calls_before + moments.randrange(16)
+        child = processes.Process(target=work, args=(way, str(tmp_path), inputs))
+        child.start()
+        while len(lines(tmp_path / "calls")) <= moment and child.is_alive():
+            time.sleep(moments.random() / 500)
+        child.kill()
+        child.join(SAFETY_NET)
+        called_now = lines(tmp_path / "calls")[calls_before:]
+
+        assert child.exitcode == -9
+        assert not results_before.intersection(called_now), "a call was paid for twice"
+
+    child = processes.Process(target=work, args=(way, str(tmp_path), inputs))
+    child.start()
+    child.join(SAFETY_NET)
+    calls = Counter(lines(tmp_path / "calls"))
+
+    assert child.exitcode == 0
+    assert set(calls) == set(range(inputs))
+    assert sum(calls.values()) <= inputs + kills * WINDOW
+
+
+def test_two_processes_on_one_file_do_not_corrupt_it(tmp_path: Path, processes: ForkServerContext) -> None:
+    """Both finish at the same time over the same inputs; a third run finds all there and calls nothing."""
+    children = [processes.Process(target=work, args=(way, str(tmp_path), 300)) for way in ("each", "aeach")]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(SAFETY_NET)
+    calls_before = len(lines(tmp_path / "calls"))
+
+    assert [child.exitcode for child in children] == [0, 0]
+    work("each", str(tmp_path), 300)
+    assert len(lines(tmp_path / "calls")) == calls_before
+    with closing(sqlite3.connect(tmp_path / "run.sqlite")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

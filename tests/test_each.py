@@ -1,0 +1,598 @@
+"""`each` and `aeach`: any runnable over any iterable."""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.runnables import RunnableLambda
+
+from asyncify import Dual, aeach, concurrency, each
+from asyncify.progress import Progress
+
+Pair = Dual[Any, Any]
+SAFETY_NET = 30  # seconds, for what must never be waited for
+
+THREADS, LOOP, TASKS, SOURCE = WAYS = ["each in threads", "each via async", "aeach", "aeach over an async source"]
+SYNC_WAYS = [THREADS, LOOP]
+ASYNC_WAYS = [TASKS, SOURCE]
+
+
+class OddError(Exception):
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.args == self.args
+
+    __hash__ = Exception.__hash__
+
+
+def steps(value: int) -> int:
+    """Return ten times the value; the odd ones fail."""
+    if value % 2:
+        raise OddError(value)
+    return value * 10
+
+
+async def steps_async(value: int) -> int:
+    """Do the same after as many turns of the loop as the value says."""
+    for _ in range(value % 5):
+        await asyncio.sleep(0)
+    return steps(value)
+
+
+def same(value: Any) -> Any:
+    """Return the value."""
+    return value
+
+
+async def same_async(value: Any) -> Any:
+    """Return the value a turn of the loop later."""
+    await asyncio.sleep(0)
+    return value
+
+
+async def slowly(inputs: Iterable[Any]) -> AsyncIterator[Any]:
+    """Yield the inputs, a turn of the loop before each."""
+    for value in inputs:
+        await asyncio.sleep(0)
+        yield value
+
+
+def collect(way: str, runnable: Any, inputs: Iterable[Any], **options: Any) -> list[Any]:
+    """Return all that a stream yields; as many as `take` says, and then leave it, if there is such an option."""
+    take = options.pop("take", None)
+    if way in SYNC_WAYS:
+        via: Literal["threads", "async"] = "async" if way == LOOP else "threads"
+        results = each(runnable, inputs, via=via, **options)
+        try:
+            return list(itertools.islice(results, take))
+        finally:
+            results.close()
+    return asyncio.run(_acollect(runnable, slowly(inputs) if way == SOURCE else inputs, take, options))
+
+
+async def _acollect(runnable: Any, inputs: Any, take: int | None, options: dict[str, Any]) -> list[Any]:
+    results = aeach(runnable, inputs, **options)
+    found: list[Any] = []
+    try:
+        if take != 0:
+            async for result in results:
+                found.append(result)
+                if len(found) == take:
+                    break
+    finally:
+        await results.aclose()
+    assert len(asyncio.all_tasks()) == 1, "a task was left behind"
+    return found
+
+
+def obvious(inputs: Iterable[int]) -> list[Any]:
+    """Return what a loop would collect, errors included."""
+    outputs: list[Any] = []
+    for value in inputs:
+        try:
+            outputs.append(steps(value))
+        except OddError as error:
+            outputs.append(error)
+    return outputs
+
+
+# --- the obvious loop ---
+
+numbers = st.lists(st.integers(0, 9), max_size=30)
+windows = st.one_of(st.none(), st.integers(1, 5))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None)
+@given(inputs=numbers, window=windows)
+def test_a_stream_gives_what_the_loop_gives(way: str, inputs: list[int], window: int | None) -> None:
+    """With `return_exceptions`, outputs and errors come in the order of the inputs."""
+    found = collect(way, Pair(steps, steps_async), inputs, window=window, return_exceptions=True)
+
+    assert found == obvious(inputs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None)
+@given(inputs=numbers, window=windows)
+def test_an_unordered_stream_gives_what_the_loop_gives(way: str, inputs: list[int], window: int | None) -> None:
+    """With `ordered=False` each index comes once, with the output or the error that the loop gives."""
+    found = collect(way, Pair(steps, steps_async), inputs, window=window, ordered=False, return_exceptions=True)
+
+    assert sorted(found, key=lambda item: item[0]) == list(enumerate(obvious(inputs)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None)
+@given(inputs=numbers, window=windows)
+def test_a_stream_raises_where_the_loop_raises(way: str, inputs: list[int], window: int | None) -> None:
+    """Everything before the first error is yielded, then that error is raised."""
+    found: list[Any] = []
+    expected = list(itertools.takewhile(lambda output: not isinstance(output, OddError), obvious(inputs)))
+
+    def remember(value: Any) -> None:
+        found.append(value.done)
+
+    try:
+        outputs = collect(way, Pair(steps, steps_async), inputs, window=window, progress=remember)
+    except OddError as error:
+        assert error == obvious(inputs)[len(expected)]  # noqa: PT017  (whether it is raised depends on the inputs)
+        assert len(found) == len(expected) + 1
+    else:
+        assert outputs == expected == obvious(inputs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [RunnableLambda, Pair, lambda f, g: Pair(f, g) | Pair(f, g), lambda f, _: Pair(f)])
+def test_any_runnable_goes(way: str, kind: Callable[..., Any]) -> None:
+    """A RunnableLambda, a pair, a pipe and a pair with one side stream alike."""
+    assert collect(way, kind(same, same_async), range(20), window=3) == list(range(20))
+
+
+# --- sources ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_endless_source_is_read_as_far_as_the_window_goes(way: str) -> None:
+    """After ten results of an endless source no more than the window has been read ahead."""
+    read = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal read
+        for read in itertools.count(1):  # noqa: UP028  (what is counted is how far the loop has come)
+            yield read
+
+    found = collect(way, Pair(same, same_async), endless(), window=5, take=10)
+
+    assert found == list(range(1, 11))
+    assert read <= 10 + 5
+
+
+@pytest.mark.parametrize("way", [THREADS, LOOP, TASKS])
+def test_leaving_early_closes_the_source(way: str) -> None:
+    """A generator that was the source has been closed when the stream is, though somebody still holds it."""
+    closed: list[str] = []
+
+    def source() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append("closed")
+
+    held = source()
+    collect(way, Pair(same, same_async), held, window=3, take=2)
+
+    assert closed == ["closed"]
+    assert next(held, "ended") == "ended"
+
+
+async def test_leaving_early_closes_an_async_source() -> None:
+    """An async generator that was the source has been closed when the stream is."""
+    closed: list[str] = []
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            for number in itertools.count():
+                yield number
+        finally:
+            await asyncio.sleep(0)
+            closed.append("closed")
+
+    held = source()
+    results = aeach(Pair(same, same_async), held, window=3)
+    assert await anext(results) == 0
+    await results.aclose()
+
+    assert closed == ["closed"]
+    assert await anext(held, "ended") == "ended"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_an_error_in_the_source_comes_after_the_results_before_it(way: str, ordered: bool) -> None:  # noqa: FBT001
+    """All inputs that the source gave are run and yielded, then its error is raised as itself."""
+    boom = OddError("source")
+    done: list[int] = []
+
+    def source() -> Iterator[int]:
+        yield from range(7)
+        raise boom
+
+    with pytest.raises(OddError) as raised:
+        collect(
+            way,
+            Pair(same, same_async),
+            source(),
+            window=3,
+            ordered=ordered,
+            return_exceptions=True,
+            progress=lambda state: done.append(state.done),
+        )
+
+    assert raised.value is boom
+    assert done == list(range(1, 8))
+
+
+async def test_results_come_out_while_an_async_source_waits() -> None:
+    """The source gives its second input only when the result of the first has been seen."""
+    seen = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        yield 1
+        await asyncio.wait_for(seen.wait(), SAFETY_NET)
+        yield 2
+
+    found = []
+    async for result in aeach(Pair(same, same_async), source()):
+        found.append(result)
+        seen.set()
+
+    assert found == [1, 2]
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS)
+def test_a_source_is_read_in_the_callers_thread(way: str) -> None:
+    """What the source holds may belong to one thread, as a database cursor does."""
+
+    def source() -> Iterator[int]:
+        for _ in range(10):
+            yield threading.get_ident()
+
+    assert collect(way, Pair(same, same_async), source(), window=2) == [threading.get_ident()] * 10
+
+
+# --- how many at once ---
+
+
+class InFlight:
+    """Counts calls that are in flight, and holds each back until it is let go."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now = 0
+        self.peak = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.now += 1
+            self.peak = max(self.peak, self.now)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.now -= 1
+
+
+def meeting(parties: int) -> tuple[InFlight, Pair]:
+    """Return a pair each of whose calls waits until so many are in flight, and the count of them."""
+    seen = InFlight()
+    met = threading.Barrier(parties)
+    waiting: list[asyncio.Future[None]] = []
+
+    def meet(value: int) -> int:
+        with seen:
+            met.wait(SAFETY_NET)
+        return value
+
+    async def meet_async(value: int) -> int:
+        with seen:
+            mine = asyncio.get_running_loop().create_future()
+            waiting.append(mine)
+            if len(waiting) == parties:
+                for one in waiting:
+                    one.set_result(None)
+                waiting.clear()
+            await asyncio.wait_for(mine, SAFETY_NET)
+        return value
+
+    return seen, Pair(meet, meet_async)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_window_of_calls_is_in_flight(way: str) -> None:
+    """With `window=3` three calls meet again and again, and never a fourth."""
+    seen, pair = meeting(3)
+
+    assert collect(way, pair, range(12), window=3) == list(range(12))
+    assert seen.peak == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_max_concurrency_holds_within_the_window(way: str) -> None:
+    """The config bounds the calls, the window what is read ahead."""
+    seen, pair = meeting(2)
+
+    assert collect(way, pair, range(12), window=6, config={"max_concurrency": 2}) == list(range(12))
+    assert seen.peak == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_limit_of_a_pair_gives_the_window(way: str) -> None:
+    """Without a window all slots of a limit are used, and never more."""
+    seen, pair = meeting(4)
+
+    collect(way, concurrency(limit=4)(pair), range(40))
+
+    assert seen.peak == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_slow_head_does_not_idle_the_others(way: str) -> None:
+    """In order, behind a first call that takes long, the rest of the window is run meanwhile."""
+    others_ran = threading.Event()
+    ran: list[int] = []
+    ahead: list[int] = []
+    done = 0
+
+    def call(value: int) -> int:
+        if value == 0:
+            assert others_ran.wait(SAFETY_NET)
+        else:
+            ran.append(value)
+            if len(ran) == 3:
+                others_ran.set()
+        return value
+
+    async def call_async(value: int) -> int:
+        if value == 0:
+            async with asyncio.timeout(SAFETY_NET):
+                while not others_ran.is_set():  # noqa: ASYNC110  (a threading.Event serves all four ways)
+                    await asyncio.sleep(0)
+            return value
+        return call(value)
+
+    def source() -> Iterator[int]:
+        for number in range(10):
+            ahead.append(number + 1 - done)
+            yield number
+
+    def count(state: Progress) -> None:
+        nonlocal done
+        done = state.done
+
+    options: Any = {"window": 4, "config": {"max_concurrency": 2}, "progress": count}
+    assert collect(way, Pair(call, call_async), source(), **options) == list(range(10))
+    assert max(ahead) == 4, "the source was read further than the window"
+
+
+async def test_a_caller_that_takes_no_result_holds_the_source_back_a() -> None:
+    """While nobody asks for the second result, the source is read no further than the window."""
+    read: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in itertools.count():
+            read.append(number)
+            yield number
+
+    results = aeach(Pair(same, same_async), source(), window=4)
+    await anext(results)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    await results.aclose()
+
+    assert len(read) == 1 + 4
+
+
+# --- leaving ---
+
+
+async def test_leaving_early_cancels_the_calls_and_waits_for_them_a() -> None:
+    """When `aclose` of a stream returns, no call is in flight."""
+    seen = InFlight()
+    cancelled: list[int] = []
+
+    async def call(value: int) -> int:
+        with seen:
+            try:
+                if value:
+                    await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0)
+                cancelled.append(value)
+                raise
+        return value
+
+    results = aeach(Pair(same, call), itertools.count(), window=4)
+    assert await anext(results) == 0
+    await results.aclose()
+
+    assert seen.now == 0
+    assert sorted(cancelled)[:3] == [1, 2, 3]
+    assert len(asyncio.all_tasks()) == 1
+
+
+def test_leaving_early_cancels_the_calls_on_the_background_loop() -> None:
+    """`via="async"` leaves no task on the background loop."""
+    seen = InFlight()
+
+    async def call(value: int) -> int:
+        with seen:
+            if value == 0:
+                await second_runs.wait()
+                return value
+            second_runs.set()
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+            except asyncio.CancelledError:
+                cancelled.append(value)
+                raise
+        return value
+
+    second_runs = asyncio.Event()
+    cancelled: list[int] = []
+    results = each(Pair(same, call), itertools.count(), window=4, via="async")
+    assert next(results) == 0
+    results.close()
+
+    assert seen.now == 0
+    assert cancelled
+
+
+def test_leaving_early_waits_for_the_calls_in_threads() -> None:
+    """A thread can't be cancelled: `close` returns when the calls in flight have ended."""
+    seen = InFlight()
+    left = threading.Event()
+    second_runs = threading.Event()
+
+    def call(value: int) -> int:
+        with seen:
+            if value:
+                second_runs.set()
+                assert left.wait(SAFETY_NET)
+            assert second_runs.wait(SAFETY_NET)
+        return value
+
+    results = each(Pair(call), itertools.count(), window=4)
+    assert next(results) == 0
+    closing = threading.Thread(target=results.close)
+    closing.start()
+    left.set()
+    closing.join(SAFETY_NET)
+
+    assert not closing.is_alive()
+    assert seen.now == 0
+
+
+async def test_cancelling_a_stream_leaves_nothing_behind() -> None:
+    """A task that is cancelled while it waits for a result takes its calls and the source with it."""
+    closed: list[str] = []
+    started = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            for number in itertools.count():
+                yield number
+        finally:
+            closed.append("source")
+
+    async def forever(value: int) -> int:
+        started.set()
+        return await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+
+    async def consume() -> None:
+        async for _ in aeach(Pair(same, forever), source(), window=3):
+            pass
+
+    running = asyncio.create_task(consume())
+    await started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.sleep(0)
+
+    assert closed == ["source"]
+    assert len(asyncio.all_tasks()) == 1
+
+
+# --- contexts, kinds of argument ---
+
+seen_by_caller: ContextVar[str] = ContextVar("seen_by_caller", default="nobody")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_call_has_a_context_of_its_own(way: str) -> None:
+    """A call sees the caller's context variables, and what it sets there nobody else sees."""
+
+    def read_and_write(value: int) -> str:
+        before = seen_by_caller.get()
+        seen_by_caller.set(f"item {value}")
+        return before
+
+    async def read_and_write_async(value: int) -> str:
+        return read_and_write(value)
+
+    token = seen_by_caller.set("caller")
+    try:
+        found = collect(way, Pair(read_and_write, read_and_write_async), range(5), window=1)
+    finally:
+        seen_by_caller.reset(token)
+
+    assert found == ["caller"] * 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_config_goes_to_every_run(way: str) -> None:
+    """A tag of the config is seen in each run."""
+
+    def tags(_: int, config: Any) -> list[str]:
+        return list(config["tags"])
+
+    async def tags_async(_: int, config: Any) -> list[str]:
+        return list(config["tags"])
+
+    assert collect(way, Pair(tags, tags_async), range(3), config={"tags": ["t"]}) == [["t"]] * 3
+
+
+def test_via_async_runs_the_native_async_side_for_a_sync_caller() -> None:
+    """1,000 calls wait at the same time with no event loop in the caller's code and one thread for them all."""
+    seen, pair = meeting(1000)
+
+    assert collect(LOOP, pair, range(1000), window=1000) == list(range(1000))
+    assert seen.peak == 1000
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"window": 0}, ValueError, "window=0"),
+        ({"window": 2.5}, TypeError, "window=2.5"),
+        ({"config": {"max_concurrency": 0}}, ValueError, "max_concurrency=0"),
+        ({"codec": "yaml"}, ValueError, "codec='yaml'"),
+        ({"key": str}, TypeError, "checkpoint="),
+    ],
+)
+def test_a_wrong_option_is_refused(way: str, options: Any, error: type[Exception], says: str) -> None:
+    """The message names the argument and what to write instead."""
+    with pytest.raises(error, match=says):
+        collect(way, Pair(same, same_async), [1], **options)
+
+
+def test_a_wrong_argument_is_refused_by_the_call_itself() -> None:
+    """Nobody has to iterate to learn of it."""
+    with pytest.raises(TypeError, match="each\\(dual\\(fetch\\), inputs\\)"):
+        each(same, [1])  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="must be an iterable"):
+        aeach(Pair(same), 1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="aeach"):
+        each(Pair(same), slowly([1]))  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="via='processes'"):
+        each(Pair(same), [1], via="processes")  # type: ignore[call-overload]
+
+
+def test_a_stream_that_is_never_iterated_does_nothing() -> None:
+    """Neither the source nor a thread nor a file is touched before the first result is asked for."""
+    read: list[int] = []
+
+    def source() -> Iterator[int]:
+        read.append(0)
+        yield 0
+
+    results = each(Pair(same), source())
+    del results
+
+    assert read == []

@@ -1,0 +1,225 @@
+"""Progress: what is told, and how it is shown where."""
+
+import io
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from asyncify import Dual, aeach, each
+from asyncify.progress import Progress, reporting
+
+Pair = Dual[Any, Any]
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def fail_on_odd(value: int) -> int:
+    """Return an even value; fail on an odd one."""
+    if value % 2:
+        raise ValueError(value)
+    return value
+
+
+async def fail_on_odd_async(value: int) -> int:
+    """Do the same on the other path."""
+    return fail_on_odd(value)
+
+
+# --- what is told ---
+
+
+def test_each_tells_a_function_of_ones_own() -> None:
+    """It is called with the state after every result, failures among them."""
+    told: list[Progress] = []
+
+    list(each(Pair(fail_on_odd), range(4), return_exceptions=True, progress=told.append))
+
+    assert [(state.done, state.failed, state.total) for state in told] == [(1, 0, 4), (2, 1, 4), (3, 1, 4), (4, 2, 4)]
+
+
+async def test_each_tells_a_function_of_ones_own_a() -> None:
+    """The same for `aeach`."""
+    told: list[Progress] = []
+
+    pair = Pair(fail_on_odd, fail_on_odd_async)
+    async for _ in aeach(pair, range(4), return_exceptions=True, progress=told.append):
+        pass
+
+    assert [(state.done, state.failed, state.total) for state in told] == [(1, 0, 4), (2, 1, 4), (3, 1, 4), (4, 2, 4)]
+
+
+def test_the_total_of_an_iterator_is_unknown() -> None:
+    """Without a length there is neither a total nor a time left."""
+    told: list[Progress] = []
+
+    list(each(Pair(fail_on_odd), iter([2]), progress=told.append))
+
+    assert (told[0].total, told[0].seconds_left) == (None, None)
+
+
+def test_results_from_a_checkpoint_count_as_done(tmp_path: Any) -> None:
+    """What an earlier run has finished is progress too."""
+    told: list[Progress] = []
+    file = tmp_path / "run.sqlite"
+
+    list(each(Pair(fail_on_odd), [0, 2], checkpoint=file))
+    list(each(Pair(fail_on_odd), [0, 2, 4], checkpoint=file, progress=told.append))
+
+    assert told[-1].done == 3
+
+
+def test_rate_and_time_left() -> None:
+    """They follow from what is done and the seconds it took."""
+    state = Progress(done=50, failed=2, total=200, seconds=10.0)
+
+    assert state.rate == 5.0
+    assert state.seconds_left == 30.0
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (Progress(1200, 3, 5000, 25.0), "1,200/5,000 done, 3 failed, 48.0 per second, 1:19 left"),
+        (Progress(5, 0, None, 2.0), "5 done, 2.5 per second"),
+        (Progress(1, 0, 7201, 1.0), "1/7,201 done, 1.0 per second, 2:00:00 left"),
+        (Progress(0, 0, 10, 0.0), "0/10 done, 0.0 per second"),
+    ],
+)
+def test_a_state_says_itself_in_a_line(state: Progress, says: str) -> None:
+    """What is unknown or zero is left out."""
+    assert str(state) == says
+
+
+# --- how it is shown ---
+
+
+def show(file: io.StringIO, clock: Clock, *, total: int | None = 100) -> None:
+    """Report a hundred results, one a second, two of them failures."""
+    with reporting(True, title="fetch", total=total, now=clock, file=file) as tell:  # noqa: FBT003  (as a user does)
+        for number in range(100):
+            clock.time += 1
+            tell(1, int(number < 2))
+
+
+def test_a_log_file_gets_a_plain_line_now_and_then() -> None:
+    """One line every ten seconds and one at the end, without control characters."""
+    file = io.StringIO()
+
+    show(file, Clock())
+
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "fetch: 10/100 done, 2 failed, 1.0 per second, 1:30 left"
+    assert lines[-1] == "fetch: 100/100 done, 2 failed, 1.0 per second, 0:00 left"
+    assert len(lines) == 11
+    assert file.getvalue().isascii()
+    assert "\r" not in file.getvalue()
+
+
+def test_the_last_line_is_there_when_an_error_ends_the_stream() -> None:
+    """A log says how far it had come."""
+    file = io.StringIO()
+
+    def fail() -> None:
+        with reporting(True, title="fetch", total=None, now=Clock(), file=file) as tell:  # noqa: FBT003  (as a user does)
+            tell(3, 1)
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fail()
+
+    assert file.getvalue() == "fetch: 3 done, 1 failed, 0.0 per second\n"
+
+
+def without(*absent: str) -> Callable[[str], object]:
+    """Return a stand-in for `find_spec` that does not find these."""
+    return lambda name: None if name in absent else object()
+
+
+def test_a_terminal_gets_the_bar_of_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It carries the counts, and ends at the full length."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    file = Terminal()
+
+    show(file, Clock())
+
+    assert "━" in file.getvalue()
+    assert "100/100 done, 2 failed" in file.getvalue()
+
+
+def test_a_terminal_gets_the_bar_of_tqdm_where_rich_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tqdm shows the total and the failures in its own way."""
+    monkeypatch.setattr("asyncify.progress.find_spec", without("rich"))
+    file = Terminal()
+
+    show(file, Clock())
+
+    assert "100/100" in file.getvalue()
+    assert "failed=2" in file.getvalue()
+
+
+def test_a_terminal_gets_lines_where_neither_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to be installed for progress to be told."""
+    monkeypatch.setattr("asyncify.progress.find_spec", without("rich", "tqdm"))
+    file = Terminal()
+
+    show(file, Clock())
+
+    assert file.getvalue().splitlines()[-1] == "fetch: 100/100 done, 2 failed, 1.0 per second, 0:00 left"
+
+
+def test_a_notebook_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's output is no terminal, and is looked at all the same; rich needs ipywidgets there."""
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr("asyncify.progress.find_spec", without("ipywidgets"))
+    file = io.StringIO()
+
+    show(file, Clock())
+
+    assert "100/100" in file.getvalue()
+    assert "fetch: 100/100 done" not in file.getvalue()
+
+
+def test_a_bar_without_a_total_still_counts() -> None:
+    """A stream of unknown length shows what is done."""
+    file = Terminal()
+
+    show(file, Clock(), total=None)
+
+    assert "100 done, 2 failed" in file.getvalue()
+
+
+def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """The output of a program stays its own."""
+    list(each(Pair(fail_on_odd, name="even"), [2, 4], progress=True))
+    captured = capsys.readouterr()
+
+    assert captured.out == ""
+    assert captured.err.startswith("even: 2/2 done")
+
+
+def test_without_progress_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """Silence is the default."""
+    list(each(Pair(fail_on_odd), [2, 4]))
+    captured = capsys.readouterr()
+
+    assert captured.out == captured.err == ""
