@@ -287,10 +287,15 @@ class TestArguments:
     def test_an_adaptive_limit_serves_each_key(self) -> None:
         """Each key finds its own."""
         gate = gate_of(key=lambda query: query, limit=Adaptive(min=2, max=9))
-        gate.enter(("a",), {}).leave()
-
         assert isinstance(gate.limiter, KeyedLimiter)
-        assert gate.limiter["a"].stats().limit == 2
+        first = gate.limiter["a"]
+        with pytest.raises(TimeoutError), first:
+            raise TimeoutError
+        for _ in range(20):
+            gate.enter(("b",), {}).leave()
+
+        assert first.stats().limit == 2
+        assert gate.limiter["b"].stats().limit != 2
 
 
 class Turnstile(BaseRateLimiter):

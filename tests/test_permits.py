@@ -72,6 +72,7 @@ def test_leaving_goes_back_to_the_permit_around(place: Place) -> None:
 def test_only_the_first_end_counts(place: Place) -> None:
     """However a call ends, and however often, its place is given back once, with the first error."""
     permit = begun(place)
+    permit.queue_up(0.0, 0)
     error = ValueError()
     permit.leave(error)
     permit.end()
@@ -102,6 +103,7 @@ def test_stepping_out_goes_on_elsewhere(place: Place) -> None:
 def test_giving_up_is_an_outcome(place: Place) -> None:
     """The limiter learns that the call never started."""
     permit = begun(place)
+    permit.queue_up(0.0, 0)
     permit.give_up()
 
     assert permit.outcome is UNUSED
@@ -124,6 +126,16 @@ def test_an_ended_permit_lets_go_of_those_that_ended_before(place: Place) -> Non
     second.end()
 
     assert second.outer is None
+
+
+def test_an_ended_permit_keeps_those_around_it_that_run(place: Place) -> None:
+    """Only what has ended is let go of."""
+    first, second, third = begun(place), begun(place), begun(place)
+    second.end()
+    third.end()
+
+    assert third.outer is first
+    assert list(permits()) == [first]
 
 
 class TestThread:
