@@ -241,19 +241,21 @@ def concurrency(
         TypeError, ValueError: the arguments limit nothing, contradict each other, or can't be meant.
         PairError: what is decorated is no function, or has a limit already.
     """
+    new_gate = partial(
+        make_gate,
+        limiter,
+        key=key,
+        cost=cost,
+        timeout=timeout,
+        name=name,
+        limit=limit,
+        per_second=per_second,
+        per_minute=per_minute,
+        per_hour=per_hour,
+        burst=burst,
+    )
     try:
-        gate = make_gate(
-            limiter,
-            key=key,
-            cost=cost,
-            timeout=timeout,
-            name=name,
-            limit=limit,
-            per_second=per_second,
-            per_minute=per_minute,
-            per_hour=per_hour,
-            burst=burst,
-        )
+        new_gate()  # bad arguments are told here, and each function that is decorated gets a limit of its own
     except (TypeError, ValueError) as error:
         raise type(error)(f"@concurrency: {error}") from None
 
@@ -264,9 +266,9 @@ def concurrency(
                     f"@concurrency: {describe(fn)} has a limit already ({fn.gate.limiter!r}); give both in one place, "
                     "as in @concurrency(limit=10, per_second=50)"
                 )
-            fn.furnish(gate=gate, warn=warn)
+            fn.furnish(gate=new_gate(), warn=warn)
             return fn
-        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate, warn=warn)
+        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=new_gate(), warn=warn)
 
     return decorate
 

@@ -348,3 +348,19 @@ async def test_an_async_call_that_fails_gives_its_slot_back() -> None:
         with pytest.raises(ValueError, match="EUR"):
             await fail.ainvoke("EUR")
     assert repr(fail).endswith("0/1 in flight, 0 waiting>")
+
+
+def test_each_function_under_one_decorator_has_a_limit_of_its_own() -> None:
+    """What functions are to share is given as `limiter=`; a decorator that is kept under a name shares nothing."""
+    limited = concurrency(limit=1)
+
+    @limited
+    def fetch(query: str) -> str:
+        return query
+
+    @limited
+    def search(query: str) -> str:
+        return fetch(query)
+
+    assert fetch.limiter is not search.limiter
+    assert search("a") == "a"
