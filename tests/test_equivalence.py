@@ -55,6 +55,7 @@ class Tree:
     """Builds a tree of one kind of runnables, and keeps what its functions see, by their place in the tree."""
 
     make: Make
+    threads: bool = True  # without them the branches of a dict race in one order only, on an event loop
     seen: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -65,7 +66,7 @@ class Tree:
 
     def _runnable(self, place: str, sides: str, sync: Callable[..., Any], async_: Callable[..., Any]) -> Any:
         sync.__name__ = async_.__name__ = f"leaf_{place}"
-        return self.make(sync, async_) if sides == "both" else self.make(sync)
+        return self.make(sync) if sides == "sync" and self.threads else self.make(sync, async_)
 
     def _note(self, place: str, value: Any) -> None:
         """Note what a function sees around it, and write to the context that it runs in."""
@@ -222,7 +223,7 @@ def _run(make: Make, spec: Spec, config: RunnableConfig, *, observed: bool) -> O
 
 
 async def _arun(make: Make, spec: Spec, config: RunnableConfig, *, observed: bool) -> Outcome:
-    tree, watcher = Tree(make), Watcher()
+    tree, watcher = Tree(make, threads="dict" not in repr(spec)), Watcher()
     runnable = tree.build(spec)
     try:
         result = await runnable.ainvoke(1, _with(config, watcher, observed=observed))
