@@ -329,7 +329,9 @@ class TestFinalizers:
             loop.call_soon(loop.stop)
             loop.run_forever()
 
-            def act(clock: Any = clock) -> None:
+            def act(limiter: Limiter = limiter, clock: Any = clock) -> None:
+                limiter.acquire(blocking=False)
+                limiter.stats()
                 for seconds in (300, 200, 100):
                     clock.call_at(clock.now() + seconds, lambda: None).cancel()
 
