@@ -26,12 +26,14 @@ class _Visit(Generic[T]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]], context: Context) -> None:
         self._loop = loop
+        self._call = call
+        self._context = context
+        self._begun = False
         self._task: asyncio.Task[T] | None = None
         self.ended: Future[T] = Future()
-        loop.call_soon_threadsafe(self._begin, call, context, context=context)
 
-    def _begin(self, call: Callable[[], Awaitable[T]], context: Context) -> None:
-        self._task = self._loop.create_task(_awaited(call), context=context)
+    def _start(self) -> None:
+        self._task = self._loop.create_task(_awaited(self._call), context=self._context)
         self._task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[T]) -> None:
@@ -45,10 +47,18 @@ class _Visit(Generic[T]):
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        elif not self.ended.done():  # interrupted before it was started
+            self.ended.set_exception(asyncio.CancelledError())
 
     def wait(self, answer: Future[U]) -> U:
-        """Wait for something that the coroutine will bring; an interrupt cancels it, and waits for its end."""
+        """Wait for something that the coroutine will bring; an interrupt cancels it, and waits for its end.
+
+        The first to wait also starts it: an interrupt may come as soon as it runs.
+        """
         try:
+            if not self._begun:
+                self._begun = True
+                self._loop.call_soon_threadsafe(self._start, context=self._context)
             return answer.result()
         except BaseException:
             if not answer.done():

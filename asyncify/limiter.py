@@ -80,7 +80,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         """Give the slot back."""
         permit = innermost.get()  # looked up here, as a call of another function is felt in each call that is limited
         if permit is None or permit.place is not self or permit.ended:
-            permit = self._entered()
+            permit = self._entered() or self._stand_in()
         permit.leave(error)
 
     __aenter__: ClassVar[Callable[[Turnstile], Coroutine[Any, Any, Permit]]] = Turnstile.aenter
@@ -89,7 +89,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         """Give the slot back."""
         permit = innermost.get()
         if permit is None or permit.place is not self or permit.ended:
-            permit = self._entered()
+            permit = self._entered() or self._stand_in()
         permit.leave(error)
 
     def acquire(self, *, blocking: bool = True) -> bool:
@@ -114,6 +114,23 @@ class Limiter(Turnstile, BaseRateLimiter):
             self._settle(wait=True)
         return admitted
 
+    def _not_inside(self) -> str:
+        return f"{self._title()}: this context is not inside a call that it has admitted"
+
+    def _stand_in(self) -> Permit:
+        """Return a permit to leave in the place of one that was entered in another context.
+
+        A generator that entered in one task may be closed in another. Its slot is free then, but its permit still
+        looks held from where it was entered: so no deadlock is certain any more.
+        """
+        if not self.stats().in_flight:
+            raise RuntimeError(self._not_inside())
+        self._is_certain = False
+        permit = Permit(self, 1, 1)
+        permit.at = self._now()
+        permit.begin()
+        return permit
+
     def record(self, actual: float) -> None:
         """Correct, from inside a call, what it was estimated to cost.
 
@@ -122,6 +139,8 @@ class Limiter(Turnstile, BaseRateLimiter):
             ValueError: the cost is negative or not finite.
         """
         permit = self._entered()
+        if permit is None:
+            raise RuntimeError(self._not_inside())
         check_cost(actual)
         with self._lock:
             if permit.at is not None:

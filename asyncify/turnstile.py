@@ -76,6 +76,7 @@ class Turnstile:
         self._departed: deque[Permit] = deque()
         self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
         self._timer: Timer | None = None
+        self._is_certain = True  # that a permit which looks held is held
 
     def after_fork(self) -> None:
         """Keep, in a forked child, only the calls that the forking thread is inside of."""
@@ -156,7 +157,7 @@ class Turnstile:
         """
         blocks = tuple({other for other in held if other.place is self and other.slots})
         with self._lock:
-            if not blocks or permit not in self._queue:
+            if not blocks or permit not in self._queue or not self._is_certain:
                 return
             inside = {other for other in (*self._blocked, *blocks) if not other.ended}
             doomed = len(inside) >= (self._meter.limits.limit or math.inf)
@@ -348,12 +349,10 @@ class Turnstile:
                     permit.ended = True
                     self._departed.append(permit)  # the caller settles; to settle here would nest, once a waiter
 
-    def _entered(self) -> Permit:
+    def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
         permit = innermost.get()
-        while permit is None or permit.place is not self or permit.ended:
-            if permit is None:
-                raise RuntimeError(f"{self._title()}: this context is not inside a call that it has admitted")
+        while permit is not None and (permit.place is not self or permit.ended):
             permit = permit.outer
         return permit
 

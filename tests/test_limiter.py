@@ -1266,6 +1266,28 @@ def replies() -> Iterator[AIMessage]:
         yield AIMessage("ok")
 
 
+class TestLeftElsewhere:
+    """A limiter that is entered in one task and left in another, as a generator does that somebody else closes."""
+
+    async def test_the_slot_comes_back(self) -> None:
+        """The place is free, whoever has left it."""
+        limiter = Limiter(limit=1)
+        await asyncio.create_task(limiter.__aenter__())
+        await asyncio.create_task(limiter.__aexit__(None, None, None))
+
+        assert limiter.stats().in_flight == 0
+
+    async def test_no_deadlock_is_certain_any_more(self) -> None:
+        """Where it was entered the call still looks as if it were inside, so nobody is told."""
+        limiter = Limiter(limit=1, timeout=0.01)
+        await limiter.aenter()
+        await asyncio.create_task(limiter.__aexit__(None, None, None), context=contextvars.Context())
+
+        async with limiter:
+            with pytest.raises(LimitTimeout):
+                await limiter.aenter()
+
+
 class TestMemory:
     async def test_a_chain_of_tasks_keeps_no_chain_of_permits(self) -> None:
         """A task that starts the next one from inside its call does not keep all calls before it alive."""
@@ -1290,7 +1312,7 @@ class TestMemory:
         depth = 0
         outer = permits[-1].outer
         while outer is not None:
-            depth, outer = depth + 1, outer.outer
+            depth, outer = depth + (outer.place is limiter), outer.outer
         gc.collect()
 
         assert depth <= 2
