@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import Executor
 from functools import partial
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 from aiolimiter import AsyncLimiter
@@ -257,7 +259,7 @@ def concurrency(
     try:
         new_gate()  # bad arguments are told here, and each function that is decorated gets a limit of its own
     except (TypeError, ValueError) as error:
-        raise type(error)(f"@concurrency: {error}") from None
+        raise type(error)(f"@concurrency{_on_function(sys._getframe(1))}: {error}") from None
 
     def decorate(fn: Function, /) -> Any:
         if is_pair(fn):
@@ -271,6 +273,18 @@ def concurrency(
         return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=new_gate(), warn=warn)
 
     return decorate
+
+
+def _on_function(frame: FrameType) -> str:
+    """Name the function that a decorator of this frame's current line will be put on, if there is one.
+
+    The code of a function begins at the line of its first decorator, so it is the one that reaches over this line.
+    """
+    line = frame.f_lineno
+    for code in frame.f_code.co_consts:
+        if isinstance(code, CodeType) and code.co_firstlineno <= line < max(end or 0 for _, _, end in code.co_lines()):
+            return f" on {frame.f_globals.get('__name__')}.{code.co_qualname}"
+    return ""
 
 
 def _make_pair(

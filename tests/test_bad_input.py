@@ -255,3 +255,27 @@ def test_a_fake_that_can_not_be_called_is_refused(act: Callable[[], Any], messag
     with pytest.raises(TypeError, match=message), act():
         pass
     assert _Standing.pair.fakes == ()
+
+
+def test_a_bad_limit_on_a_function_names_the_function() -> None:
+    """Written as a decorator, it is told with the name of the function below it, which is not made yet."""
+    with pytest.raises(ValueError, match=r"limit=0") as caught:
+
+        @concurrency(
+            per_second=5,
+            limit=0,
+        )
+        @dual
+        def fetch(query: str) -> str:
+            return query
+
+    assert str(caught.value) == (
+        f"@concurrency on {__name__}.test_a_bad_limit_on_a_function_names_the_function.<locals>.fetch: "
+        "limit=0: must be at least 1, as in limit=10"
+    )
+
+
+def test_a_bad_limit_on_nothing_names_the_decorator_alone() -> None:
+    """Where no function stands below it, there is none to name."""
+    with pytest.raises(ValueError, match=r"^@concurrency: limit=0"):
+        concurrency(limit=0)
