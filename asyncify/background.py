@@ -95,7 +95,9 @@ class _Source:
                 while (answer := await self._next_question()) is not None:
                     made, self._made = self._made or await _attempt(anext(self._chunks)), None
                     _answer(answer, *made)
-                    if isinstance(made[1], asyncio.CancelledError):
+                    over = isinstance(made[1], asyncio.CancelledError)
+                    del made  # the error's traceback may hold this frame
+                    if over:
                         return
         finally:
             self._over = True

@@ -21,6 +21,7 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(page: Path) -> None:
     """The Python blocks of a page are one program; a text block behind one is its output."""
     blocks = BLOCK.findall(page.read_text())
     module = types.ModuleType(page.stem)
+    del module.__spec__  # a module with one that is None must name a loader: so says Python 3.12 when it warns
     sys.modules[page.stem] = module
     try:
         for (language, source), (next_language, expected) in itertools.pairwise([*blocks, ("", "")]):
