@@ -21,6 +21,9 @@ _UNITS = {period: name.removeprefix("per_") for name, period in PERIODS.items()}
 CATCH_UP = 0.02
 """Seconds that a late wake may make up for: without it 50 per second were measured to reach only 47."""
 
+_SLACK = 1e-12
+"""Share of an amount that rounding may be off by, and that counts as nothing."""
+
 _GRAINS = 1000
 """Parts of a period that a window tells apart: bounds its memory, and costs at most 0.1% of the rate."""
 
@@ -116,7 +119,8 @@ class _Window:
     def free_at(self, now: float, cost: float) -> float:
         """Return the earliest time, not before `now`, at which `cost` more fits in."""
         self.expire(now)
-        excess = self.used + cost - self.amount
+        # Sums of fractions carry what rounding left; without the slack a trace of it would cost a whole entry's wait.
+        excess = self.used + cost - self.amount * (1 + _SLACK)
         if excess <= 0:
             return now
         for last, spent, _ in self.log:

@@ -252,6 +252,15 @@ def test_everybody_who_waits_comes_in_the_end(first: Limits, events: list[tuple[
     assert model.meter.in_flight == 0
 
 
+def test_what_rounding_leaves_costs_no_wait() -> None:
+    """0.1 and 1 and 1 are over 2 by just 0.1, though floats say a little more: the call waits for the 0.1 alone."""
+    meter = Meter(limits(per_hour=2, per_second=1000))
+    meter.admit(0, 0.1, 0)
+    meter.admit(6, 1, 0)
+
+    assert meter.admit(7, 1, 0) == 3600
+
+
 class TestPace:
     @pytest.mark.parametrize("amount", [1, 3, 10, 50, 500])
     def test_calls_start_evenly(self, amount: int) -> None:
