@@ -329,3 +329,26 @@ async def test_as_tool_runs_both_sides() -> None:
 
     assert tool.invoke({"a": 1, "b": 2}) == 3
     assert await tool.ainvoke({"a": 1, "b": 2}) == 3
+
+
+def test_a_dict_of_pairs_keeps_the_name_it_was_given() -> None:
+    """A dict that becomes one of pairs in a pipe is called what it was called before."""
+    fan: Any = RunnableParallel(a=Dual(_add_one), b=Dual(_add_one))
+    fan.name = "fan"
+    pipe: Any = Dual(_add_one) | fan | Dual(_add_one)
+
+    assert type(pipe.middle[0]) is not RunnableParallel
+    assert pipe.middle[0].get_name() == "fan"
+
+
+def test_a_pipe_and_a_dict_of_pairs_are_serialized_as_langchains_own() -> None:
+    """A tracer that reads the id of a runnable knows them."""
+    pipe: Any = Dual(_add_one) | {"a": Dual(_add_one)}
+
+    assert type(pipe) is not RunnableSequence
+    assert pipe.lc_id() == RunnableSequence.lc_id()
+    assert pipe.last.lc_id() == RunnableParallel.lc_id()
+
+
+def _add_one(number: int) -> int:
+    return number + 1
