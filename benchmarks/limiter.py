@@ -168,14 +168,14 @@ class Load:
         def call_by_thread() -> None:
             while time.monotonic() < end:
                 permit = limiter.enter()
-                permit.leave()
                 moments.append(permit.at or 0)
+                permit.leave()
 
         async def call_by_task() -> None:
             while time.monotonic() < end:
                 permit = await limiter.aenter()
-                permit.leave()
                 moments.append(permit.at or 0)
+                permit.leave()
 
         async def call_by_tasks() -> None:
             await asyncio.gather(*(call_by_task() for _ in range(10)))
