@@ -1,6 +1,7 @@
 """A pair composes in LCEL wherever a `RunnableLambda` does."""
 
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -348,6 +349,27 @@ def test_a_pipe_and_a_dict_of_pairs_are_serialized_as_langchains_own() -> None:
     assert type(pipe) is not RunnableSequence
     assert pipe.lc_id() == RunnableSequence.lc_id()
     assert pipe.last.lc_id() == RunnableParallel.lc_id()
+
+
+def test_a_dict_of_pairs_leaves_no_branch_running_behind_an_error() -> None:
+    """On the sync path the error of one branch is raised when the others have ended."""
+    begun, raised, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def fail(number: int) -> int:
+        begun.wait(30)
+        raise ValueError(number)
+
+    def go_on(number: int) -> int:
+        begun.set()
+        raised.wait(0.05)
+        ended.set()
+        return number
+
+    pipe: Any = Dual(_add_one) | {"fails": Dual(fail), "goes on": Dual(go_on)}
+    with pytest.raises(ValueError, match="2"):
+        pipe.invoke(1)
+
+    assert ended.is_set()
 
 
 def _add_one(number: int) -> int:
