@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -20,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 
-from asyncify import CheckpointError, Dual, aeach, each
+from asyncify import CheckpointError, Dual, aeach, each, flow
+from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, digest
 
 Pair = Dual[Any, Any]
@@ -306,8 +308,18 @@ def test_a_refused_output_takes_no_other_with_it(way: str, path: Path) -> None:
     assert recorded == sum(counted.calls.values()) - 1
 
 
-async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(path: Path) -> None:
+async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whenever the cancellation comes, no connection is left."""
+    openings: list[Future[Any]] = []
+
+    class Recording(ThreadPool):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            openings.append(super().submit(fn, *args, **kwargs))
+            return openings[-1]
+
+    monkeypatch.setattr(flow, "ThreadPool", Recording)
     for turns in range(4):
         results = aeach(Counted().pair(), [1], checkpoint=path)
         opening = asyncio.create_task(anext(results))
@@ -317,8 +329,11 @@ async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(path
         with pytest.raises(asyncio.CancelledError):
             await opening
         async with asyncio.timeout(SAFETY_NET):
-            while len(list(path.parent.iterdir())) > 1:  # noqa: ASYNC110  (the file is closed in a thread)
+            # The file is opened and then closed in a thread: only when it has been opened does its log tell.
+            while not all(future.done() for future in openings) or len(list(path.parent.iterdir())) > 1:  # noqa: ASYNC110  (a thread does it)
                 await asyncio.sleep(0.01)
+
+    assert openings
 
 
 @pytest.mark.parametrize("way", WAYS)
