@@ -8,7 +8,8 @@ seconds later, with `k` such that the curve starts at the half: fast back to `w`
 It differs from the RFC in this. The curve is steeper, and scaled with `w`, so that a limit of any size is found
 again in the same time; the RFC's multiplies by 0.7 and is made for round trips of milliseconds. And since a try
 above `w` costs a call if the server is as it was, the curve stands still at `w` until some time has passed and
-some calls have succeeded.
+some calls have succeeded. Where a refusal carries a `Retry-After`, a try costs that pause of all calls too, so it
+is put off for longer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = ["Adaptive", "AdaptiveLimit"]
 _SHRINK = 0.5
 _STEEPNESS = 0.04  # per cubic second: back at the old limit after 2.3 s, at its double 2.9 s after leaving it
 _HOLD_SECONDS = 4.0  # since the congestion: with the 2.9 s to double, and some rounds, a recovery within 10 s
+_HOLD_PER_PAUSE = 2.0  # more of them for each second that the congestion paused all calls
 _HOLD_SUCCESSES = 100  # since the congestion: so a try that fails costs 1% of the calls, however few they are
 
 
@@ -66,13 +68,14 @@ class Adaptive:
 class AdaptiveLimit:
     """The state of one adaptive limit. Time, in seconds, is an argument."""
 
-    __slots__ = ("_ceiling", "_epoch", "_run", "_shrunk_at", "_successes", "config", "limit")
+    __slots__ = ("_ceiling", "_epoch", "_hold", "_run", "_shrunk_at", "_successes", "config", "limit")
 
     def __init__(self, config: Adaptive) -> None:
         self.config: Adaptive = config
         self.limit: int = config.min if config.start is None else config.start
         self._ceiling: int | None = None  # how many calls were not too many when it last hurt
         self._shrunk_at = -math.inf
+        self._hold = _HOLD_SECONDS  # from the shrinking to the next try above the ceiling
         self._epoch = -math.inf  # where the curve begins: the shrinking, moved on while it is held at the ceiling
         self._run = 0  # successes in a row, since the limit last changed
         self._successes = 0  # since the limit last shrank
@@ -93,9 +96,10 @@ class AdaptiveLimit:
             return False
         return self._set(self.limit + 1)
 
-    def failed(self, now: float, admitted_at: float, in_flight: int) -> bool:
+    def failed(self, now: float, admitted_at: float, in_flight: int, pause: float = 0.0) -> bool:
         """Note a congestion, with so many calls in flight, itself included; tell whether the limit has changed.
 
+        `pause` is for how many seconds it pauses all calls.
         Calls that were admitted before the last shrinking belong to the same burst, and shrink it no further.
         """
         self._run = 0
@@ -103,6 +107,7 @@ class AdaptiveLimit:
             return False
         self._shrunk_at = self._epoch = now
         self._successes = 0
+        self._hold = _HOLD_SECONDS + _HOLD_PER_PAUSE * pause
         too_many = min(in_flight, self.limit)
         self._ceiling = max(too_many - 1, 1)
         return self._set(int(too_many * _SHRINK))
@@ -112,7 +117,7 @@ class AdaptiveLimit:
         if self._ceiling is None:
             return math.inf
         climb = math.cbrt((1 - _SHRINK) / _STEEPNESS)
-        is_due = now - self._shrunk_at >= _HOLD_SECONDS and self._successes >= _HOLD_SUCCESSES
+        is_due = now - self._shrunk_at >= self._hold and self._successes >= _HOLD_SUCCESSES
         if not is_due and now - self._epoch > climb:
             self._epoch = now - climb
         return self._ceiling * (1 + _STEEPNESS * (now - self._epoch - climb) ** 3)

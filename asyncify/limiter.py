@@ -129,6 +129,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         permit = Permit(self, 1, 1)
         permit.at = self._now()
         permit.begin()
+        self._robbed.add(permit)
         return permit
 
     def record(self, actual: float) -> None:
@@ -173,7 +174,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             limits = Limits.of(limit=slots, burst=new_burst, **amounts)
             self._adaptive = adaptive
             self._meter.configure(limits)
-            hopeless = [permit for permit in self._queue if permit.cost > limits.largest_cost]
+            hopeless = [permit for permit in self._queue if permit.queue and permit.cost > limits.largest_cost]
             for permit in hopeless:
                 self._turn_away(permit)
         self._wake(hopeless)
@@ -202,7 +203,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         with self._lock:
             waits = [wait for number, wait in self._waits if number > self._admitted - RECENT]
             at_once = min(self._admitted, RECENT) - len(waits)
-            counts = (self._meter.in_flight, len(self._queue), self._admitted, self._rejected)
+            counts = (len(self._meter.inside), self._waiting, self._admitted, self._rejected)
         self._settle()
         ordered = [0.0] * at_once + sorted(waits)
         p50, p95, p99 = (_percentile(ordered, share) for share in (0.50, 0.95, 0.99))
@@ -212,8 +213,8 @@ class Limiter(Turnstile, BaseRateLimiter):
         """Say what it holds now: `3/10 in flight, 50 per second, 7 waiting`."""
         self._settle()
         limits = self._meter.limits
-        flight = [] if limits.limit is None else [f"{self._meter.in_flight}/{limits.limit} in flight"]
-        return ", ".join([*flight, *map(str, limits.rates), f"{len(self._queue)} waiting"])
+        flight = [] if limits.limit is None else [f"{len(self._meter.inside)}/{limits.limit} in flight"]
+        return ", ".join([*flight, *map(str, limits.rates), f"{self._waiting} waiting"])
 
     def __repr__(self) -> str:
         """Show the state: `<Limiter quotes 3/10 in flight, 50 per second, 7 waiting>`."""

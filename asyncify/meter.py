@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate", "check_count", "check_positive"]
 
@@ -177,17 +178,20 @@ class Meter:
         "_last_cost",
         "_longer",
         "_next",
+        "_only_window",
         "_open_since",
         "_slots",
         "_tolerance",
+        "_was_full",
         "_windows",
-        "in_flight",
+        "inside",
+        "largest_cost",
         "limits",
         "paused_until",
     )
 
     def __init__(self, limits: Limits) -> None:
-        self.in_flight: int = 0
+        self.inside: set[Any] = set()
         self.paused_until: float = -math.inf
         self._windows: tuple[_Window, ...] = ()
         self._next = -math.inf  # GCRA's theoretical arrival time
@@ -196,18 +200,21 @@ class Meter:
         self._behind = 0.0  # seconds that the last admission came after its time
         self._interval = 0.0  # seconds between calls of cost 1
         self._open_since = -math.inf  # since when nothing but the pace has been in the way
+        self._was_full = False  # when a slot was last asked for
         self.configure(limits)
 
     def configure(self, limits: Limits) -> None:
         """Set the limits; what was admitted before counts against the new ones."""
         logs = {window.rate.period: window for window in self._windows}
         self.limits: Limits = limits
+        self.largest_cost: float = limits.largest_cost
         self._slots = math.inf if limits.limit is None else limits.limit
         self._windows = tuple(_Window(rate) for rate in limits.rates)
         for window in self._windows:
             if (old := logs.get(window.rate.period)) is not None:
                 window.log, window.used = old.log, old.used
         self._longer = self._windows[1:]
+        self._only_window = self._windows[0] if len(self._windows) == 1 else None
         interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
         if self._interval and self._last > -math.inf:  # the next call comes at the new pace, not at the old one
             self._next = self._last + (self._next - self._last) * (interval / self._interval)
@@ -217,27 +224,54 @@ class Meter:
     def is_idle(self, now: float) -> bool:
         """Whether no call runs and none that ran still counts: a new meter would decide the same."""
         longest = max((window.period for window in self._windows), default=0.0)
-        return not self.in_flight and now >= max(self._last + longest, self._next, self.paused_until)
+        return not self.inside and now >= max(self._last + longest, self._next, self.paused_until)
 
     @property
     def is_full(self) -> bool:
         """Whether no slot is free."""
-        return self.in_flight >= self._slots
+        return len(self.inside) >= self._slots
 
-    def admit(self, now: float, cost: float, since: float, slots: int = 1) -> float:
-        """Admit a call that has been waiting since `since`, or say when to ask again.
+    def admit(self, now: float, cost: float, since: float, call: object | None = None) -> float:
+        """Admit a call that has been waiting since `since`, or say when to ask again; None takes no slot.
 
         Returns 0.0 if the call is admitted, else the time at which to ask again: infinity if a slot has to be
         given back first.
         """
-        if slots and self.in_flight >= self._slots:
-            return math.inf
+        inside = self.inside
+        if call is not None:
+            if len(inside) >= self._slots:
+                self._was_full = True
+                return math.inf
+            if self._was_full:
+                self._was_full = False
+                if now > self._open_since:
+                    self._open_since = now
         if now < self.paused_until:
             return self.paused_until
-        if self._windows and (at := self._charge(now, cost, since)) > now:
+        window = self._only_window
+        if (
+            window is not None
+            and self._next <= now == since
+            and not self._behind
+            and window.used + cost <= window.amount
+        ):  # it comes in its time and nobody is before it: what `_charge` would do for it, in short
+            window.add(now, cost)
+            self._next = now + cost * self._interval
+            self._last = now
+            self._last_cost = cost
+        elif self._windows and (at := self._charge(now, cost, since)) > now:
             return at
-        self.in_flight += slots
+        if call is not None:
+            inside.add(call)
         return 0.0
+
+    def release(self, call: object) -> bool:
+        """Give a call's slot back, and tell whether it had one: in one step, so that it needs no lock."""
+        try:
+            self.inside.remove(call)
+        except KeyError:
+            return False
+        return True
 
     def _charge(self, now: float, cost: float, since: float) -> float:
         """Return the time at which all rates have room for `cost`; if that is now, they are charged."""
@@ -275,12 +309,6 @@ class Meter:
         if at > now:
             self._open_since = max(self._open_since, at)
         return at
-
-    def release(self, now: float) -> None:
-        """Give a slot back."""
-        if self.in_flight >= self._slots and now > self._open_since:
-            self._open_since = now
-        self.in_flight -= 1
 
     def pause(self, until: float) -> None:
         """Admit nobody before `until`; a shorter pause does not end a longer one."""

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from _thread import get_ident
 from asyncio import AbstractEventLoop
+from collections import deque
 from collections.abc import Iterator
 from contextvars import Context, ContextVar, Token
 from typing import Any, Protocol
 
 from asyncify.clock import Timer
 
-__all__ = ["UNUSED", "Permit", "Place", "hand_over", "held_by_this_task", "held_by_this_thread", "innermost", "permits"]
-
-
-UNUSED = object()
-"""The outcome of a call that gave its place up, be it before or after it was admitted."""
+__all__ = [
+    "Permit",
+    "Place",
+    "TaskPermit",
+    "hand_over",
+    "held_by_this_task",
+    "held_by_this_thread",
+    "innermost",
+    "permits",
+]
 
 
 class Place(Protocol):
     """What a permit gives itself back to."""
 
-    epoch: int
-
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
-        """Take back the place of a call that has ended, or has given up waiting."""
+        """Take back the place of a call that has ended."""
+        ...
+
+    def give_up(self, permit: Permit) -> None:
+        """Take back the place of a call that will never start, be it waiting still or admitted already."""
         ...
 
 
@@ -35,16 +43,16 @@ class Permit:
     """One call's place at a limiter, from the moment it asks until it has ended."""
 
     __slots__ = (
+        "__weakref__",
         "ahead",
         "at",
         "blocks",
         "cost",
         "ended",
-        "epoch",
         "loop",
-        "outcome",
         "outer",
         "place",
+        "queue",
         "ready",
         "since",
         "slots",
@@ -57,16 +65,15 @@ class Permit:
     ended: bool
 
     at: float | None
-    """When it was admitted; None while it waits."""
-
-    outcome: object
-    """What the limiter learned from how the call ended; None if it ended well."""
+    """When it was admitted; None while it waits, and when its place has been taken back."""
 
     token: Token[Permit | None]
 
     # Only a call that has to wait has these:
     since: float
     ahead: int
+    queue: deque[Permit] | None
+    """Where it waits; None when it does so no longer."""
     blocks: tuple[Permit, ...]
     timer: Timer | None
     loop: AbstractEventLoop | None
@@ -75,18 +82,15 @@ class Permit:
 
     def __init__(self, place: Place, cost: float, slots: int) -> None:
         self.place: Place = place
-        self.epoch: int = place.epoch  # a forked child has others
         self.cost: float = cost
         self.slots: int = slots
-        outer = innermost.get()
-        while outer is not None and outer.ended:
-            outer = outer.outer
-        self.outer: Permit | None = outer
-        self.thread: int = get_ident()
+        self.outer: Permit | None = innermost.get()
+        self.thread: int = get_ident()  # in which it goes on; 0 if that is not known
         self.ended: bool = False
-        self.outcome = None
+        if self.outer is not None:
+            self.skip_ended()
 
-    def queue_up(self, since: float, ahead: int) -> None:
+    def queue_up(self, queue: deque[Permit], since: float, ahead: int) -> None:
         """Begin to wait, behind so many others."""
         self.at = None
         self.since = since
@@ -95,6 +99,8 @@ class Permit:
         self.timer = None
         self.loop = None
         self.ready = None
+        self.queue = queue
+        queue.append(self)
 
     def begin(self) -> None:
         """Run this context under the permit from now on."""
@@ -106,11 +112,15 @@ class Permit:
             innermost.reset(self.token)
         except (ValueError, RuntimeError):
             self.step_out()
-        if not self.ended:
-            self.end(error)
+        if not self.ended:  # `end()`, without a call
+            self.ended = True
+            if self.outer is not None:
+                self.skip_ended()
+            self.place.give_back(self, error)
 
     def step_out(self) -> None:
         """Leave the context of the call, which goes on elsewhere and ends there."""
+        self.thread = 0
         if innermost.get() is self:
             innermost.set(self.outer)
 
@@ -118,21 +128,33 @@ class Permit:
         """End the call, from any thread and any context, a finalizer's included; only the first time counts."""
         if not self.ended:
             self.ended = True
-            while self.outer is not None and self.outer.ended:  # or a chain of tasks would keep all of its permits
-                self.outer: Permit | None = self.outer.outer
+            if self.outer is not None:
+                self.skip_ended()
             self.place.give_back(self, error)
+
+    def skip_ended(self) -> None:
+        """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""
+        while self.outer is not None and self.outer.ended:
+            self.outer: Permit | None = self.outer.outer
 
     def give_up(self) -> None:
         """Give the place back without having used it, be it waiting still or admitted already."""
         if self.timer is not None:
             self.timer.cancel()
-        self.outcome = UNUSED
-        self.end()
+        if not self.ended:
+            self.ended = True
+            self.place.give_up(self)
 
     def move_to_this_thread(self) -> None:
         """Note that the call now runs in this thread, in a context of its own."""
         self.thread = get_ident()
         self.begin()
+
+
+class TaskPermit(Permit):
+    """The permit of a call in a task, which goes on and ends in its event loop's thread, unless it steps out."""
+
+    __slots__ = ()
 
 
 def permits() -> Iterator[Permit]:

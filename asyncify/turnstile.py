@@ -15,7 +15,7 @@ import threading
 import weakref
 from _thread import allocate_lock
 from asyncio import _get_running_loop, get_running_loop
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,18 @@ from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.meter import Limits, Meter
-from asyncify.permits import UNUSED, Permit, held_by_this_task, held_by_this_thread, innermost, permits
+from asyncify.permits import Permit, TaskPermit, held_by_this_task, held_by_this_thread, innermost, permits
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
 
 RECENT = 1000
 """Admissions whose waiting times are kept."""
+
+_ABANDONED = 64
+"""Places in a queue that may be left empty before it is looked at whether they are most of it."""
+
+_UNUSED = object()
+"""The outcome of a call that never started, be it that it gave up before or after it was admitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,6 @@ class Turnstile:
         self._adaptive = adaptive
         self.timeout = timeout
         self.name = name
-        self.epoch: int = 0
         self._clock = clock
         self._now = clock.now
         self._admitted: int = 0
@@ -71,21 +76,27 @@ class Turnstile:
     def _begin(self) -> None:
         """Start with nobody inside and nobody waiting."""
         self._lock = threading.Lock()
-        self._queue: OrderedDict[Permit, None] = OrderedDict()
-        self._rate_only: OrderedDict[Permit, None] = OrderedDict()  # those of the queue who need no slot
-        self._departed: deque[Permit] = deque()
+        self._queue: deque[Permit] = deque()  # the first of it waits; behind it may be some who have left
+        self._abandoned: int = 0  # how many these are
+        self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
+        self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
+        self._must_look = False  # something has changed since the queue was last looked at
         self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
+        self._robbed: weakref.WeakSet[Permit] = weakref.WeakSet()  # calls inside whose slots others have given back
         self._timer: Timer | None = None
         self._is_certain = True  # that a permit which looks held is held
 
     def after_fork(self) -> None:
         """Keep, in a forked child, only the calls that the forking thread is inside of."""
-        self.epoch += 1
         self._begin()
-        mine = [permit for permit in permits() if permit.place is self]
-        for permit in mine:
-            permit.epoch = self.epoch
-        self._meter.in_flight = sum(permit.slots for permit in mine)
+        self._meter.inside.clear()
+        for permit in permits():
+            if permit.place is self and permit.slots:
+                self._meter.inside.add(permit)
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._queue) - self._abandoned
 
     # --- entering ---
 
@@ -102,13 +113,14 @@ class Turnstile:
             except BaseException:
                 permit.give_up()
                 raise
-            self._check_in_time(permit)
-        permit.begin()
+            if permit.timer is not None or permit.at is None:
+                self._check_in_time(permit)
+        permit.token = innermost.set(permit)  # `begin()`, without a call
         return permit
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
-        permit = Permit(self, cost, slots)
+        permit = TaskPermit(self, cost, slots)
         if not self._admit(permit):
             permit.loop = loop = get_running_loop()
             permit.ready = ready = loop.create_future()
@@ -118,8 +130,9 @@ class Turnstile:
             except BaseException:
                 permit.give_up()
                 raise
-            self._check_in_time(permit)
-        permit.begin()
+            if permit.timer is not None or permit.at is None:
+                self._check_in_time(permit)
+        permit.token = innermost.set(permit)  # `begin()`, without a call
         return permit
 
     def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
@@ -127,24 +140,30 @@ class Turnstile:
         lock = self._lock
         lock.acquire()  # not `with`, which takes twice as long
         try:
-            now = self._now()
-            while self._departed:
-                self._take_back(self._departed.popleft(), now)
+            now, at = self._now(), 0.0
+            if self._departed:
+                self._take_back(now)
             if not self._queue or self._may_pass(permit):
-                at = self._meter.admit(now, permit.cost, now, permit.slots)
+                at = self._meter.admit(now, permit.cost, now, permit if permit.slots else None)
                 if not at:
                     permit.at = now
                     self._admitted += 1
                     return True
-                check_affordable(permit.cost, self._meter.limits, self._title())
                 if queue:
                     self._call_back_at(at)
+            if permit.cost > self._meter.largest_cost:
+                check_affordable(permit.cost, self._meter.limits, self._title())
             if queue:
-                permit.queue_up(now, len(self._queue))
-                self._enqueue(permit)
+                permit.queue_up(self._queue, now, self._waiting)
+                if not permit.slots:
+                    self._rate_only.append(permit)
+                if at == math.inf and (self._departed or not self._meter.is_full):
+                    self._must_look = True  # somebody left after the slot was asked for, and saw no queue
             return False
         finally:
             lock.release()
+            if self._must_look:
+                self._settle()
 
     def _may_pass(self, permit: Permit) -> bool:
         """Whether all who are ahead wait for a slot, and this call, which may be inside already, needs none."""
@@ -155,19 +174,30 @@ class Turnstile:
 
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
         """
-        blocks = tuple({other for other in held if other.place is self and other.slots})
+        blocks = {other for other in held if other.place is self and other.slots}
+        frozen = self._frozen_by(permit) - blocks
+        blocks |= frozen
+        if not blocks:
+            return
+        doomed = False
         with self._lock:
-            if not blocks or permit not in self._queue or not self._is_certain:
-                return
-            inside = {other for other in (*self._blocked, *blocks) if not other.ended}
-            doomed = len(inside) >= (self._meter.limits.limit or math.inf)
-            self._rejected += doomed
-            if timeout is None:
-                permit.blocks = blocks
-                self._blocked.update(blocks)
+            if permit.queue is self._queue and self._is_certain:
+                inside = {other for other in (*self._blocked, *blocks) if not other.ended}
+                doomed = len(inside) >= (self._meter.limits.limit or math.inf)
+                self._rejected += doomed
+                if timeout is None:
+                    permit.blocks = tuple(blocks)
+                    self._blocked.update(blocks)
         self._settle()
         if doomed:
-            raise DeadlockError(self._deadlock_message())
+            raise DeadlockError(self._deadlock_message(frozen=bool(frozen)))
+
+    def _frozen_by(self, permit: Permit) -> set[Permit]:
+        """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
+        if permit.loop is not None or _get_running_loop() is None:
+            return set()
+        inside = tuple(self._meter.inside)
+        return {other for other in inside if other.thread == permit.thread and isinstance(other, TaskPermit)}
 
     def _must_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> bool:
         """Look after a call that has been queued and can be woken now; False if it was admitted meanwhile.
@@ -176,10 +206,8 @@ class Turnstile:
         the other.
         """
         timeout = self.timeout if timeout is None else timeout
-        if permit.outer is not None and permit.slots:
+        if permit.slots and (permit.outer is not None or permit.loop is None):
             self._check_certain_end(permit, held(), timeout)
-        if self._departed:
-            self._settle()
         if permit.at is None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         return permit.at is None
@@ -187,7 +215,7 @@ class Turnstile:
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
         with self._lock:
-            late = permit in self._queue
+            late = permit.queue is self._queue
             if late:
                 self._turn_away(permit)  # at once, as it might be admitted when the lock is free
         if late:
@@ -208,17 +236,19 @@ class Turnstile:
 
     def _pump(self, now: float) -> list[Permit]:
         """Admit from the front while the meter allows; return those who must be woken."""
-        queue = self._queue
+        queue, meter = self._queue, self._meter
         granted: list[Permit] = []
         while queue:
-            permit = next(iter(queue))
-            at = self._meter.admit(now, permit.cost, permit.since, permit.slots)
-            if at == math.inf and self._rate_only:  # who needs no slot passes those who wait for one
-                permit = next(iter(self._rate_only))
-                at = self._meter.admit(now, permit.cost, permit.since, permit.slots)
+            permit = queue[0]
+            at = meter.admit(now, permit.cost, permit.since, permit if permit.slots else None)
             if at:
-                self._call_back_at(at)
-                break
+                if at < math.inf or not self._rate_only:
+                    self._call_back_at(at)
+                    break
+                permit = self._rate_only[0]  # who needs no slot passes those who wait for one
+                if at := meter.admit(now, permit.cost, permit.since):
+                    self._call_back_at(at)
+                    break
             self._dequeue(permit)
             permit.at = now
             self._admitted += 1
@@ -226,19 +256,34 @@ class Turnstile:
             granted.append(permit)
         return granted
 
-    def _enqueue(self, permit: Permit) -> None:
-        self._queue[permit] = None
-        if not permit.slots:
-            self._rate_only[permit] = None
-
     def _dequeue(self, permit: Permit) -> None:
-        del self._queue[permit]
+        """Take a waiter out. Unless it is the first, its place is left empty: until it is, or until most are."""
+        queue = self._queue
+        permit.queue = None
+        if permit is queue[0]:
+            queue.popleft()
+            while queue and queue[0].queue is None:
+                queue.popleft()
+                self._abandoned -= 1
+        else:
+            self._abandoned += 1
+            if self._abandoned > _ABANDONED and 2 * self._abandoned > len(queue):
+                self._close_up()
         if not permit.slots:
-            del self._rate_only[permit]
+            while self._rate_only and self._rate_only[0].queue is None:
+                self._rate_only.popleft()
         for other in permit.blocks:
             self._blocked[other] -= 1
             if not self._blocked[other]:
                 del self._blocked[other]
+
+    def _close_up(self) -> None:
+        """Drop the empty places; as they must become most of the queue in between, a waiter pays O(1) for it."""
+        for queue in (self._queue, self._rate_only):
+            waiting = [permit for permit in queue if permit.queue is not None]
+            queue.clear()
+            queue.extend(waiting)
+        self._abandoned = 0
 
     def _turn_away(self, permit: Permit) -> None:
         self._dequeue(permit)
@@ -252,55 +297,73 @@ class Turnstile:
             self._timer.cancel()
         self._timer = self._clock.call_at(at, self._tick)
 
-    def _take_back(self, permit: Permit, now: float) -> None:
-        """Take back the place of a call that has ended or given up, and learn from how it ended."""
-        if permit.epoch != self.epoch:
-            return  # it belongs to the process that this one was forked from
-        if permit.at is None:
-            if permit in self._queue:
-                self._dequeue(permit)
-            return
-        if permit.outcome is not None or (self._adaptive is not None and permit.slots):
-            self._learn(permit, permit.at, now)
-        if permit.slots:
-            self._meter.release(now)
-        permit.at = None  # two threads may have given it up at the same moment; it is taken back once
+    def _take_back(self, now: float) -> None:
+        """Take back the places of those who left something to learn from, and learn it."""
+        while self._departed:
+            permit, outcome = self._departed.popleft()
+            if permit.at is None:
+                if outcome is _UNUSED and permit.queue is self._queue:
+                    self._dequeue(permit)
+                continue
+            self._learn(permit, outcome, permit.at, now)
+            if permit.slots and not self._meter.release(permit) and permit in self._robbed:
+                self._rob(permit)
+            permit.at = None  # two threads may have given it up at the same moment; it is taken back once
 
-    def _learn(self, permit: Permit, at: float, now: float) -> None:
-        outcome = permit.outcome
-        if outcome is UNUSED:
+    def _rob(self, permit: Permit) -> None:
+        """Give back the slot of some other call, as this call's own is gone; that other will do the same."""
+        self._robbed.discard(permit)
+        for other in tuple(self._meter.inside):
+            self._robbed.add(other)  # before its slot is taken, or it could leave without being seen
+            if self._meter.release(other):
+                return
+            self._robbed.discard(other)
+
+    def _learn(self, permit: Permit, outcome: object, at: float, now: float) -> None:
+        if outcome is _UNUSED:
             self._meter.correct(at, -permit.cost)
             return
         if isinstance(outcome, _Failure) and outcome.pause is not None:
             self._meter.pause(now + outcome.pause)
-        if self._adaptive is not None and self._adapt(self._adaptive, outcome, at, now):
+        if self._adaptive is not None and permit.slots and self._adapt(self._adaptive, outcome, at, now):
             self._meter.configure(dataclasses.replace(self._meter.limits, limit=self._adaptive.limit))
 
     def _adapt(self, adaptive: AdaptiveLimit, outcome: object, at: float, now: float) -> bool:
-        in_flight = self._meter.in_flight
+        in_flight = len(self._meter.inside)
         if isinstance(outcome, _Failure):
-            return outcome.congested and adaptive.failed(now, at, in_flight)
+            return outcome.congested and adaptive.failed(now, at, in_flight, outcome.pause or 0.0)
         return adaptive.succeeded(now, in_flight)
 
     # --- leaving, and being woken; called without the lock ---
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
-        """Take back the place of a call that has ended or given up; `error` is what it raised.
+        """Take back the place of a call that has ended; `error` is what it raised.
 
         A finalizer may end a call in the middle of anything, in a thread that holds the lock just then. So nobody
-        who leaves waits for the lock: whoever holds it looks at `_departed` after letting go. And if nobody waits
-        for the place, it is taken back when the next call comes.
+        who leaves waits for the lock: whoever holds it looks at the queue once more after letting go.
         """
-        if error is None:
-            self._departed.append(permit)
-            if self._queue:
-                self._settle()
-            return
+        if error is None and self._adaptive is None:
+            try:
+                if permit.slots:
+                    self._meter.inside.remove(permit)  # `release()`, without a call
+            except KeyError:
+                pass  # somebody else has given its slot back
+            else:
+                if self._queue:
+                    self._settle()
+                return
+        outcome: object = None
         try:
-            permit.outcome = self._judge(error)
+            outcome = None if error is None else self._judge(error)
         finally:
-            self._departed.append(permit)
-            self._settle()
+            self._departed.append((permit, outcome))
+            if error is not None or self._queue:
+                self._settle()
+
+    def give_up(self, permit: Permit) -> None:
+        """Take back the place of a call that will never start, be it waiting still or admitted already."""
+        self._departed.append((permit, _UNUSED))
+        self._settle()
 
     def _judge(self, error: BaseException) -> _Failure:
         congestion = congestion_of(error)
@@ -312,18 +375,21 @@ class Turnstile:
     def _settle(self, *, wait: bool = False) -> None:
         """Take back the places of all who left, and admit the next.
 
-        Without `wait` it does nothing if another holds the lock, for that one will look at `_departed` next.
+        Without `wait` it does nothing if another holds the lock, for that one will look next.
         """
+        self._must_look = True
         while self._lock.acquire(wait):
             try:
+                self._must_look = False
                 now = self._now()
-                while self._departed:
-                    self._take_back(self._departed.popleft(), now)
+                if self._departed:
+                    self._take_back(now)
                 granted = self._pump(now)
             finally:
                 self._lock.release()
-            self._wake(granted)
-            if not self._departed:
+            if granted:
+                self._wake(granted)
+            if not self._must_look:
                 return
 
     def _tick(self) -> None:
@@ -331,23 +397,24 @@ class Turnstile:
             self._timer = None
         self._settle(wait=True)
 
-    def _wake(self, granted: list[Permit]) -> None:
-        here = _get_running_loop() if granted else None
-        for permit in granted:
+    def _wake(self, permits: list[Permit]) -> None:
+        here = _get_running_loop()
+        for permit in permits:
             ready = permit.ready
             if ready is None:
                 continue  # it has not begun to wait, and will see that it is admitted
             if permit.loop is None:
                 ready.release()
             elif permit.loop is here:
-                _set_done(ready)
+                if not ready.done():
+                    ready.set_result(None)
             else:
                 try:
                     permit.loop.call_soon_threadsafe(_set_done, ready)
                 except RuntimeError:  # the event loop is closed: nobody is left to start this call
-                    permit.outcome = UNUSED
                     permit.ended = True
-                    self._departed.append(permit)  # the caller settles; to settle here would nest, once a waiter
+                    self._departed.append((permit, _UNUSED))
+                    self._must_look = True  # the caller settles; to settle here would nest, once a waiter
 
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
@@ -359,11 +426,16 @@ class Turnstile:
     def _title(self) -> str:
         return f"limiter {self.name}" if self.name else "limiter"
 
-    def _deadlock_message(self) -> str:
+    def _deadlock_message(self, *, frozen: bool) -> str:
+        slots = f"{self._title()}: all {self._meter.limits.limit} slots are held by calls that"
+        if frozen:
+            return (
+                f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
+                "On an event loop, await the async side: ainvoke or acall."
+            )
         return (
-            f"{self._title()}: all {self._meter.limits.limit} slots are held by calls that wait for a slot of this "
-            "very limiter, so none can ever come free. Give the inner function a limiter of its own, or call its "
-            "unlimited .func or .afunc."
+            f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "
+            "limiter of its own, or call its unlimited .func or .afunc."
         )
 
 

@@ -1,12 +1,12 @@
 """An adaptive limit against the market server, over sockets: how near it comes to a capacity that changes.
 
 The server is `examples/market_server.py`, in a process of its own: it answers in 0.33 s, and refuses with HTTP 429
-what it can't serve at once. It says nothing of how long to wait, as a server can't know when a place comes free; with
-`Retry-After: 1`, which pauses all calls for a second, each try above the capacity would cost that second. 100 tasks
-send calls for as long as the run takes, by a function whose only limit is `Adaptive(min=1, max=100)`, which starts at
-1. The server's capacity changes twice. All figures are of one run; those of the throughput leave out its first 10 s
-and the first 10 s after each change. What the server can answer is its capacity over the time that an answer took on
-average, which on a busy machine is more than 0.33 s.
+what it can't serve at once. It says nothing of how long to wait, as a server can't know when a place comes free; a
+`Retry-After: 1` would pause all calls for a second at each try above the capacity. 100 tasks send calls for as long as
+the run takes, by a function whose only limit is `Adaptive(min=1, max=100)`, which starts at 1. The server's capacity
+changes twice. All figures are of one run; those of the throughput leave out its first 10 s and the first 10 s after
+each change. What the server can answer is its capacity over the time that an answer took on average, which on a busy
+machine is more than 0.33 s.
 """
 
 import asyncio

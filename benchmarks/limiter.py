@@ -85,17 +85,23 @@ def uncontended() -> Case:
 
 async def admission(make: Callable[[], Gate], waiting: int) -> float:
     """Return the seconds that one of so many tasks takes from its first step, through a single slot, to its end."""
-    gate = make()
+    gate, free = make(), asyncio.Event()
+
+    async def hold() -> None:
+        async with gate:
+            await free.wait()
 
     async def call() -> None:
         async with gate:
             pass
 
-    async with gate:
-        start = time.perf_counter()
-        tasks = [asyncio.create_task(call()) for _ in range(waiting)]
-        await asyncio.sleep(0)  # all of them come and wait
-    await asyncio.gather(*tasks)
+    holder = asyncio.create_task(hold())
+    await asyncio.sleep(0)  # it is inside
+    start = time.perf_counter()
+    tasks = [asyncio.create_task(call()) for _ in range(waiting)]
+    await asyncio.sleep(0)  # all of them come and wait
+    free.set()
+    await asyncio.gather(holder, *tasks)
     return (time.perf_counter() - start) / waiting
 
 

@@ -1,7 +1,10 @@
 """A pair that waits for itself: told when it is certain, through every way that a pair can call a pair."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -158,3 +161,88 @@ async def test_calls_that_are_gathered_are_no_proof() -> None:
 
     assert limiter.stats().in_flight == 0
     assert limiter.stats().waiting == 0
+
+
+class _Crowded:
+    """Two slots, and calls that hold them until they are told to go: on the event loop, in threads, in an executor."""
+
+    def __init__(self) -> None:
+        self.limiter = Limiter(limit=2, name="crowded")
+        self.may_go = threading.Event()
+
+        async def arun(word: str) -> str:
+            while not self.may_go.is_set():  # noqa: ASYNC110  (another thread may set it)
+                await asyncio.sleep(0.001)
+            return word
+
+        def run(word: str) -> str:
+            self.may_go.wait(SAFETY_NET)
+            return word
+
+        def pass_on(word: str) -> str:
+            return word
+
+        limited = concurrency(limiter=self.limiter)
+        self.on_the_loop: Any = limited(arun)
+        self.in_threads: Any = limited(run)
+        self.executor = ThreadPoolExecutor(2)
+        self.by_an_executor: Any = limited(dual(run, name="by_an_executor", bridge=self.executor))
+        self.quick: Any = limited(pass_on)
+
+    async def fill(self, *pairs: Any) -> list[asyncio.Task[str]]:
+        """Let one call of each take a slot."""
+        tasks = [asyncio.create_task(pair.acall("a")) for pair in pairs]
+        while self.limiter.stats().in_flight < len(pairs):  # noqa: ASYNC110  (a limiter sets no event)
+            await asyncio.sleep(0)
+        return tasks
+
+
+async def test_an_invoke_that_holds_up_all_who_are_inside_is_told() -> None:
+    """A sync call on the event loop, whose tasks hold all slots, would wait for ever: not one of them can go on."""
+    crowd = _Crowded()
+    tasks = await crowd.fill(crowd.on_the_loop, crowd.on_the_loop)
+    with pytest.raises(DeadlockError, match=r"crowded: all 2 slots .* await the async side: ainvoke or acall\.$"):
+        crowd.quick.invoke("b")
+    crowd.may_go.set()
+
+    assert await asyncio.gather(*tasks) == ["a", "a"]
+    assert crowd.limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("elsewhere", ["in_threads", "by_an_executor"])
+async def test_an_invoke_on_an_event_loop_waits_for_those_who_are_elsewhere(elsewhere: str) -> None:
+    """What runs in a thread goes on while the event loop is held, so its slot comes free."""
+    crowd = _Crowded()
+    tasks = await crowd.fill(crowd.on_the_loop, getattr(crowd, elsewhere))
+
+    def let_go() -> None:
+        while not crowd.limiter.stats().waiting:
+            time.sleep(0.001)
+        crowd.may_go.set()
+
+    other = threading.Thread(target=let_go)
+    other.start()
+    assert crowd.quick.invoke("b") == "b"
+    other.join()
+    assert await asyncio.gather(*tasks) == ["a", "a"]
+    crowd.executor.shutdown()
+
+
+async def test_an_invoke_on_another_event_loop_is_no_proof() -> None:
+    """Tasks of a loop in another thread go on, whatever this one does."""
+    crowd = _Crowded()
+    other = threading.Thread(target=lambda: asyncio.run(fill_and_wait()))
+
+    async def fill_and_wait() -> None:
+        tasks = await crowd.fill(crowd.on_the_loop, crowd.on_the_loop)
+        while not crowd.limiter.stats().waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        crowd.may_go.set()
+        await asyncio.gather(*tasks)
+
+    other.start()
+    while crowd.limiter.stats().in_flight < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+    assert crowd.quick.invoke("b") == "b"
+    other.join()

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -17,6 +18,7 @@ from langchain_core.messages import AIMessage
 from asyncify.adaptive import Adaptive
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.limiter import Limiter, LimiterStats
+from asyncify.permits import Permit
 from asyncify.testing import FakeClock
 
 SAFETY_NET = 30  # seconds after which a wait that should have ended is a failure
@@ -136,14 +138,14 @@ class Crowd:
 
     async def disperse(self) -> None:
         """Let everybody go, and see that nothing is left behind."""
-        for _ in range(10_000):
+
+        def are_gone() -> bool:
             for call in self.calls:
                 call.finish()
-            if all(call.over for call in self.calls):
-                break
-            self.clock.advance(1)
-            await asyncio.sleep(0)
-        await until(lambda: all(call.over for call in self.calls))
+            self.clock.advance(100)  # each time: a thread may be slow to end, and the next call waits for the pace
+            return all(call.over for call in self.calls)
+
+        await until(are_gone)
         stats = self.limiter.stats()
         assert (stats.in_flight, stats.waiting) == (0, 0)
 
@@ -333,6 +335,15 @@ class TestRates:
         assert isinstance(call.error, ValueError)
         assert str(call.error) == "limiter tokens: a cost of 21 can never be admitted, as the limit is 20 per minute"
         assert limiter.stats().waiting == 0
+
+    async def test_it_is_told_behind_a_queue_too(self, crowd: Crowd) -> None:
+        """It does not wait for its turn, which would hold up everybody behind it."""
+        limiter = crowd.limiter_of(per_minute=20)
+        await crowd.come_all("ab")
+        call = await crowd.come(cost=21)
+
+        assert isinstance(call.error, ValueError)
+        assert limiter.stats().waiting == 1
 
 
 class TestOrder:
@@ -1287,8 +1298,51 @@ class TestLeftElsewhere:
             with pytest.raises(LimitTimeout):
                 await limiter.aenter()
 
+    async def test_each_exit_gives_one_slot_back(self) -> None:
+        """The exit does not tell whose slot it is. The numbers are right all the same, whoever leaves next."""
+        limiter = Limiter(limit=5)
+        inside = [await asyncio.create_task(limiter.aenter()) for _ in range(5)]
+        free: list[int] = []
+        for leave in (0, None, 1, 2, None):
+            if leave is None:
+                await asyncio.create_task(limiter.__aexit__(None, None, None), context=contextvars.Context())
+            else:
+                inside[leave].leave()
+            free.append(5 - limiter.stats().in_flight)
+
+        assert free == [1, 2, 3, 4, 5]
+
+    async def test_who_left_is_not_counted_twice(self) -> None:
+        """A call that ends when its slot has been given back for it frees another's, and only once."""
+        limiter = Limiter(limit=3)
+        inside = [await asyncio.create_task(limiter.aenter()) for _ in range(3)]
+        await asyncio.create_task(limiter.__aexit__(None, None, None), context=contextvars.Context())
+        for permit in (inside[0], inside[0], inside[1], inside[1]):
+            permit.leave()
+
+        assert limiter.stats().in_flight == 0
+
 
 class TestMemory:
+    async def test_those_who_gave_up_are_forgotten(self) -> None:
+        """Also from the middle of a queue whose first still waits."""
+        limiter = Limiter(limit=1)
+        permit = await limiter.aenter()
+        waiting = [asyncio.create_task(limiter.aenter(), context=contextvars.Context()) for _ in range(2000)]
+        await until(lambda: limiter.stats().waiting == 2000)
+        seen = weakref.WeakSet(permit for permit in gc.get_objects() if isinstance(permit, Permit))
+        for task in waiting[1:-1]:
+            task.cancel()
+        await asyncio.wait(waiting[1:-1])
+        del waiting[1:-1]
+        gc.collect()
+
+        assert limiter.stats().waiting == 2
+        assert len(seen) < 200
+        permit.leave()
+        (await waiting[0]).leave()
+        (await waiting[1]).leave()
+
     async def test_a_chain_of_tasks_keeps_no_chain_of_permits(self) -> None:
         """A task that starts the next one from inside its call does not keep all calls before it alive."""
         limiter = Limiter(limit=2)

@@ -30,16 +30,16 @@ def run(
     starts = []
     now = start
     while now < until:
-        at = meter.admit(now, cost, start)
+        at = meter.admit(now, cost, start, "the only one")
         if at:
             now = at + late()
         else:
             starts.append(now)
-            meter.release(now)
+            meter.release("the only one")
     return starts
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiter:
     cost: float
     slots: int
@@ -50,9 +50,12 @@ class Waiter:
 class Call:
     number: int
     at: float
-    cost: float
-    slots: int
+    waiter: Waiter
     running: bool = True
+
+    @property
+    def cost(self) -> float:
+        return self.waiter.cost
 
 
 class Model:
@@ -74,7 +77,7 @@ class Model:
         return self.meter.limits
 
     def in_flight(self) -> int:
-        return sum(call.slots for call in self.calls if call.running)
+        return sum(call.waiter.slots for call in self.calls if call.running)
 
     def spent(self, rate: Rate, now: float) -> float:
         """Return what has been spent in the window that ends at `now`, added up call by call."""
@@ -97,7 +100,7 @@ class Model:
             if waiter.cost > self.limits.largest_cost:
                 self.queue.popleft()  # a limiter turns it away
                 continue
-            at = self.meter.admit(self.now, waiter.cost, waiter.since, waiter.slots)
+            at = self.meter.admit(self.now, waiter.cost, waiter.since, waiter if waiter.slots else None)
             if at:
                 self.check_refusal(waiter, at)
                 return at
@@ -106,10 +109,10 @@ class Model:
         return math.inf
 
     def check_admission(self, waiter: Waiter) -> None:
-        call = Call(next(self.numbers), self.now, waiter.cost, waiter.slots)
+        call = Call(next(self.numbers), self.now, waiter)
         self.calls.append(call)
         assert self.now >= self.paused_until
-        assert self.meter.in_flight == self.in_flight()
+        assert len(self.meter.inside) == self.in_flight()
         if self.limits.limit is not None and waiter.slots:
             assert self.in_flight() <= self.limits.limit
         for rate in self.limits.rates:
@@ -156,8 +159,7 @@ class Model:
         if running := [call for call in self.calls if call.running]:
             call = running[number % len(running)]
             call.running = False
-            if call.slots:
-                self.meter.release(self.now)
+            assert self.meter.release(call.waiter) == bool(call.waiter.slots)
             self.pump()
 
     def never_started(self, number: int) -> None:
@@ -167,8 +169,7 @@ class Model:
             self.even_since -= self.calls.index(call) < self.even_since
             self.calls.remove(call)
             self.meter.correct(call.at, -call.cost)
-            if call.slots:
-                self.meter.release(self.now)
+            assert self.meter.release(call.waiter) == bool(call.waiter.slots)
             self.pump()
 
     def resize(self, new: Limits) -> None:
@@ -235,7 +236,7 @@ def test_no_sequence_of_events_breaks_a_promise(first: Limits, events: list[tupl
     for event, *arguments in events:
         event(model, *arguments)
 
-    assert model.meter.in_flight == model.in_flight()
+    assert len(model.meter.inside) == model.in_flight()
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -249,7 +250,7 @@ def test_everybody_who_waits_comes_in_the_end(first: Limits, events: list[tuple[
         model.finish(0)
         model.pass_punctually(3600.0)
 
-    assert model.meter.in_flight == 0
+    assert not model.meter.inside
 
 
 def test_what_rounding_leaves_costs_no_wait() -> None:
@@ -313,9 +314,9 @@ class TestPace:
     def test_waiting_for_a_slot_is_no_lateness(self) -> None:
         """Calls that waited for one slot start evenly once it is free, with nothing to make up for."""
         meter = Meter(limits(limit=1, per_second=10))
-        meter.admit(0, 1, 0)
-        assert math.isinf(meter.admit(0.5, 1, 0))
-        meter.release(1.0)
+        meter.admit(0, 1, 0, "first")
+        assert math.isinf(meter.admit(0.5, 1, 0, "second"))
+        meter.release("first")
 
         assert run(meter, until=1.35, start=1.0) == pytest.approx([1.0, 1.1, 1.2, 1.3])
 
@@ -552,29 +553,38 @@ class TestSlots:
     def test_a_full_meter_says_never(self) -> None:
         """Without a free slot no moment can be named; a slot given back opens it."""
         meter = Meter(limits(limit=2))
-        assert [meter.admit(0, 1, 0) for _ in range(3)] == [0, 0, math.inf]
-        meter.release(1)
+        assert [meter.admit(0, 1, 0, call) for call in "abc"] == [0, 0, math.inf]
+        meter.release("a")
 
-        assert meter.admit(1, 1, 0) == 0
-        assert meter.in_flight == 2
+        assert meter.admit(1, 1, 0, "c") == 0
+        assert meter.inside == {"b", "c"}
+
+    def test_a_slot_is_given_back_once(self) -> None:
+        """Who holds none, or has given it back, frees none."""
+        meter = Meter(limits(limit=2))
+        meter.admit(0, 1, 0, "a")
+        meter.admit(0, 1, 0, "b")
+
+        assert [meter.release(call) for call in "aac"] == [True, False, False]
+        assert meter.inside == {"b"}
 
     def test_the_rate_alone_needs_no_slot(self) -> None:
         """A call without a slot is admitted by a full meter and takes none."""
         meter = Meter(limits(limit=1, per_second=10))
-        meter.admit(0, 1, 0)
+        meter.admit(0, 1, 0, "a")
 
-        assert meter.admit(0.1, 1, 0.1, 0) == 0
-        assert meter.in_flight == 1
+        assert meter.admit(0.1, 1, 0.1) == 0
+        assert meter.inside == {"a"}
 
     def test_a_refused_call_costs_nothing(self) -> None:
         """To be asked is not to be charged."""
         meter = Meter(limits(limit=1, per_second=2, burst=2))
-        meter.admit(0, 1, 0)
+        meter.admit(0, 1, 0, "a")
         for _ in range(10):
-            meter.admit(0, 1, 0)
-        meter.release(0)
+            meter.admit(0, 1, 0, "b")
+        meter.release("a")
 
-        assert meter.admit(0, 1, 0) == 0
+        assert meter.admit(0, 1, 0, "b") == 0
 
 
 class TestPause:
@@ -599,9 +609,9 @@ class TestIdle:
     def test_a_call_inside_is_not_idle(self) -> None:
         """A meter is idle only when its slots are free."""
         meter = Meter(limits(limit=3))
-        meter.admit(0, 1, 0)
+        meter.admit(0, 1, 0, "a")
         assert not meter.is_idle(100)
-        meter.release(100)
+        meter.release("a")
 
         assert meter.is_idle(100)
 
@@ -616,7 +626,7 @@ class TestIdle:
     def test_a_call_that_still_counts_is_not_idle(self, amounts: dict[str, Any], idle_at: float) -> None:
         """A meter is idle when a new one would decide the same: when all windows are empty."""
         meter = Meter(limits(**amounts))
-        meter.admit(0, 1, 0, 0)
+        meter.admit(0, 1, 0)
 
         assert not meter.is_idle(idle_at - 0.001)
         assert meter.is_idle(idle_at)
@@ -624,7 +634,7 @@ class TestIdle:
     def test_a_debt_to_the_pace_is_not_idle(self) -> None:
         """A cost that was corrected far upwards counts for as long as it delays the next call."""
         meter = Meter(limits(per_second=1))
-        meter.admit(0, 1, 0, 0)
+        meter.admit(0, 1, 0)
         meter.correct(0, 4)
 
         assert not meter.is_idle(4.9)

@@ -3,12 +3,12 @@
 import asyncio
 import contextvars
 import threading
+from collections import deque
 from typing import Any
 
 import pytest
 
 from asyncify.permits import (
-    UNUSED,
     Permit,
     hand_over,
     held_by_this_task,
@@ -21,13 +21,15 @@ from asyncify.permits import (
 class Place:
     """Takes permits back and remembers how."""
 
-    epoch = 0
-
     def __init__(self) -> None:
         self.taken: list[tuple[Permit, BaseException | None]] = []
+        self.given_up: list[Permit] = []
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         self.taken.append((permit, error))
+
+    def give_up(self, permit: Permit) -> None:
+        self.given_up.append(permit)
 
 
 @pytest.fixture
@@ -72,13 +74,13 @@ def test_leaving_goes_back_to_the_permit_around(place: Place) -> None:
 def test_only_the_first_end_counts(place: Place) -> None:
     """However a call ends, and however often, its place is given back once, with the first error."""
     permit = begun(place)
-    permit.queue_up(0.0, 0)
+    permit.queue_up(deque(), 0.0, 0)
     error = ValueError()
     permit.leave(error)
     permit.end()
     permit.give_up()
 
-    assert place.taken == [(permit, error)]
+    assert (place.taken, place.given_up) == ([(permit, error)], [])
 
 
 def test_ending_in_another_context_leaves_that_one_alone(place: Place) -> None:
@@ -100,14 +102,15 @@ def test_stepping_out_goes_on_elsewhere(place: Place) -> None:
     assert place.taken == []
 
 
-def test_giving_up_is_an_outcome(place: Place) -> None:
-    """The limiter learns that the call never started."""
+def test_giving_up_is_told(place: Place) -> None:
+    """The limiter learns that the call never started, once."""
     permit = begun(place)
-    permit.queue_up(0.0, 0)
+    permit.queue_up(deque(), 0.0, 0)
     permit.give_up()
+    permit.give_up()
+    permit.end()
 
-    assert permit.outcome is UNUSED
-    assert place.taken == [(permit, None)]
+    assert (place.taken, place.given_up) == ([], [permit])
 
 
 def test_a_new_permit_keeps_none_that_has_ended(place: Place) -> None:
