@@ -54,14 +54,15 @@ class Items:
         unobserved = self._is_one_for_all and not observed(self._shared)
         self._quiet = self._ours if unobserved and not self._needs_a_run(is_async=False) else None
         self._aquiet = self._ours if unobserved and not self._needs_a_run(is_async=True) else None
-        self._asked = checked_count("max_concurrency", configs[0].get("max_concurrency")) if configs else None
+        asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
+        self._asked = asked[0] if asked else None
         self._context = copy_context()
 
     def call(self, index: int, value: Any) -> Any:
         """Run one input in this thread, in a copy of the context in which this object was made."""
         context = self._context.copy()
         if self._quiet is not None:
-            return context.run(self._quiet.run_unobserved, value, self._shared, self._kwargs)
+            return context.run(self._quiet.run_unobserved, value, self._shared_by(index), self._kwargs)
         return context.run(self._runnable.invoke, value, self._config_of(index), **self._kwargs)
 
     def start(self, index: int, value: Any) -> asyncio.Task[Any]:
@@ -70,11 +71,14 @@ class Items:
 
     def _start(self, index: int, value: Any) -> asyncio.Task[Any]:
         if self._aquiet is not None:
-            return self._aquiet.start_unobserved(value, self._shared, self._kwargs)
+            return self._aquiet.start_unobserved(value, self._shared_by(index), self._kwargs)
         config = self._config_of(index)
         if self._ours is not None and not self._is_one_for_all and self._is_quiet(config):
             return self._ours.start_unobserved(value, config, self._kwargs)
         return asyncio.get_running_loop().create_task(self._runnable.ainvoke(value, config, **self._kwargs))
+
+    def _shared_by(self, index: int) -> RunnableConfig | None:
+        return self._shared and self._config_of(index)
 
     def _is_quiet(self, config: RunnableConfig) -> bool:
         return not self._needs_a_run(is_async=True) and not observed(config)

@@ -1,7 +1,12 @@
 """A file that remembers what a stream has finished, so that no call is paid for twice.
 
-An SQLite file with one row for each input: its key, and its output or else its error. What is recorded is safe from
-the death of the process at once (a write-ahead log); a power cut may lose the last rows, never the file.
+An SQLite file with one row for each call that has ended: the key of its input, and its output or else its error.
+What is recorded is safe from the death of the process at once (a write-ahead log); a power cut may lose the last
+rows, never the file.
+
+Rows are only ever appended. What finds the output of a key is a list of keys beside them, in segments that are each
+sorted by themselves, as in a log-structured merge-tree (P. O'Neil and others, Acta Informatica 33:4, 1996): most keys
+are random, and an index over all of them would be written anew, nearly all of it, with every few thousand rows.
 """
 
 from __future__ import annotations
@@ -9,18 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import secrets
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cache
+from itertools import chain, count
 from os import PathLike
 from typing import Any, Literal, Self
 
 from asyncify.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Codec", "Row", "digest"]
+__all__ = ["Checkpoint", "Codec", "Row", "fingerprint"]
 
 Codec = Literal["json", "pickle"]
 
@@ -31,34 +35,53 @@ _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
 _VERSION = 1
 _BUSY_SECONDS = 60.0
 
-_LOG_ROWS = 20_000
-"""Rows of the table `log` before they are sorted into `items`. Keys are random, so that a row put straight into
-`items` costs a page of its own: a commit of 100 rows took 14 times as long as one to the end of `log`."""
+_SEGMENT_KEYS = 100_000
+"""Keys kept in memory before they are sorted into a segment: some 13 MB."""
+
+_INSERTED_AT_ONCE = 100
+"""Rows of one statement: each has to fetch Python's lock again, from the event loop, so one for each row is dear."""
+
+_DIGEST_BYTES = 16
 
 _WAL_PAGES = 16_000
 """Pages of the write-ahead log before it is worked into the file: with SQLite's own 1,000 it waits for the disk
 16 times as often."""
 
-_FILTER_BITS = 1 << 25
-
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE items (
-    key PRIMARY KEY,         -- the text that key= has given, or a digest of the input
+CREATE TABLE calls (
+    id INTEGER PRIMARY KEY,
+    key NOT NULL,            -- the text that key= has given, or else a short input itself, or a digest of it
     output,                  -- as the codec has it; NULL for a failure
-    error TEXT,              -- of a failure
-    attempts INTEGER NOT NULL,
-    ended REAL NOT NULL      -- seconds since the epoch
+    error TEXT               -- of a failure
+);
+CREATE TABLE segments (segment INTEGER PRIMARY KEY, last_call INTEGER NOT NULL);
+CREATE TABLE finished (
+    segment INTEGER,
+    key,
+    call INTEGER NOT NULL,   -- the id of a call that has an output
+    PRIMARY KEY (segment, key)
 ) WITHOUT ROWID;
-CREATE TABLE log (id INTEGER PRIMARY KEY, key NOT NULL, output, error TEXT, ended REAL NOT NULL);
+CREATE VIEW items AS         -- one row for each input; an output counts for more than a later failure
+SELECT key, output, error, attempts FROM (
+    SELECT key, output, error, count(*) AS attempts, max((error IS NULL) << 62 | id) FROM calls GROUP BY key
+);
 """
 
-# A failure never takes the place of an output, which another process may have recorded meanwhile.
-_MERGE = """
-INSERT INTO items SELECT key, output, error, 1, ended FROM log WHERE true ORDER BY key, id
-ON CONFLICT (key) DO UPDATE
-SET output = excluded.output, error = excluded.error, attempts = attempts + 1, ended = excluded.ended
-WHERE error IS NOT NULL
+_FIND = """
+SELECT output FROM calls WHERE id =
+    (SELECT call FROM finished WHERE key = ? AND segment IN (SELECT segment FROM segments) LIMIT 1)
+"""
+
+_OTHERS = "SELECT key, id FROM calls WHERE id > ? AND id < ? AND error IS NULL"
+
+_INSERT = "INSERT INTO calls (key, output, error) VALUES "
+
+_READ = "SELECT output FROM calls WHERE id = ? AND error IS NULL"
+
+_SORT = """
+INSERT OR IGNORE INTO finished
+SELECT ?, key, id FROM calls WHERE id > ? AND id <= ? AND error IS NULL ORDER BY key
 """
 
 
@@ -78,21 +101,17 @@ class Checkpoint:
     def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec) -> None:
         self.path = path
         self._encode, self._decode = _CODECS[codec]
-        self._writing = threading.Lock()
-        # Rows of this process have ids of their own, next to each other, whatever another process appends.
-        self._next_id = secrets.randbits(30) << 32
         self._recent: dict[str | bytes, int] = {}
-        self._recorded: _Filter | None = None
+        self._sorted = _Filter()
         with self._explained():
             self._reader = self._connect()
             self._writer = self._connect()
             try:
                 self._set_up(runnable, codec)
-                self._merge()
-                if self._reader.execute("SELECT NOT EXISTS (SELECT 1 FROM items)").fetchone()[0]:
-                    self._recorded = _Filter()
+                self._last_seen = self._sort_anew()
+                self._sorted.update(key for (key,) in self._reader.execute("SELECT key FROM finished"))
             except BaseException:
-                self._close()
+                self.__exit__()
                 raise
 
     def _connect(self) -> sqlite3.Connection:
@@ -119,11 +138,11 @@ class Checkpoint:
                     f"checkpoint {self.path}: made for {name} {about.get(name)!r}, and this is {mine!r}; "
                     "give this work a file of its own"
                 )
-        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        if (found := _only(db, "PRAGMA quick_check(1)")) != "ok":
             raise CheckpointError(f"checkpoint {self.path}: damaged ({' '.join(found.split())}); {_WAY_OUT}")
 
     def _refuse_foreign(self, db: sqlite3.Connection) -> None:
-        is_empty = not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        is_empty = not _only(db, "SELECT count(*) FROM sqlite_schema")
         if is_empty or (_is_ours(db) and _pragma(db, "user_version") == _VERSION):
             return
         raise CheckpointError(
@@ -143,39 +162,23 @@ class Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file, when what is just being recorded is."""
-        with self._writing:
-            try:
-                with self._explained():
-                    self._merge()
-            finally:
-                self._close()
-
-    def _close(self) -> None:
+        """Close the file."""
         self._writer.close()
         self._reader.close()
 
     def find(self, key: str | bytes) -> tuple[Any] | None:
         """Return the output of a finished input, in a tuple of one; None if it is not there or has failed."""
-        if self._recorded is not None and not self._recorded.may_have(key):
+        call = self._recent.get(key)
+        if call is None and not self._sorted.may_have(key):
             return None
         with self._explained():
-            found = (
-                self._find_recent(key)
-                or self._reader.execute("SELECT output FROM items WHERE key = ? AND error IS NULL", (key,)).fetchone()
-            )
+            found = self._reader.execute(*((_FIND, (key,)) if call is None else (_READ, (call,)))).fetchone()
         if found is None:
             return None
         try:
             return (self._decode(found[0]),)
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.path}: can't read back the output of {key!r}: {error}") from error
-
-    def _find_recent(self, key: str | bytes) -> Any:
-        row_id = self._recent.get(key)
-        if row_id is None:
-            return None
-        return self._reader.execute("SELECT output FROM log WHERE id = ? AND error IS NULL", (row_id,)).fetchone()
 
     def row(self, key: str | bytes, output: Any, error: BaseException | None) -> Row:
         """Return what to record of an input that has ended.
@@ -193,27 +196,57 @@ class Checkpoint:
                 'write codec="pickle", or return plain JSON'
             ) from refused
 
-    def record(self, rows: Iterable[Row]) -> None:
+    def record(self, rows: Sequence[Row]) -> None:
         """Record inputs that have ended, all or none; they are safe when this returns."""
-        now = time.time()
-        with self._writing, self._explained():
-            numbered = [(row_id, *row, now) for row_id, row in enumerate(rows, self._next_id)]
+        last = self._last_seen
+        with self._explained():
             with _transaction(self._writer):
-                self._writer.executemany("INSERT INTO log VALUES (?, ?, ?, ?, ?)", numbered)
-            self._next_id += len(numbered)
-            for row in numbered:
-                self._recent[row[1]] = row[0]
-                if self._recorded is not None:
-                    self._recorded.add(row[1])
-            if len(self._recent) >= _LOG_ROWS:
-                self._merge()
+                for start in range(0, len(rows), _INSERTED_AT_ONCE):
+                    part = rows[start : start + _INSERTED_AT_ONCE]
+                    last = self._writer.execute(_insert(len(part)), [*chain.from_iterable(part)]).lastrowid or last
+            first = last - len(rows) + 1
+            if first > self._last_seen + 1:  # another process has recorded something too
+                self._recent.update(self._writer.execute(_OTHERS, (self._last_seen, first)))
+            self._recent.update(zip((key for key, _, _ in rows), count(first)))
+            self._last_seen = last
+            if len(self._recent) > _SEGMENT_KEYS:
+                self._sort()
 
-    def _merge(self) -> None:
-        """Sort what was recorded into the table of all items."""
+    def _sort(self) -> None:
+        """Make a segment of what was recorded since the last one."""
         with _transaction(self._writer):
-            self._writer.execute(_MERGE)
-            self._writer.execute("DELETE FROM log")
+            self._add_segment(self._last_call())
+        self._sorted.update(self._recent)
         self._recent = {}
+
+    def _sort_anew(self) -> int:
+        """Make one segment of all, if it is not already; return the last call there is."""
+        with _transaction(self._writer):
+            last_call = self._last_call()
+            if self._writer.execute("SELECT last_call FROM segments").fetchall() != [(last_call,)]:
+                self._writer.execute("DELETE FROM finished")
+                self._writer.execute("DELETE FROM segments")
+                self._add_segment(last_call)
+        return last_call
+
+    def _last_call(self) -> int:
+        last_call: int = _only(self._writer, "SELECT coalesce(max(id), 0) FROM calls")
+        return last_call
+
+    def _add_segment(self, last_call: int) -> None:
+        so_far = "SELECT count(*), coalesce(max(last_call), 0) FROM segments"
+        segment, sorted_to = self._writer.execute(so_far).fetchone()
+        self._writer.execute(_SORT, (segment, sorted_to, last_call))
+        self._writer.execute("INSERT INTO segments VALUES (?, ?)", (segment, last_call))
+
+
+@cache
+def _insert(rows: int) -> str:
+    return _INSERT + ", ".join(["(?, ?, ?)"] * rows)
+
+
+def _only(db: sqlite3.Connection, query: str) -> Any:
+    return db.execute(query).fetchone()[0]
 
 
 @contextmanager
@@ -227,34 +260,38 @@ def _transaction(db: sqlite3.Connection) -> Generator[None]:
     db.execute("COMMIT")
 
 
-class _Filter:
-    """A Bloom filter with two probes: what it has not seen needs no look-up (B. H. Bloom, CACM 13:7, 1970).
+_FILTER_BYTES = 1 << 22
+_TWO_BITS = [1 << one | 1 << two for one in range(8) for two in range(8)]
 
-    Of a million keys it takes one in 300 for another, of ten million one in five; then a look-up finds nothing.
+
+class _Filter:
+    """A Bloom filter with two bits of one byte for each key: what it has not seen needs no look-up.
+
+    (B. H. Bloom, CACM 13:7, 1970.) After a million keys it takes one new key in 64 for a seen one, after ten million
+    one in four; then a look-up finds nothing.
     """
 
     def __init__(self) -> None:
-        self._bits = bytearray(_FILTER_BITS // 8)
+        self._bytes = bytearray(_FILTER_BYTES)
 
-    # The two probes are the halves of one hash; written out, as both are called for every input.
-
-    def add(self, key: str | bytes) -> None:
-        number = hash(key)
-        bits, one, two = self._bits, number % _FILTER_BITS, (number >> 32) % _FILTER_BITS
-        bits[one >> 3] |= 1 << (one & 7)
-        bits[two >> 3] |= 1 << (two & 7)
+    def update(self, keys: Iterable[str | bytes]) -> None:
+        """Take in keys."""
+        seen = self._bytes
+        for number in map(hash, keys):
+            seen[number % _FILTER_BYTES] |= _TWO_BITS[number >> 22 & 63]
 
     def may_have(self, key: str | bytes) -> bool:
+        """Tell whether a key was perhaps taken in."""
         number = hash(key)
-        bits, one, two = self._bits, number % _FILTER_BITS, (number >> 32) % _FILTER_BITS
-        return bool(bits[one >> 3] >> (one & 7) & 1 and bits[two >> 3] >> (two & 7) & 1)
+        bits = _TWO_BITS[number >> 22 & 63]
+        return self._bytes[number % _FILTER_BYTES] & bits == bits
 
 
 _WAY_OUT = "name another path, or delete the file to begin anew"
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> object:
-    return db.execute(f"PRAGMA {name}").fetchone()[0]
+    return _only(db, f"PRAGMA {name}")
 
 
 def _is_ours(db: sqlite3.Connection) -> bool:
@@ -300,19 +337,23 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any]]] = 
 }
 
 
-def digest(value: object) -> bytes:
-    """Return 16 bytes that are the same for equal inputs, in every process.
+_WRITTEN_AS_THEY_ARE = frozenset((str, int, float, bool, bytes, type(None)))
+
+
+def fingerprint(value: object) -> bytes:
+    """Return at most 16 bytes that are the same for equal inputs, in every process: short inputs as they are written.
 
     Raises:
         TypeError: the input is not made of strings, numbers, bools, None, bytes, lists, tuples and dicts.
     """
-    return hashlib.blake2b(_canonical(value).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    written = (repr(value) if type(value) in _WRITTEN_AS_THEY_ARE else _canonical(value)).encode()
+    return written if len(written) < _DIGEST_BYTES else hashlib.blake2b(written, digest_size=_DIGEST_BYTES).digest()
 
 
 def _canonical(value: object) -> str:
     """Write a value so that two of different type or content never look alike."""
     kind = type(value)
-    if kind in (str, int, float, bool, bytes) or value is None:
+    if kind in _WRITTEN_AS_THEY_ARE:
         return repr(value)
     if kind is list or kind is tuple:
         parts = ",".join(map(_canonical, _as_list(value)))

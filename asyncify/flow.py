@@ -15,7 +15,8 @@ from functools import partial
 from os import PathLike
 from typing import Any, Literal, Self, TypeVar, overload
 
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import get_config_list
 
 from asyncify.batches import Items, checked_count
 from asyncify.bridge import ThreadPool
@@ -127,7 +128,7 @@ def each(
         progress: show a bar; or a function that is called with a `Progress`.
         checkpoint: an SQLite file: inputs that it has are not run again, and what has ended is recorded in it.
             Inputs that have failed are run again.
-        key: by what the checkpoint knows an input; by default a digest of it.
+        key: by what the checkpoint knows an input; by default itself, if it is short, or else a digest of it.
         codec: how the checkpoint keeps outputs.
 
     Raises:
@@ -244,7 +245,7 @@ class _Options:
         self._checkpoint = checkpoint
         self._codec: Codec = codec
         self._asked_window = checked_count("window", window)
-        self._items_of = partial(Items, runnable, config, [ensure_config(config)], {})
+        self._items_of = partial(Items, runnable, config, get_config_list(config, 2), {})
         self._items_of()  # a wrong max_concurrency is told of at once
 
     def items(self) -> Items:

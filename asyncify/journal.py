@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any, Self
 
 from asyncify.bridge import ThreadPool
-from asyncify.checkpoint import Checkpoint, Row, digest
+from asyncify.checkpoint import Checkpoint, Row, fingerprint
 from asyncify.errors import CheckpointError
 from asyncify.fanout import Ended
 
@@ -21,7 +22,7 @@ class Journal:
 
     Args:
         checkpoint: the file, or None to remember nothing.
-        key: what to know an input by, or None for a digest of it.
+        key: what to know an input by, or None for its fingerprint.
         known: told of an input that has ended without a call.
     """
 
@@ -30,8 +31,10 @@ class Journal:
         self._key = key
         self._known = known
         self._keys: dict[int, str | bytes] = {}
-        self._equal: dict[str | bytes, list[int]] = {}
+        self._in_flight: set[str | bytes] = set()
+        self._waiting: dict[str | bytes, list[int]] = {}
         self._rows: list[Row] = []
+        self._recording = threading.Lock()
         self._pool = ThreadPool(1, "asyncify-checkpoint")
 
     def __enter__(self) -> Self:
@@ -48,56 +51,69 @@ class Journal:
         """Tell whether an input has to be run: nobody has its output, and nobody is about to."""
         if self._checkpoint is None:
             return True
-        key = digest(value) if self._key is None else _checked_key(self._key(value))
-        if key in self._equal:
-            self._equal[key].append(index)
+        key = fingerprint(value) if self._key is None else _checked_key(self._key(value))
+        if key in self._in_flight:
+            self._waiting.setdefault(key, []).append(index)
             return False
         found = self._checkpoint.find(key)
         if found is not None:
             self._known((index, found[0], None))
             return False
-        self._equal[key] = []
+        self._in_flight.add(key)
         self._keys[index] = key
         return True
 
     def settle(self, group: list[Ended]) -> list[Ended]:
         """Record those that were run, and return all, with those that waited for an equal one."""
-        self.note(group)
+        keys = self.note(group)
         self.flush()
-        return self._with_equals(group)
+        return self._with_equals(group, keys)
 
     async def asettle(self, group: list[Ended]) -> list[Ended]:
         """Do the same, without holding the event loop up."""
-        self.note(group)
+        keys = self.note(group)
         if self._rows:
-            await asyncio.wrap_future(self._pool.submit(self.flush))
-        return self._with_equals(group)
+            await self._pool.call(self.flush, _nothing, Context())
+        return self._with_equals(group, keys)
 
-    def note(self, group: list[Ended]) -> None:
-        """Take down those that were run, to be recorded by the next `flush`."""
+    def note(self, group: list[Ended]) -> list[str | bytes | None]:
+        """Take down those that were run, to be recorded by the next `flush`; return the key of each."""
+        if self._checkpoint is None:
+            return []
         refused: CheckpointError | None = None
-        for index, output, error in group:
-            if self._checkpoint is not None and index in self._keys and not _is_cancelled(error):
+        keys = [self._keys.pop(index, None) for index, _, _ in group]  # none for one that was not run
+        for key, (_, output, error) in zip(keys, group, strict=True):
+            if key is not None and not _is_cancelled(error):
                 try:
-                    self._rows.append(self._checkpoint.row(self._keys[index], output, error))
+                    self._rows.append(self._checkpoint.row(key, output, error))
                 except CheckpointError as refusal:  # the others have been paid for as well
                     refused = refusal
         if refused is not None:
             raise refused
+        return keys
 
-    def _with_equals(self, group: list[Ended]) -> list[Ended]:
+    def _with_equals(self, group: list[Ended], keys: list[str | bytes | None]) -> list[Ended]:
         # Only now that they are recorded: until then an equal input has to wait, or it would be run as well.
+        self._in_flight.difference_update(keys)
+        if not self._waiting:
+            return group
         settled = list(group)
-        for index, output, error in group:
-            if (key := self._keys.pop(index, None)) is not None:
-                settled.extend((equal, output, error) for equal in self._equal.pop(key))
+        for key, (_, output, error) in zip(keys, group, strict=True):
+            if key is not None:
+                settled.extend((index, output, error) for index in self._waiting.pop(key, ()))
         return settled
 
     def flush(self) -> None:
-        """Record what was taken down."""
-        rows, self._rows = self._rows, []
-        if rows and self._checkpoint is not None:
-            self._checkpoint.record(rows)
+        """Record what was taken down, and wait for what another thread is just recording."""
+        with self._recording:
+            rows = self._rows[:]
+            del self._rows[: len(rows)]  # more may have been taken down meanwhile, by a stream that is left
+            if rows and self._checkpoint is not None:
+                self._checkpoint.record(rows)
+
+
+def _nothing(error: BaseException | None) -> None:
+    pass
 
 
 def _is_cancelled(error: BaseException | None) -> bool:

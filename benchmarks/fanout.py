@@ -225,6 +225,20 @@ def streams(calls: int) -> Case:
     )
 
 
+def long_streams(calls: int) -> Case:
+    """Compare `aeach` with itself over a checkpoint that grows large."""
+    return Case(
+        name=f"aeach over {calls:,} inputs that return at once, {WINDOW} at a time",
+        reference="aeach",
+        rounds=3,
+        warmups=0,
+        sides=[
+            Side("aeach", partial(streamed, calls)),
+            Side("aeach with checkpoint", partial(recorded, calls), Target(at_most=2.0)),
+        ],
+    )
+
+
 def stream_rate(calls: int) -> Case:
     """Measure how many inputs a second `aeach` gets through."""
     return Case(
@@ -263,6 +277,7 @@ def benchmark(*, quick: bool) -> Sequence[Case]:
         batch_at_once(calls),
         via_async(calls // 10),
         streams(10 * calls),
+        long_streams(100 * calls),
         stream_rate(100 * calls),
         memory(calls, 10 * calls if quick else 100 * calls),
     ]

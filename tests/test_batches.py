@@ -14,31 +14,11 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
 
 from asyncify import Dual, UnboundedWarning, concurrency, dual, registry
+from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
 
 PATHS = ["sync", "async"]
 Pair = Dual[Any, Any]
 SAFETY_NET = 30  # seconds, for what must never be waited for
-
-
-class OddError(Exception):
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.args == self.args
-
-    __hash__ = Exception.__hash__
-
-
-def steps(value: int) -> int:
-    """Return ten times the value; the odd ones fail."""
-    if value % 2:
-        raise OddError(value)
-    return value * 10
-
-
-async def steps_async(value: int) -> int:
-    """Do the same after as many turns of the loop as the value says."""
-    for _ in range(value % 5):
-        await asyncio.sleep(0)
-    return steps(value)
 
 
 def times_ten(value: int) -> int:
@@ -84,17 +64,6 @@ def completed(
     return asyncio.run(collect())
 
 
-def obvious(inputs: Sequence[int]) -> list[Any]:
-    """Return what a loop would collect, errors included."""
-    outputs: list[Any] = []
-    for value in inputs:
-        try:
-            outputs.append(steps(value))
-        except OddError as error:
-            outputs.append(error)
-    return outputs
-
-
 async def until(holds: Callable[[], bool]) -> None:
     """Let the event loop turn until something holds."""
     async with asyncio.timeout(SAFETY_NET):
@@ -104,7 +73,6 @@ async def until(holds: Callable[[], bool]) -> None:
 
 # --- the obvious loop ---
 
-numbers = st.lists(st.integers(0, 9), max_size=30)
 bounds = st.one_of(st.none(), st.integers(1, 5))
 
 
@@ -325,9 +293,11 @@ def test_a_batch_of_one_uses_the_callers_thread() -> None:
 def test_a_bound_that_bounds_nothing_is_refused(
     path: str, run: Callable[..., list[Any]], bound: object, error: type[Exception]
 ) -> None:
-    """`max_concurrency` is a whole number of at least 1, on all four methods."""
-    with pytest.raises(error, match="max_concurrency="):
-        run(path, Pair(times_ten, times_ten_async), [1, 2], {"max_concurrency": bound})
+    """`max_concurrency` is a whole number of at least 1, on all four methods, in each config of a list too."""
+    wrong = {"max_concurrency": bound}
+    for config in (wrong, [wrong, {}], [{}, wrong]):
+        with pytest.raises(error, match="max_concurrency="):
+            run(path, Pair(times_ten, times_ten_async), [1, 2], config)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -572,6 +542,25 @@ def test_the_run_id_is_the_first_ones_alone(kind: Any, path: str) -> None:
 
     assert runs.ids.count(run_id) == 1
     assert len(set(runs.ids)) == 3
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", [Dual, RunnableLambda])
+def test_the_run_id_is_the_first_ones_alone_unobserved(kind: Any, path: str) -> None:
+    """Where nobody watches, it is what the first item hands down."""
+    run_id = uuid.uuid4()
+
+    def parent(_: int) -> Any:
+        return ensure_config()["callbacks"].parent_run_id  # type: ignore[union-attr]
+
+    async def parent_async(value: int) -> Any:
+        return parent(value)
+
+    with pytest.warns(RuntimeWarning, match="run_id"):
+        found = batch(path, kind(parent, parent_async), range(3), {"run_id": run_id})
+
+    assert found[0] == run_id
+    assert len(set(found)) == 3
 
 
 def tags_of(_: int, config: RunnableConfig) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The checkpoint: no call is paid for twice, whatever ends a run."""
 
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import aclosing, closing, suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 
 from asyncify import CheckpointError, Dual, aeach, each, flow
+from asyncify import checkpoint as checkpoint_module
 from asyncify.bridge import ThreadPool
-from asyncify.checkpoint import Checkpoint, digest
+from asyncify.checkpoint import Checkpoint, fingerprint
+from asyncify.journal import Journal
 
 Pair = Dual[Any, Any]
 SAFETY_NET = 60  # seconds, for what must never be waited for
@@ -210,9 +213,9 @@ def test_a_failure_never_takes_the_place_of_an_output(path: Path) -> None:
     assert found == (1,)
 
 
-def test_an_output_is_found_before_and_after_it_is_sorted_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every few rows the log is sorted into the table; a look-up knows both places."""
-    monkeypatch.setattr("asyncify.checkpoint._LOG_ROWS", 7)
+def test_an_output_is_found_before_and_after_its_key_is_sorted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few keys are sorted into a segment, and all into one when the file is opened again."""
+    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", 7)
     with Checkpoint(path, "work", "json") as checkpoint:
         for number in range(20):
             checkpoint.record([checkpoint.row(str(number), number, None)])
@@ -221,6 +224,156 @@ def test_an_output_is_found_before_and_after_it_is_sorted_in(path: Path, monkeyp
                 *((key,) for key in range(number + 1)),
                 None,
             ]
+    with Checkpoint(path, "work", "json") as checkpoint:
+        assert [checkpoint.find(str(key)) for key in range(21)] == [*((key,) for key in range(20)), None]
+
+
+def test_many_outputs_are_recorded_at_once(path: Path) -> None:
+    """More than one statement takes are found by their own keys, failures among them left out."""
+    numbers = range(250)
+    with Checkpoint(path, "work", "json") as checkpoint:
+        errors = [LookupError() if number % 7 == 0 else None for number in numbers]
+        checkpoint.record(
+            [checkpoint.row(str(number), number, error) for number, error in zip(numbers, errors, strict=True)]
+        )
+
+        found = [checkpoint.find(str(number)) for number in numbers]
+
+    assert found == [(number,) if number % 7 else None for number in numbers]
+
+
+@pytest.mark.parametrize("segment_keys", [1, 1000])
+def test_one_process_learns_what_another_has_recorded(
+    path: Path, monkeypatch: pytest.MonkeyPatch, segment_keys: int
+) -> None:
+    """It looks for news when it records something itself, and takes nobody's output for another's."""
+    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", segment_keys)
+    with Checkpoint(path, "work", "json") as one, Checkpoint(path, "work", "json") as other:
+        for number in range(0, 10, 2):
+            one.record([one.row(f"{number}", number, None), one.row(f"{number} failed", None, LookupError())])
+            other.record([other.row(f"{number + 1}", number + 1, None)])
+
+        assert [other.find(f"{number}") for number in range(10)] == [(number,) for number in range(10)]
+        assert [one.find(f"{number}") for number in range(9)] == [(number,) for number in range(9)]
+        assert other.find("2 failed") is None
+
+
+def test_what_ends_while_others_are_being_recorded_is_recorded_too() -> None:
+    """A stream that is left takes down its last calls while a thread still writes."""
+    is_recording = threading.Event()
+    may_go_on = threading.Event()
+    recorded: list[str] = []
+
+    class Slow:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            recorded.append("closed")
+
+        def find(self, key: bytes) -> None:
+            pass
+
+        def row(self, key: bytes, *_: object) -> str:
+            return key.decode()
+
+        def record(self, rows: list[str]) -> None:
+            is_recording.set()
+            assert may_go_on.wait(SAFETY_NET)
+            recorded.extend(rows)
+
+    slow: Any = Slow()
+    with Journal(slow, None, lambda _: None) as journal:
+        for index in range(3):
+            journal.must_run(index, index)
+        journal.note([(0, 0, None)])
+        writing = threading.Thread(target=journal.flush)
+        writing.start()
+        assert is_recording.wait(SAFETY_NET)
+        journal.note([(1, 1, None), (2, 2, None)])
+        may_go_on.set()
+    writing.join(SAFETY_NET)
+
+    assert recorded == ["0", "1", "2", "closed"]
+
+
+def read_all(results: Any) -> None:
+    """Read a stream to its end."""
+    for _ in results:
+        pass
+
+
+def read_one_and_leave(results: Any) -> None:
+    """Read one result and leave."""
+    with closing(results):
+        next(results)
+
+
+async def aread_all(results: Any) -> None:
+    """Do the same, on the other path."""
+    async for _ in results:
+        pass
+
+
+async def aread_one_and_leave(results: Any) -> None:
+    """Do the same, on the other path."""
+    async with aclosing(results):
+        await anext(results)
+
+
+async def aread_one_and_be_cancelled(results: Any) -> None:
+    """Be cancelled while waiting for more than there is."""
+    await anext(results)
+    reading = asyncio.create_task(aread_all(results))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+READERS = [
+    *itertools.product(["each", "each via async"], [read_all, read_one_and_leave]),
+    *itertools.product(["aeach"], [aread_all, aread_one_and_leave, aread_one_and_be_cancelled]),
+]
+
+
+@pytest.mark.parametrize(("way", "read"), READERS)
+@pytest.mark.parametrize("failing", [set(), {17}])
+def test_no_thread_and_no_file_is_left(way: str, read: Any, failing: set[int], path: Path) -> None:
+    """However a stream ends, its threads are idle, its task and its files are closed."""
+    left_tasks = 0
+
+    async def on_a_loop() -> None:
+        nonlocal left_tasks
+        try:
+            await read(aeach(counted.pair(), range(50), checkpoint=path, window=4))
+        finally:
+            left_tasks = len(asyncio.all_tasks()) - 1
+
+    def run() -> None:
+        with suppress(LookupError):
+            if way == "aeach":
+                asyncio.run(on_a_loop())
+            else:
+                via: Any = "async" if way == "each via async" else "threads"
+                read(each(counted.pair(), range(50), via=via, checkpoint=path, window=4))
+
+    def busy_threads() -> list[str]:
+        return sorted(
+            thread.name for thread in threading.enumerate() if thread.name in ("counted", "asyncify-checkpoint")
+        )
+
+    counted = Counted()
+    run()  # the background loop lives on, with files of its own
+    path.unlink()
+    counted.failing = failing
+    files = sorted(Path("/dev/fd").iterdir())
+    run()
+    until = time.monotonic() + SAFETY_NET
+    while busy_threads() and time.monotonic() < until:  # a thread is let go a moment after its last call
+        time.sleep(0.001)
+
+    assert (busy_threads(), left_tasks) == ([], 0)
+    assert sorted(Path("/dev/fd").iterdir()) == files
 
 
 # --- keys and codecs ---
@@ -247,7 +400,7 @@ def test_a_key_that_is_no_string_is_refused(path: Path) -> None:
         list(each(Counted().pair(), [1], checkpoint=path, key=lambda value: value))
 
 
-def test_an_input_without_a_digest_needs_a_key(path: Path) -> None:
+def test_an_input_without_a_fingerprint_needs_a_key(path: Path) -> None:
     """An object is not the same in the next process; the message says what to write."""
     with pytest.raises(TypeError, match="key=lambda"):
         list(each(Counted().pair(), [AIMessage("hi")], checkpoint=path))
@@ -262,19 +415,30 @@ plain = st.recursive(
 
 @settings(deadline=None)
 @given(value=plain, other=plain)
-def test_digests_are_equal_for_equal_inputs_alone(value: Any, other: Any) -> None:
+def test_fingerprints_are_equal_for_equal_inputs_alone(value: Any, other: Any) -> None:
     """The order of a dict's keys plays no part; the type of a number does."""
     reordered = dict(reversed(value.items())) if isinstance(value, dict) else value
 
-    assert digest(value) == digest(reordered)
-    assert (digest(value) == digest(other)) == (json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True))
+    assert fingerprint(value) == fingerprint(reordered)
+    assert (fingerprint(value) == fingerprint(other)) == (
+        json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True)
+    )
 
 
-def test_digests_tell_types_apart() -> None:
-    """What is equal to `==` and not the same to a function has another digest."""
+def test_a_short_input_is_its_own_key() -> None:
+    """The file can be read by it; a longer one has a digest, which no short one can look like."""
+    assert fingerprint("tide") == b"'tide'"
+    assert fingerprint([1, None]) == b"[1,None]"
+    assert fingerprint("x" * 13) == b"'xxxxxxxxxxxxx'"
+    assert [len(fingerprint("x" * length)) for length in (12, 13, 14, 1000)] == [14, 15, 16, 16]
+    assert fingerprint("x" * 14) != b"'xxxxxxxxxxxxxx'"
+
+
+def test_fingerprints_tell_types_apart() -> None:
+    """What is equal to `==` and not the same to a function has another fingerprint."""
     values = [1, True, 1.0, "1", b"1", [1], (1,), {1: 1}, {"1": 1}, None, "None"]
 
-    assert len({digest(value) for value in values}) == len(values)
+    assert len({fingerprint(value) for value in values}) == len(values)
 
 
 @settings(deadline=None)
@@ -429,19 +593,24 @@ def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
 WINDOW = 8
 
 
-def work(way: str, directory: str, inputs: int) -> None:
-    """Stream over a checkpoint in a process of its own; write down each call, and each result when it is there."""
+def work(way: str, directory: str, inputs: int, last_call: int | None = None) -> None:
+    """Stream over a checkpoint in a process of its own; write down each call, and each result when it is there.
+
+    After `last_call` calls none returns any more, so that a process that is to be killed is never too fast for that.
+    """
     calls = os.open(f"{directory}/calls", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     results = os.open(f"{directory}/results", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def call(value: int) -> int:
+    def begin(value: int) -> float:
         os.write(calls, b"%d\n" % value)
-        time.sleep(0.001)
+        return 0.001 if last_call is None or next(number) < last_call else SAFETY_NET
+
+    def call(value: int) -> int:
+        time.sleep(begin(value))
         return value * 10
 
     async def call_async(value: int) -> int:
-        os.write(calls, b"%d\n" % value)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(begin(value))
         return value * 10
 
     def got(index: int, output: int) -> None:
@@ -452,7 +621,9 @@ def work(way: str, directory: str, inputs: int) -> None:
         async for index, output in aeach(pair, range(inputs), **options):
             got(index, output)
 
+    number = itertools.count()
     pair: Pair = Dual(call, call_async, name="work")
+    checkpoint_module._SEGMENT_KEYS = 30  # so that a process dies in the middle of that too
     options: Any = {"checkpoint": f"{directory}/run.sqlite", "window": WINDOW, "ordered": False}
     if way == "aeach":
         asyncio.run(stream())
@@ -484,7 +655,7 @@ def test_kill_9_loses_at_most_the_calls_in_flight(way: str, tmp_path: Path, proc
         calls_before = len(lines(tmp_path / "calls"))
         results_before = set(lines(tmp_path / "results"))
         moment = calls_before + moments.randrange(16)
-        child = processes.Process(target=work, args=(way, str(tmp_path), inputs))
+        child = processes.Process(target=work, args=(way, str(tmp_path), inputs, 18))
         child.start()
         while len(lines(tmp_path / "calls")) <= moment and child.is_alive():
             time.sleep(moments.random() / 500)
@@ -514,8 +685,11 @@ def test_two_processes_on_one_file_do_not_corrupt_it(tmp_path: Path, processes: 
         child.join(SAFETY_NET)
     calls_before = len(lines(tmp_path / "calls"))
 
-    assert [child.exitcode for child in children] == [0, 0]
-    work("each", str(tmp_path), 300)
+    third = processes.Process(target=work, args=("each", str(tmp_path), 300))
+    third.start()
+    third.join(SAFETY_NET)
+
+    assert [child.exitcode for child in (*children, third)] == [0, 0, 0]
     assert len(lines(tmp_path / "calls")) == calls_before
     with closing(sqlite3.connect(tmp_path / "run.sqlite")) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableLambda, ensure_config
 
 from asyncify import Dual, aeach, concurrency, each
 from asyncify.progress import Progress
+from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
 
 Pair = Dual[Any, Any]
 SAFETY_NET = 30  # seconds, for what must never be waited for
@@ -21,27 +23,6 @@ SAFETY_NET = 30  # seconds, for what must never be waited for
 THREADS, LOOP, TASKS, SOURCE = WAYS = ["each in threads", "each via async", "aeach", "aeach over an async source"]
 SYNC_WAYS = [THREADS, LOOP]
 ASYNC_WAYS = [TASKS, SOURCE]
-
-
-class OddError(Exception):
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.args == self.args
-
-    __hash__ = Exception.__hash__
-
-
-def steps(value: int) -> int:
-    """Return ten times the value; the odd ones fail."""
-    if value % 2:
-        raise OddError(value)
-    return value * 10
-
-
-async def steps_async(value: int) -> int:
-    """Do the same after as many turns of the loop as the value says."""
-    for _ in range(value % 5):
-        await asyncio.sleep(0)
-    return steps(value)
 
 
 def same(value: Any) -> Any:
@@ -90,20 +71,8 @@ async def _acollect(runnable: Any, inputs: Any, take: int | None, options: dict[
     return found
 
 
-def obvious(inputs: Iterable[int]) -> list[Any]:
-    """Return what a loop would collect, errors included."""
-    outputs: list[Any] = []
-    for value in inputs:
-        try:
-            outputs.append(steps(value))
-        except OddError as error:
-            outputs.append(error)
-    return outputs
-
-
 # --- the obvious loop ---
 
-numbers = st.lists(st.integers(0, 9), max_size=30)
 windows = st.one_of(st.none(), st.integers(1, 5))
 
 
@@ -545,6 +514,24 @@ def test_the_config_goes_to_every_run(way: str) -> None:
         return list(config["tags"])
 
     assert collect(way, Pair(tags, tags_async), range(3), config={"tags": ["t"]}) == [["t"]] * 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_run_id_is_the_first_ones_alone(way: str) -> None:
+    """As in a batch, with LangChain's warning: two runs can't have one id."""
+    run_id = uuid.uuid4()
+
+    def parent(_: int) -> Any:
+        return ensure_config()["callbacks"].parent_run_id  # type: ignore[union-attr]
+
+    async def parent_async(value: int) -> Any:
+        return parent(value)
+
+    with pytest.warns(RuntimeWarning, match="run_id"):
+        found = collect(way, Pair(parent, parent_async), range(3), config={"run_id": run_id})
+
+    assert found[0] == run_id
+    assert len(set(found)) == 3
 
 
 def test_via_async_runs_the_native_async_side_for_a_sync_caller() -> None:
