@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
@@ -226,11 +226,15 @@ class BackgroundLoop:
     def _main(self, started: Future[asyncio.AbstractEventLoop]) -> None:
         with asyncio.Runner() as runner:
             try:
-                runner.get_loop()
+                loop = runner.get_loop()
             except BaseException as error:  # noqa: BLE001  (it is raised where the loop is waited for)
                 started.set_exception(error)
-            else:
-                runner.run(self._until_closed(started))
+                return
+            closed = loop.create_task(self._until_closed(started))
+            while not closed.done():
+                # A task that raises one of these stops its loop. Its caller hears of it; the others' tasks go on.
+                with suppress(KeyboardInterrupt, SystemExit):
+                    loop.run_until_complete(closed)
 
     async def _until_closed(self, started: Future[asyncio.AbstractEventLoop]) -> None:
         self._closing = asyncio.Event()

@@ -101,7 +101,7 @@ def call_guarded(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     # A frame of its own: the error's traceback holds it, so it must not hold who holds the error.
     try:
-        return call_guarded(work), None
+        return work(), None
     except BaseException as error:  # noqa: BLE001  (it is handed to whoever waits)
         return None, error
 
@@ -127,7 +127,7 @@ class _Call:
         if work is None:
             return None
         try:
-            return self._report(*_attempt(work))
+            return self._report(*_attempt(partial(call_guarded, work)))
         finally:
             del self, work  # an error's traceback holds this frame too, as the caller of its own
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import AsyncGeneratorType, CodeType, CoroutineType, TracebackType, coroutine
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
+from weakref import WeakValueDictionary
 
 from asyncify.errors import BlockingWarning
 
-__all__ = ["Held", "Place", "Watch", "watch", "watchable"]
+__all__ = ["Held", "Place", "Watch", "Watchable", "subscribe", "timed", "watch"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +85,8 @@ class Watch:
     """Times each step of every pair's async side while it is on, and tells of those over the threshold.
 
     A context manager, and a decorator for a function of either colour. It watches the calls of the whole process that
-    begin while it is on, but no tasks that they start. Each finding is a `BlockingWarning` and a record.
+    begin while it is on, but no tasks that they start, by `asyncio.gather` or a task group say, unless those call a
+    pair themselves. Each finding is a `BlockingWarning` and a record.
 
     Args:
         threshold: seconds that a step may hold its loop.
@@ -100,32 +102,29 @@ class Watch:
             raise ValueError(f"threshold={threshold!r}: must be more than 0 seconds, as in watch(threshold=0.05)")
         self.threshold = threshold
         self.held: deque[Held] = deque(maxlen=_KEPT)
-        self._lock = threading.Lock()
         self._entered = 0
 
     def __enter__(self) -> Self:
         """Begin to watch."""
-        global _watches  # noqa: PLW0603  (one name that is empty is all that a call has to look at)
-        with self._lock:
-            self._entered += 1
-            if self._entered == 1:
-                with _changing:
-                    _watches = (*_watches, self)
+        with _changing:
+            if not self._entered:
                 self.look_around()
+                _set_watches((*_watches, self))
+            self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop watching."""
-        global _watches  # noqa: PLW0603
-        with self._lock:
+        with _changing:
             self._entered -= 1
-            if not self._entered:
-                with _changing:
-                    _watches = tuple(watch for watch in _watches if watch is not self)
-                self._over.set()
-                self._thread.join()
+            if self._entered:
+                return
+            _set_watches(tuple(watch for watch in _watches if watch is not self))
+            over, thread = self._over, self._thread
+        over.set()
+        thread.join()
 
     def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
         """Watch while `fn` runs."""
@@ -157,8 +156,34 @@ class Watch:
 
 watch = Watch
 
+
+class Watchable(Protocol):
+    """What runs one function while there is a watch, and another while there is none."""
+
+    def set_watched(self, *, on: bool) -> None:
+        """Be told which; quickly, for a lock is held."""
+
+
 _watches: tuple[Watch, ...] = ()
-_changing = threading.Lock()
+_watchables: WeakValueDictionary[int, Watchable] = WeakValueDictionary()  # by `id`: pairs may be equal
+_changing = threading.RLock()  # a finalizer may make a pair in the middle of it
+
+
+def subscribe(watchable: Watchable) -> None:
+    """Tell it now whether there is a watch, and again whenever that changes, for as long as it lives."""
+    with _changing:
+        _watchables[id(watchable)] = watchable
+        watchable.set_watched(on=bool(_watches))
+
+
+def _set_watches(watches: tuple[Watch, ...]) -> None:
+    global _watches  # noqa: PLW0603  (a new tuple each time: steps under way read it without the lock)
+    changes = bool(watches) != bool(_watches)
+    _watches = watches
+    if changes:
+        for ref in _watchables.valuerefs():  # a list of its own, unlike what the dictionary iterates over
+            if (watchable := ref()) is not None:
+                watchable.set_watched(on=bool(watches))
 
 
 class _Step:
@@ -241,16 +266,15 @@ async def _watched_chunks(chunks: AsyncGenerator[T, Any], pair: str) -> AsyncGen
             yield chunk
 
 
-def watchable(fn: Function, pair: str, *, is_generator: bool) -> Function:
-    """Return an async function that does what `fn` does, and is timed while there is a watch."""
+def timed(fn: Function, pair: str, *, is_generator: bool) -> Function:
+    """Return an async function that does what `fn` does, step by step under the timer."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         made: Any = fn(*args, **kwargs)
-        return _watched(made, pair) if _watches and inspect.iscoroutine(made) else made
+        return _watched(made, pair) if inspect.iscoroutine(made) else made
 
     def stream(*args: Any, **kwargs: Any) -> Any:
-        chunks = fn(*args, **kwargs)
-        return _watched_chunks(chunks, pair) if _watches else chunks
+        return _watched_chunks(fn(*args, **kwargs), pair)
 
     return stream if is_generator else run
 
@@ -293,12 +317,15 @@ def _place(line: Line) -> Place:
 
 
 def _look_around_again() -> None:
-    _running.clear()
+    for thread in _running.keys() - {get_ident()}:
+        del _running[thread]
     for watching in _watches:
         watching.look_around()
+    _changing.release()
 
 
-os.register_at_fork(after_in_child=_look_around_again)
+# Nothing is half changed in a child: no other thread changes anything while the process is forked.
+os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_look_around_again)
 
 if os.environ.get("ASYNCIFY_WATCH", "") not in ("", "0"):
     Watch().__enter__()

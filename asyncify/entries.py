@@ -14,11 +14,11 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import iscoroutine
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
-from asyncify.drive import watchable
+from asyncify.drive import timed
 from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import Gate, Pass
@@ -50,10 +50,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """The two entries of a pair."""
+    """The two entries of a pair.
+
+    `timed` are the same two over an async function that is timed step by step, for as long as there is a watch; None
+    where nobody wrote an async function.
+    """
 
     sync: Entry
     async_: Entry
+    timed: Entries | None = None
 
 
 def make_entries(
@@ -70,30 +75,39 @@ def make_entries(
     With `warn`, a sync call that is made on an event loop and holds it is told.
     """
     fn = sync or async_
-    if gate is not None and fn is not None:
-        gate = gate.before(fn)
-    if sync is not None:
-        entry = _native(sync, gate)
-        other = _abridged(sync, gate, bridge, name) if async_ is None else _anative(async_, gate, name)
-    elif async_ is not None:
-        entry, other = _bridged(async_, gate, bridge, name), _anative(async_, gate, name)
-    else:
+    if fn is None:
         raise AssertionError("a pair has at least one side")
+    if gate is not None:
+        gate = gate.before(fn)
+    make = partial(_entries, None if sync is None else _side(sync), gate=gate, bridge=bridge, name=name, warn=warn)
+    if async_ is None:
+        return make(None)
+    side = _side(async_)
+    watched = replace(side, run=timed(async_, name, is_generator=side.shape.is_generator))
+    return replace(make(side), timed=make(watched))
+
+
+def _side(fn: Function) -> Entry:
+    return Entry(fn, fn, shape_of(fn), "native")
+
+
+def _entries(
+    sync: Entry | None, async_: Entry | None, *, gate: Gate | None, bridge: Bridge, name: str, warn: bool
+) -> Entries:
+    entry = _native(sync, gate) if sync is not None else _bridged(cast("Entry", async_), gate, bridge)
+    other = _anative(async_, gate) if async_ is not None else _abridged(cast("Entry", sync), gate, bridge, name)
     if warn and entry.kind != "missing":
         run = telling_if_held(entry.run, name, is_generator=entry.shape.is_generator)
         entry = replace(entry, run=run)
     return Entries(entry, other)
 
 
-def _native(fn: Function, gate: Gate | None) -> Entry:
-    shape = shape_of(fn)
-    return Entry(fn if gate is None else _limited(fn, shape, gate), fn, shape, "native")
+def _native(side: Entry, gate: Gate | None) -> Entry:
+    return side if gate is None else replace(side, run=_limited(side.run, side.shape, gate))
 
 
-def _anative(fn: Function, gate: Gate | None, name: str) -> Entry:
-    shape = shape_of(fn)
-    run = watchable(fn, name, is_generator=shape.is_generator)
-    return Entry(run if gate is None else _alimited(run, shape, gate), fn, shape, "native")
+def _anative(side: Entry, gate: Gate | None) -> Entry:
+    return side if gate is None else replace(side, run=_alimited(side.run, side.shape, gate))
 
 
 def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
@@ -145,33 +159,30 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
     return stream if shape.is_generator else run
 
 
-def _bridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
+def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
     """Make the sync side of an async function: on the background loop."""
-    shape = shape_of(fn)
-    watched = watchable(fn, name, is_generator=shape.is_generator)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return run_in_background(partial(watched, *args, **kwargs))
+        return run_in_background(partial(side.run, *args, **kwargs))
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        return background.stream(watched(*args, **kwargs), _context_of_thread())
+        return background.stream(side.run(*args, **kwargs), _context_of_thread())
 
     if bridge == "error":
-        return Entry(_refuse(fn, "sync"), fn, shape, "missing")
-    entry = stream if shape.is_generator else run
-    return Entry(entry if gate is None else _limited(entry, shape, gate), fn, shape, "bridged")
+        return replace(side, run=_refuse(side.fn, "sync"), kind="missing")
+    entry = stream if side.shape.is_generator else run
+    return replace(side, run=entry if gate is None else _limited(entry, side.shape, gate), kind="bridged")
 
 
-def _abridged(fn: Function, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
+def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
     """Make the async side of a sync function: on threads of its own, or on the executor that it was given."""
-    shape = shape_of(fn)
     if bridge == "error":
-        return Entry(_arefuse(fn, "async"), fn, shape, "missing")
+        return replace(side, run=_arefuse(side.fn, "async"), kind="missing")
     if isinstance(bridge, Executor):
-        return Entry(_delegated(fn, shape, gate, bridge), fn, shape, "bridged")
+        return replace(side, run=_delegated(side.fn, side.shape, gate, bridge), kind="bridged")
     bounded = gate is not None and gate.limiter.bounds_calls
     pool = ThreadPool(None if bounded else DEFAULT_THREADS, name)
-    return Entry(_threaded(fn, shape, gate, pool), fn, shape, "bridged")
+    return replace(side, run=_threaded(side.fn, side.shape, gate, pool), kind="bridged")
 
 
 def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -> Function:

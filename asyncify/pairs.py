@@ -229,8 +229,7 @@ def _fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, a
         if twin is not None and not is_async(twin):
             async_ = _on_the_loop(twin)
         entries = make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name())
-    own = pair.entries
-    return Entries(_called_like(entries.sync, own.sync), _called_like(entries.async_, own.async_))
+    return _called_like(entries, pair.entries)
 
 
 def _check_fakes(pair: object, fake: Function | None, sync: Function | None, async_: Function | None) -> None:
@@ -249,8 +248,16 @@ def _check_fakes(pair: object, fake: Function | None, sync: Function | None, asy
         raise TypeError(f"override of {pair.get_name()}: sync={describe(sync)} is async; give it as async_=")
 
 
-def _called_like(fake: Entry, own: Entry) -> Entry:
-    """Return the fake's entry, which takes its input as the function does whose place it has."""
+def _called_like(fake: Entries, own: Entries) -> Entries:
+    """Return the fake's entries, which take their input as the functions do whose place they have."""
+    return Entries(
+        _one_called_like(fake.sync, own.sync),
+        _one_called_like(fake.async_, own.async_),
+        timed=None if fake.timed is None else _called_like(fake.timed, own),
+    )
+
+
+def _one_called_like(fake: Entry, own: Entry) -> Entry:
     shape = dataclasses.replace(fake.shape, required=own.shape.required, positional_only=own.shape.positional_only)
     return dataclasses.replace(fake, shape=shape)
 

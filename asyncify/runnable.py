@@ -25,6 +25,7 @@ from langchain_core.utils.pydantic import TypeBaseModel
 from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
+from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
@@ -166,7 +167,12 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
         """Run the last of these instead of the pair's own entries, or those if there is none."""
         self._fakes = fakes
-        self._live = fakes[-1] if fakes else self._entries
+        subscribe(self)
+
+    def set_watched(self, *, on: bool) -> None:
+        """Time the async side's steps from the next call on, or run it as it is."""
+        live = self._fakes[-1] if self._fakes else self._entries
+        self._live = live.timed if on and live.timed is not None else live
 
     @property
     def fakes(self) -> tuple[Entries, ...]:

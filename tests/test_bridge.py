@@ -749,6 +749,55 @@ def test_a_coroutine_that_cancels_itself(loop):
     assert run(loop, current_loop).is_running()
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("where", ["call", "task", "stream"])
+def test_an_exit_in_a_coroutine_does_not_end_the_loop_of_all_others(loop, error, where):
+    """What stops an event loop, as `sys.exit()` does, reaches its caller; the loop and the other calls go on."""
+    started, go = threading.Event(), asyncio.Event()
+    outcomes: list[str] = []
+
+    async def other() -> str:
+        started.set()
+        await go.wait()
+        return "goes on"
+
+    async def leave() -> None:
+        if where == "call":
+            raise error
+        task = asyncio.create_task(leave_in_a_task())
+        await asyncio.wait([task])
+        await task
+
+    async def leave_in_a_task() -> None:
+        raise error
+
+    async def chunks() -> AsyncIterator[int]:
+        raise error
+        yield 1  # type: ignore[unreachable]  # it makes this a generator
+
+    async def let_go() -> None:
+        go.set()
+
+    thread = threading.Thread(target=lambda: outcomes.append(run(loop, other)))
+    thread.start()
+    assert started.wait(SECONDS)
+    with pytest.raises(type(error)) as caught:
+        list(loop.stream(chunks(), copy_context())) if where == "stream" else run(loop, leave)
+    run(loop, let_go)
+    thread.join(SECONDS)
+
+    assert caught.value is error
+    assert outcomes == ["goes on"]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take Ctrl-C as a program in the foreground does; a shell has one in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt() -> None:
     """Send the main thread what Ctrl-C sends it."""
     main = threading.main_thread().ident
@@ -756,6 +805,7 @@ def interrupt() -> None:
     signal.pthread_kill(main, signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_cancels_the_coroutine_and_waits_for_its_end(loop):
     """Ctrl-C in the waiting thread reaches the coroutine, which ends before the interrupt goes on."""
     events: list[str] = []
@@ -1104,6 +1154,7 @@ def test_nothing_keeps_the_error_of_an_async_generator_alive(loop):
         gc.enable()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_cancels_the_async_generator(loop):
     """Ctrl-C while a chunk is awaited reaches the generator, which ends before the interrupt goes on."""
     events: list[str] = []

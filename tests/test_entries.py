@@ -3,11 +3,12 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from asyncify import BridgeError, DeadlockError, Limiter
+from asyncify import BridgeError, DeadlockError, Limiter, bridge
 from asyncify.bridge import DEFAULT_THREADS
 from asyncify.entries import Bridge, Entries, make_entries
 from asyncify.gate import Gate
@@ -183,13 +184,18 @@ async def test_an_async_stream_holds_its_slot_for_its_life(sides):
     await until_idle(limiter)
 
 
-async def until_idle(limiter: Limiter) -> None:
-    """Wait until no call is in flight: a thread may need a moment to end."""
+async def eventually(happened: Callable[[], bool]) -> None:
+    """Wait for something that another thread is about to do."""
     for _ in range(SECONDS * 1000):
-        if not limiter.stats().in_flight:
+        if happened():
             return
         await asyncio.sleep(0.001)
-    raise AssertionError("a slot was never given back")
+    raise AssertionError("it never happened")
+
+
+async def until_idle(limiter: Limiter) -> None:
+    """Wait until no call is in flight: a thread may need a moment to end."""
+    await eventually(lambda: not limiter.stats().in_flight)
 
 
 class Stuck:
@@ -281,6 +287,54 @@ async def test_without_a_limit_there_are_as_many_threads_as_documented(stuck, li
 
     assert not one_more
     assert stuck.calls == DEFAULT_THREADS + 1
+
+
+class Counting(ThreadPoolExecutor):
+    """The default executor of a loop, which counts what it is given."""
+
+    given = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self.given += 1
+        return super().submit(fn, *args, **kwargs)
+
+
+async def test_full_bridges_leave_the_loops_own_threads_alone(stuck):
+    """With every bridge full and calls waiting, the loop's only thread is free for `asyncio.to_thread`."""
+    executor = Counting(1)
+    asyncio.get_running_loop().set_default_executor(executor)
+
+    def stuck_chunks(query: str) -> Iterator[str]:
+        yield stuck(query)
+
+    async def consume() -> str:
+        return "".join([chunk async for chunk in entries((stuck_chunks, None)).async_.run("usd")])
+
+    unlimited = entries((stuck, None)).async_.run
+    limited = entries((stuck, None), Limiter(limit=5)).async_.run
+    calls = [asyncio.create_task(unlimited("usd")) for _ in range(DEFAULT_THREADS + 1)]
+    calls += [asyncio.create_task(limited("usd")) for _ in range(6)]
+    calls += [asyncio.create_task(consume())]
+    await eventually(lambda: stuck.calls == DEFAULT_THREADS + 5 + 1)
+    before = executor.given
+    async with asyncio.timeout(SECONDS):
+        answer = await asyncio.to_thread(lambda: "at once")
+    still_full = stuck.calls
+    stuck.go.set()
+
+    assert await asyncio.gather(*calls) == ["usd"] * len(calls)
+    assert (before, answer, executor.given) == (0, "at once", 1)
+    assert still_full == DEFAULT_THREADS + 5 + 1
+
+
+async def test_a_thousand_bridged_pairs_leave_no_threads(monkeypatch):
+    """1,000 pairs that were called all at once mean no thread when they have been idle: as many as there were."""
+    monkeypatch.setattr(bridge, "_IDLE_SECONDS", 0.01)
+    before = set(threading.enumerate())
+    runs = [entries((fetch, None)).async_.run for _ in range(1000)]
+
+    assert await asyncio.gather(*(run("usd") for run in runs)) == ["USD"] * 1000
+    await eventually(lambda: not set(threading.enumerate()) - before)
 
 
 async def test_a_coroutine_that_a_sync_function_returns_is_within_the_limit():

@@ -24,6 +24,11 @@ from asyncify import (
 MANY = 10_000
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unhurried() -> None:
+    """Tell of sync calls that hold an event loop, as always outside tests."""
+
+
 def fetch(query: int) -> int:
     """Stand for a call over the network."""
     return query
@@ -271,7 +276,7 @@ async def test_a_sync_stream_is_told_of_the_chunk_that_held_the_loop(clock):
     assert [str(message.message).partition(" ms")[0][-3:] for message in messages] == ["120"]
 
 
-async def test_a_sync_call_on_a_loop_works_for_a_bridged_stream():
+async def test_a_sync_call_on_a_loop_works_for_a_bridged_stream(clock):
     """An async generator can be streamed by sync code on a loop without a deadlock."""
 
     async def letters(query: str) -> AsyncIterator[str]:

@@ -1,21 +1,25 @@
 """`watch`: which step of an async side held the event loop, for how long and where."""
 
 import asyncio
+import contextlib
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import AsyncIterator, Iterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
-from asyncify import BlockingWarning, concurrency, drive, dual, watch
+from asyncify import BlockingWarning, Dual, concurrency, drive, dual, registry, watch
+from asyncify.runnable import AnyDual
 
 SECONDS = 30  # a safety net, never the measure of anything
 
@@ -361,14 +365,13 @@ async def test_the_blocking_line_itself_is_found(looked):
     assert f" in {held.at}, after the await in " in str(held)
 
 
-@pytest.mark.usefixtures("quiet")
-async def test_a_blocking_http_read_is_found_at_the_users_line(looked):
-    """A read over a socket is reported where the user's code calls it, not where the library sits in `recv`."""
+@contextlib.contextmanager
+def slow_server(wait: Callable[[], Any]) -> Iterator[str]:
+    """Serve one request, which takes a while, and give the address."""
 
     class Slow(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            looked.wait(SECONDS)
-            time.sleep(THRESHOLD)
+            wait()
             self.send_response(204)
             self.end_headers()
 
@@ -376,39 +379,298 @@ async def test_a_blocking_http_read_is_found_at_the_users_line(looked):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Slow)
-    serving = threading.Thread(target=server.handle_request)
+    serving = threading.Thread(target=server.handle_request, daemon=True)
     serving.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    serving.join()
+    server.server_close()
+
+
+def read(url: str) -> int:
+    """Read over HTTP, and block for as long as that takes."""
+    with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: S310  (the test's own server)
+        return int(response.status)
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_blocking_http_read_is_found_at_the_users_line(looked):
+    """A read over a socket is reported where the user's code calls it, not where the library sits in `recv`."""
 
     @dual
     async def fetch(url: str) -> int:
         with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: ASYNC210, S310  (the trap itself)
             return int(response.status)
 
-    with watch(threshold=THRESHOLD) as watching:
-        status = await fetch.ainvoke(f"http://127.0.0.1:{server.server_port}/")
-    serving.join()
-    server.server_close()
+    def wait() -> None:
+        time.sleep(THRESHOLD * looked.wait(SECONDS))
+
+    with slow_server(wait) as url, watch(threshold=THRESHOLD) as watching:
+        status = await fetch.ainvoke(url)
 
     assert status == 204
     assert watching.held[-1].at is not None
     assert watching.held[-1].at.line == fetch.afunc.__code__.co_firstlineno + 2
 
 
-# --- on and off ---
+async def test_a_sleep_in_a_thread_holds_nothing(clock):
+    """The corrected version of `time.sleep`: the await of a thread takes as long, and nothing is reported."""
+    step_is_over = threading.Event()
 
-
-async def test_without_a_watch_a_side_is_the_function_itself():
-    """Nothing is wrapped around the coroutine of a pair that nobody watches."""
+    def sleep() -> None:
+        assert step_is_over.wait(SECONDS)
+        clock.pass_by(0.12)
 
     @dual
     async def fetch(query: str) -> None:
+        asyncio.get_running_loop().call_soon(step_is_over.set)
+        await asyncio.to_thread(sleep)
+
+    with watch() as watching:
+        await fetch.ainvoke("usd")
+
+    assert clock.now == 0.12
+    assert list(watching.held) == []
+
+
+async def test_an_http_read_in_a_thread_holds_nothing(clock):
+    """The corrected version of a blocking read: the await of a thread takes as long, and nothing is reported."""
+    step_is_over = threading.Event()
+
+    def wait() -> None:
+        assert step_is_over.wait(SECONDS)
+        clock.pass_by(0.12)
+
+    @dual
+    async def fetch(url: str) -> int:
+        asyncio.get_running_loop().call_soon(step_is_over.set)
+        return await asyncio.to_thread(read, url)
+
+    with slow_server(wait) as url, watch() as watching:
+        status = await fetch.ainvoke(url)
+
+    assert (status, clock.now) == (204, 0.12)
+    assert list(watching.held) == []
+
+
+# --- on and off ---
+
+
+def nothing(query: str) -> None:
+    """Do nothing."""
+
+
+def runs(pair: AnyDual) -> Any:
+    """Return what a call of the async side runs just now."""
+    return pair._live.async_.run
+
+
+@pytest.mark.parametrize("make", [Dual, dual, lambda afunc: Dual(nothing, afunc)])
+def test_without_a_watch_a_side_is_the_function_itself(make):
+    """Off, it costs nothing: before and after a watch, what a pair without a limit runs is the user's own function."""
+
+    async def fetch(query: str) -> None:
         pass
 
-    call: Any = fetch.acall("usd")
-    plain = call.cr_code is fetch.afunc.__code__
-    await call
+    async def letters(query: str) -> AsyncIterator[str]:
+        yield query
 
-    assert plain
+    pairs = [make(fetch), Dual(letters)]
+    before = [runs(pair) for pair in pairs]
+    with watch():
+        during = [runs(pair) for pair in pairs]
+        pairs.append(Dual(fetch))
+    after = [runs(pair) for pair in pairs]
+
+    assert before == [fetch, letters]
+    assert not {fetch, letters} & set(during)
+    assert after == [fetch, letters, fetch]
+
+
+async def hold(query: str) -> None:
+    """Hold the loop, by the clock that the watch sees."""
+    vars(drive)["perf_counter"].pass_by(0.12)
+
+
+async def hold_and_yield(query: str) -> AsyncIterator[str]:
+    """Hold the loop before a chunk."""
+    await hold(query)
+    yield query
+
+
+class Client:
+    """What has a method."""
+
+    @dual
+    async def hold(self, query: str) -> None:
+        """Hold the loop."""
+        await hold(query)
+
+
+def overridden(fake: Any) -> Callable[[contextlib.ExitStack], AnyDual]:
+    """Return what puts a fake in the place of a pair."""
+    return lambda overrides: overrides.enter_context(registry.override(Dual(nothing), fake))
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda _: Dual(hold), id="plain"),
+        pytest.param(lambda _: concurrency(limit=1)(Dual(hold)), id="limited"),
+        pytest.param(lambda _: Client().hold, id="method"),
+        pytest.param(lambda _: Dual(hold_and_yield), id="generator"),
+        pytest.param(lambda _: pickle.loads(pickle.dumps(Dual(hold))), id="pickled"),  # noqa: S301  (made here)
+        pytest.param(overridden(hold), id="fake"),
+        pytest.param(overridden(Dual(hold)), id="fake pair"),
+    ],
+)
+@pytest.mark.parametrize("call", ["ainvoke", "invoke"])
+@pytest.mark.parametrize("made", ["before", "during"])
+async def test_a_pair_is_watched_while_a_watch_is_on(clock, monkeypatch, make, call, made):
+    """Whatever a pair is, however called and whenever made: during a watch it is timed, and after it no more."""
+
+    async def run(pair: AnyDual) -> None:
+        await (pair.ainvoke("usd") if call == "ainvoke" else asyncio.to_thread(pair.invoke, "usd"))
+
+    with contextlib.ExitStack() as overrides:
+        pair = make(overrides) if made == "before" else None
+        with watch() as watching:
+            pair = pair or make(overrides)
+            await run(pair)
+        monkeypatch.delattr(drive, "_stepped")
+        held = clock.now
+        await run(pair)
+
+    assert len(watching.held) == 1
+    assert clock.now > held
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_fake_that_a_watch_outlives_is_gone(clock):
+    """An override that begins before a watch and ends in it leaves the pair's own side, watched."""
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+
+    override = registry.override(fetch, nothing)
+    override.__enter__()
+    with watch() as watching:
+        await fetch.ainvoke("usd")
+        override.__exit__(None, None, None)
+        await fetch.ainvoke("usd")
+
+    assert len(watching.held) == 1
+    assert runs(fetch) is fetch.afunc
+
+
+async def test_a_call_in_flight_when_a_watch_begins_or_ends_goes_on(clock):
+    """What began before a watch is not watched, and what began in it ends after it, unreported."""
+    go = asyncio.Event()
+
+    @dual
+    async def fetch(query: str) -> str:
+        await go.wait()
+        clock.pass_by(0.12)
+        return query
+
+    @dual
+    async def letters(query: str) -> AsyncIterator[str]:
+        for letter in query:
+            yield letter
+            clock.pass_by(0.12)
+
+    async def spell(chunks: AsyncIterator[str]) -> str:
+        return "".join([letter async for letter in chunks])
+
+    async def begin(query: str) -> tuple[asyncio.Task[str], AsyncIterator[str]]:
+        chunks = letters.acall(query)
+        call = asyncio.create_task(fetch.acall(query))
+        assert await anext(chunks) == query[0]
+        await asyncio.sleep(0)
+        return call, chunks
+
+    call_before, chunks_before = await begin("before")
+    with watch() as watching:
+        rest_before = await spell(chunks_before)
+        call_during, chunks_during = await begin("during")
+    go.set()
+
+    assert (rest_before, await spell(chunks_during)) == ("efore", "uring")
+    assert (await call_before, await call_during) == ("before", "during")
+    assert list(watching.held) == []
+
+
+def test_a_watch_keeps_no_pair_alive():
+    """A pair that nobody uses any more goes, watched or not."""
+
+    async def fetch(query: str) -> None:
+        pass
+
+    with watch():
+        pair = Dual(fetch)
+        ref = weakref.ref(pair)
+        del pair
+        gc.collect()
+
+    assert ref() is None
+
+
+def test_pairs_that_are_equal_are_all_watched():
+    """Two pairs of one function are equal, and each is told of a watch."""
+    pairs = [Dual(hold), Dual(hold)]
+    with watch():
+        during = [runs(pair) for pair in pairs]
+
+    assert pairs[0] == pairs[1]
+    assert hold not in during
+    assert [runs(pair) for pair in pairs] == [hold, hold]
+
+
+def test_a_pair_made_in_the_midst_of_a_change_follows_it():
+    """A finalizer may make a pair at any moment, also while the others are being told of a watch."""
+
+    async def fetch(query: str) -> None:
+        pass
+
+    made: list[AnyDual] = []
+
+    class Maker:
+        def set_watched(self, *, on: bool) -> None:
+            made.append(Dual(fetch))
+
+    maker = Maker()
+    drive.subscribe(maker)
+    with watch():
+        during = [runs(pair) for pair in made]
+
+    assert len(during) == 2
+    assert fetch not in during
+    del maker
+
+    assert [runs(pair) for pair in made] == [fetch] * 3
+
+
+def test_a_pair_made_while_another_thread_begins_a_watch_follows_it():
+    """A pair that is just being told that there is no watch is told of a new one after that, not before."""
+    told: list[bool] = []
+    first, second = threading.Event(), threading.Event()
+
+    class Slow:
+        def set_watched(self, *, on: bool) -> None:
+            (second if first.is_set() else first).set()
+            second.wait(0 if on else 0.1)  # which the watch would use, if it did not have to wait for the end of this
+            told.append(on)
+
+    slow = Slow()
+    making = threading.Thread(target=drive.subscribe, args=(slow,))
+    making.start()
+    assert first.wait(SECONDS)
+    with watch():
+        making.join(SECONDS)
+        during = list(told)
+
+    assert during == [False, True]
 
 
 async def test_after_a_watch_nothing_is_left(clock):
@@ -507,6 +769,78 @@ def test_a_threshold_of_another_type_is_refused(threshold):
     """A bare `@watch`, which would take the function for a threshold, is told as well."""
     with pytest.raises(TypeError, match="must be a number of seconds, as in watch"):
         watch(threshold)
+
+
+FORKING = """
+import os, threading
+from asyncify import Dual, drive, watch
+
+async def fetch(query):
+    pass
+
+pairs = [Dual(fetch) for _ in range(100)]
+over = threading.Event()
+
+def come_and_go():
+    while not over.is_set():
+        with watch():
+            pass
+
+def agree():
+    on = bool(drive._watches)
+    return all((pair._live.async_.run is not fetch) is on for pair in [*pairs, Dual(fetch)])
+
+thread = threading.Thread(target=come_and_go)
+thread.start()
+for _ in range(30):
+    if os.fork() == 0:
+        os._exit(not agree())
+    print(os.wait()[1], end=" ")
+over.set()
+thread.join()
+print(agree())
+"""
+
+
+def test_a_process_that_is_forked_while_a_watch_begins():
+    """A child can make pairs, and all its pairs agree on whether there is a watch."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+    assert (done.stdout, done.stderr) == ("0 " * 30 + "True\n", "")
+
+
+IN_A_STEP = """
+import os
+from asyncify import Dual, watch
+
+async def fetch(query):
+    return "child" if os.fork() == 0 else f"parent {os.wait()[1]}"
+
+with watch(threshold=1000):
+    try:
+        Dual(fetch).acall("usd").send(None)
+    except StopIteration as end:
+        print(end.value, flush=True)
+"""
+
+
+def test_a_process_that_is_forked_in_a_watched_step():
+    """The step that forked goes on in the child, and those of other threads are not there."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", IN_A_STEP],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+    assert (done.stdout, done.stderr) == ("child\nparent 0\n", "")
 
 
 PROGRAM = """
