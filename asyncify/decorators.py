@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hashable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from types import CodeType, FrameType
@@ -32,6 +32,20 @@ D = TypeVar("D", bound=AnyDual)
 # The overloads overlap on purpose: a coroutine function is a function too, and the first one that fits is meant.
 
 if TYPE_CHECKING:
+    # Two functions in one call have to agree, where a checker would rather join their results to a union. Pyright joins
+    # none under an invariant variable; mypy solves a bare callable first, and holds one in a union to what was solved.
+
+    class _Awaited(Protocol[T]):  # type: ignore[misc]  # pyright: ignore[reportInvalidTypeVarUse]
+        """What a coroutine function returns, of a result that may not be joined with another."""
+
+        def __await__(self) -> T: ...
+        def send(self, value: Any, /) -> Any: ...
+
+    class _Iterated(Protocol[T]):  # type: ignore[misc]  # pyright: ignore[reportInvalidTypeVarUse]
+        """What an async generator function returns, of chunks that may not be joined with others."""
+
+        def __aiter__(self) -> T: ...
+        def __anext__(self) -> Any: ...
 
     class _OverStub(Dual[Any, T, P, T]):
         """A pair of two functions, whose first call may decorate a stub."""
@@ -100,8 +114,8 @@ def dual(
 @overload
 def dual(
     *,
-    sync: Callable[P, Iterator[T]],
-    async_: Callable[P, AsyncIterator[T]],
+    sync: Callable[P, Iterator[T]] | staticmethod[P, Iterator[T]],
+    async_: Callable[P, _Iterated[AsyncIterator[T]]],
     name: str | None = None,
     bridge: Bridge = "thread",
     warn: bool = True,
@@ -109,8 +123,8 @@ def dual(
 @overload
 def dual(
     *,
-    sync: Callable[P, T],
-    async_: Callable[P, Coroutine[Any, Any, T]],
+    sync: Callable[P, T] | staticmethod[P, T],
+    async_: Callable[P, _Awaited[Generator[Any, Any, T]]],
     name: str | None = None,
     bridge: Bridge = "thread",
     warn: bool = True,

@@ -19,6 +19,8 @@ from asyncify.runnable import AnyDual, is_pair
 __all__ = ["Patch", "dual_patch"]
 
 Function = Callable[..., Any]
+_waiting: set[str] = set()
+"""The targets that are patched when their modules are imported."""
 
 
 class Patch:
@@ -41,12 +43,16 @@ class Patch:
     def _start(self) -> None:
         if self._module in sys.modules:
             self._apply(sys.modules[self._module])
+        elif self.target in _waiting:
+            raise PairError(f"dual_patch: {self.target} is to be patched already, when {self._module} is imported")
         else:
+            _waiting.add(self.target)
             wrapt.register_post_import_hook(self._apply, self._module)
 
     def _apply(self, module: ModuleType) -> None:
         if self._undone:
             return
+        _waiting.discard(self.target)
         try:
             self._parent, self._name, original = wrapt.resolve_path(module, self._path)
         except AttributeError as error:
@@ -67,6 +73,8 @@ class Patch:
             raise PairError(f"dual_patch: {self.target} is undone already")
         if self.pair is not None:
             self._put_back(self.pair)
+        else:
+            _waiting.discard(self.target)
         self._undone = True
 
     def _put_back(self, pair: AnyDual) -> None:

@@ -33,7 +33,17 @@ from asyncify.limiter import Limiter
 from asyncify.permits import hand_over, held_by_this_task, innermost
 from asyncify.pipes import Piped, is_bounded
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
-from asyncify.schemas import parameters_schema, tool_of
+from asyncify.schemas import (
+    asks_for_tool,
+    description_of,
+    from_tool,
+    is_from_tool,
+    keys_schema,
+    parameters_schema,
+    resolved_input,
+    tool_of,
+    tool_schema,
+)
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
 from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
@@ -302,17 +312,23 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync side on one input."""
+        value: Any = input
+        if type(value) is dict and is_from_tool(value):
+            value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.sync
         if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
-            return self._invoke_upstream(input, config, kwargs)
-        return cast("Output", self._run(entry, input, config, kwargs))
+            return self._invoke_upstream(value, config, kwargs)
+        return cast("Output", self._run(entry, value, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async side on one input, in a task of its own."""
+        value: Any = input
+        if type(value) is dict and is_from_tool(value):
+            value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.async_
         if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
-            return await self._ainvoke_upstream(input, config, kwargs)
-        return cast("Output", await self._start(entry, input, config, kwargs, awaited=True))
+            return await self._ainvoke_upstream(value, config, kwargs)
+        return cast("Output", await self._start(entry, value, config, kwargs, awaited=True))
 
     def needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a side can't do without a run of LangChain's, observed or not."""
@@ -544,11 +560,39 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     # --- to a model ---
 
+    @property
+    def InputType(self) -> Any:  # noqa: N802
+        """The type of the input: that of the first parameter, where its annotation is a string too."""
+        declared: Any = super().InputType
+        return resolved_input(self.__wrapped__) if isinstance(declared, str) else declared
+
     def get_input_schema(self, config: RunnableConfig | None = None) -> TypeBaseModel:
         """Return the schema of the input: of the mapping, for a function with two required parameters or more."""
         if len(self._entries.sync.shape.required) > 1:
             return parameters_schema(self.__wrapped__, self.get_name("Input"))
         return super().get_input_schema(config)
+
+    def get_input_jsonschema(self, config: RunnableConfig | None = None) -> dict[str, Any]:
+        """Return the JSON schema of the input; for LangChain's `tool`, of the function's parameters."""
+        if asks_for_tool(sys._getframe(1)):
+            schema = self._keys_schema() or parameters_schema(self.__wrapped__, self.get_name("Input"))
+            return schema.model_json_schema()
+        return super().get_input_jsonschema(config)
+
+    @property
+    def input_schema(self) -> TypeBaseModel:
+        """The schema of the input; for LangChain's `tool`, of the function's parameters."""
+        if asks_for_tool(sys._getframe(1)):
+            return self._keys_schema() or tool_schema(self.__wrapped__, self.get_name("Input"))
+        return self.get_input_schema()
+
+    def _keys_schema(self) -> type[BaseModel] | None:
+        """Return what a tool takes instead of parameters: a drop-in is no function, so the keys of its input."""
+        if self._by_reference or len(self._entries.sync.shape.required) > 1:
+            return None
+        return keys_schema(
+            self.__wrapped__, self.get_name("Input"), cast("type[BaseModel]", super().get_input_schema())
+        )
 
     def as_tool(
         self,
@@ -558,10 +602,20 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         description: str | None = None,
         arg_types: dict[str, type] | None = None,
     ) -> BaseTool:
-        """Return a tool whose arguments are the function's parameters, and whose description is its docs."""
+        """Return a tool whose arguments are the function's parameters, and whose description is its docs.
+
+        A drop-in, `Dual(func)`, has the arguments that a `RunnableLambda` would have, if its input is a mapping whose
+        keys are known, as those of a `TypedDict` are.
+        """
         if args_schema is not None or arg_types is not None:
             return super().as_tool(args_schema, name=name, description=description, arg_types=arg_types)
-        return tool_of(self, self.__wrapped__, name=name or self.get_name(), description=description)
+        return tool_of(
+            self,
+            self.__wrapped__,
+            name=name or self.get_name(),
+            description=description,
+            keys=self._keys_schema(),
+        )
 
     # --- identity ---
 
@@ -577,7 +631,9 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         return super().__eq__(other)
 
     def __repr__(self) -> str:
-        """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`."""
+        """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`; to `tool`, the docs."""
+        if asks_for_tool(sys._getframe(1)):
+            return description_of(self.__wrapped__, self.get_name())
         kinds = {"sync": self._entries.sync.kind, "async": self._entries.async_.kind}
         real = "+".join(side for side, kind in kinds.items() if kind == "native")
         made = "".join(f" ({side} {kind})" for side, kind in kinds.items() if kind != "native")
@@ -599,6 +655,7 @@ class _Bound(Dual[Any, Any]):
         self._receiver = receiver
         self.name = pair.name
         self._on_stub = None
+        self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__

@@ -1,25 +1,100 @@
-"""What a function's parameters are to a model: a schema, and a tool that takes them one by one."""
+"""What a function's parameters are to a model: a schema, and a tool that takes them one by one.
+
+LangChain's `tool` makes one of a runnable too, if its input is an object: it asks for the schema, takes the `repr` for
+a description, and calls the runnable with a mapping. A pair answers `tool`, and nobody else, as its function would.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import Parameter
-from typing import Any, get_type_hints
+from types import FrameType
+from typing import Any, TypeGuard, get_type_hints
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool, StructuredTool
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, RootModel, create_model
+from typing_extensions import is_typeddict
 
-from asyncify.signatures import INJECTED, shape_of, signature_of
+from asyncify.errors import PairError
+from asyncify.runs import RESERVED
+from asyncify.signatures import INJECTED, describe, shape_of, signature_of
 
-__all__ = ["parameters_schema", "tool_of"]
+__all__ = [
+    "asks_for_tool",
+    "description_of",
+    "from_tool",
+    "is_from_tool",
+    "parameters_schema",
+    "tool_of",
+    "tool_schema",
+]
 
 Function = Callable[..., Any]
 
 
-def parameters_schema(fn: Function, name: str) -> type[BaseModel]:
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    """One that `tool` hands on: its type tells a mapping of arguments from a mapping that is an input itself."""
+
+    value: Any
+
+
+class _Arguments(BaseModel):
+    """A model out of which `tool` reads the arguments that it hands on."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return _Argument(value) if name in type(self).model_fields else value
+
+
+def asks_for_tool(frame: FrameType) -> bool:
+    """Tell whether the frame is that of `tool`, just making a tool."""
+    return frame.f_code.co_name == "_tool_factory" and frame.f_globals.get("__name__") == "langchain_core.tools.convert"
+
+
+def is_from_tool(value: Any) -> TypeGuard[dict[str, _Argument]]:
+    """Tell whether a dict is what a tool made by `tool` calls a pair with."""
+    return type(next(iter(value.values()), None)) is _Argument
+
+
+def from_tool(fn: Function, value: dict[str, _Argument]) -> tuple[Any, dict[str, Any]]:
+    """Return what such a mapping means: the input, and what is handed on beside it."""
+    return _split(fn, {name: argument.value for name, argument in value.items()})
+
+
+def tool_schema(fn: Function, name: str) -> type[BaseModel]:
+    """Return the function's parameters as `tool` is to take them."""
+    _check_names(fn)
+    return parameters_schema(fn, name, base=_Arguments)
+
+
+def resolved_input(fn: Function) -> Any:
+    """Return the type of the first parameter, whose annotation may be a string."""
+    return next((_hints(fn).get(parameter.name, Any) for parameter in _parameters(fn)), Any)
+
+
+def keys_schema(fn: Function, name: str, own: type[BaseModel]) -> type[BaseModel] | None:
+    """Return the keys of an input that is a mapping, where LangChain takes them for a tool's arguments.
+
+    These are a `TypedDict`'s, and those that LangChain has seen the function read: `own` is its schema of the input.
+    """
+    kind = resolved_input(fn)
+    if is_typeddict(kind):
+        keys: dict[str, Any] = {key: (value, ...) for key, value in get_type_hints(kind).items()}
+        return create_model(name, **keys)
+    return None if own is kind or issubclass(own, RootModel) else own
+
+
+def description_of(fn: Function, name: str) -> str:
+    """Return what a model is told of the function: its docs, or else its name."""
+    return inspect.getdoc(fn) or name
+
+
+def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
     """Return a model whose fields are the function's parameters, with their types and defaults."""
     hints = _hints(fn)
     fields: dict[str, Any] = {
@@ -29,7 +104,21 @@ def parameters_schema(fn: Function, name: str) -> type[BaseModel]:
         )
         for parameter in _parameters(fn)
     }
-    return create_model(name, **fields)
+    return create_model(name, __base__=base, **fields)
+
+
+def _check_names(fn: Function) -> None:
+    """Check that what a tool hands on beside the input reaches the function.
+
+    Raises:
+        PairError: it is called as something of LangChain's own.
+    """
+    beside = [] if len(shape_of(fn).required) > 1 else [parameter.name for parameter in _parameters(fn)[1:]]
+    if taken := RESERVED.intersection(beside):
+        raise PairError(
+            f"{describe(fn)} can't be a tool: LangChain keeps {', '.join(taken)} for itself where a function has one "
+            "required parameter; rename it"
+        )
 
 
 def _parameters(fn: Function) -> list[Parameter]:
@@ -46,23 +135,37 @@ def _hints(fn: Function) -> dict[str, Any]:
         return {}
 
 
-def tool_of(runnable: Runnable[Any, Any], fn: Function, *, name: str, description: str | None) -> BaseTool:
-    """Return a tool that takes the function's parameters and calls the runnable with them, on either path."""
+def tool_of(
+    runnable: Runnable[Any, Any],
+    fn: Function,
+    *,
+    name: str,
+    description: str | None,
+    keys: type[BaseModel] | None,
+) -> BaseTool:
+    """Return a tool that calls the runnable, on either path, with the function's parameters or its input's keys."""
+    if keys is None:
+        _check_names(fn)
 
-    def run(callbacks: Callbacks = None, **given: Any) -> Any:
-        value, rest = _split(fn, given)
+    def taken(alone: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if alone:
+            return alone[0], {}
+        return _split(fn, given) if keys is None else (given, {})
+
+    def run(*alone: Any, callbacks: Callbacks = None, **given: Any) -> Any:
+        value, rest = taken(alone, given)
         return runnable.invoke(value, {"callbacks": callbacks}, **rest)
 
-    async def arun(callbacks: Callbacks = None, **given: Any) -> Any:
-        value, rest = _split(fn, given)
+    async def arun(*alone: Any, callbacks: Callbacks = None, **given: Any) -> Any:
+        value, rest = taken(alone, given)
         return await runnable.ainvoke(value, {"callbacks": callbacks}, **rest)
 
     return StructuredTool.from_function(
         run,
         arun,
         name=name,
-        description=description or inspect.getdoc(fn) or name,
-        args_schema=parameters_schema(fn, name),
+        description=description or description_of(fn, name),
+        args_schema=keys or parameters_schema(fn, name),
     )
 
 

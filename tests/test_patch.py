@@ -174,6 +174,17 @@ def test_a_patch_undone_before_the_import_leaves_the_module_alone(foreign: str) 
     assert not isinstance(importlib.import_module(foreign).fetch, Dual)
 
 
+def test_a_second_patch_that_would_wait_is_refused(foreign: str) -> None:
+    """It is told at once, and not by the import; when the first is undone the target is free again."""
+    target = f"{foreign}:fetch"
+    first = dual_patch(target, async_=_afetch)
+    with pytest.raises(PairError, match=f"{target} is to be patched already, when {foreign} is imported"):
+        dual_patch(target, async_=_afetch)
+    first.undo()
+    with dual_patch(target, async_=_afetch) as patch:
+        assert importlib.import_module(foreign).fetch is patch.pair
+
+
 def test_a_patch_that_does_not_fit_is_raised_by_the_import(foreign: str) -> None:
     """What can only be checked when the module is there is told there."""
     patch = dual_patch(f"{foreign}:nothing", async_=_afetch)

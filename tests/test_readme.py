@@ -16,9 +16,14 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unhurried() -> None:
+    """Tell of sync calls that hold an event loop, as the pages say."""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_programs_of_a_page_run_and_print_what_it_says(page: Path) -> None:
-    """The Python blocks of a page are one program; a text block behind one is its output."""
+    """The Python blocks of a page are one program; a text block behind one is its output, else it prints nothing."""
     blocks = BLOCK.findall(page.read_text())
     module = types.ModuleType(page.stem)
     del module.__spec__  # a module with one that is None must name a loader: so says Python 3.12 when it warns
@@ -31,8 +36,7 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(page: Path) -> None:
             with contextlib.redirect_stdout(printed):
                 exec(compile(source, page.name, "exec"), module.__dict__)  # noqa: S102  (our own documentation)
 
-            if next_language == "text":
-                assert printed.getvalue() == expected
+            assert printed.getvalue() == (expected if next_language == "text" else "")
     finally:
         del sys.modules[page.stem]
 

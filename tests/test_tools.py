@@ -7,9 +7,11 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from langgraph.prebuilt import ToolNode
 from pydantic import BaseModel, Field, ValidationError
+from typing_extensions import TypedDict
 
-from asyncify import dual
+from asyncify import Dual, Limiter, PairError, concurrency, dual
 
 
 class Rounding(BaseModel):
@@ -64,8 +66,44 @@ def compare(value: str, input: str) -> bool:
     return value == input
 
 
+@dual
+def count(quotes: dict[str, float]) -> int:
+    """Count quotes, in a mapping that is the input itself."""
+    return len(quotes)
+
+
+@dual
+def greet(word: str = "hello") -> str:
+    """Greet."""
+    return word
+
+
+class Order(TypedDict):
+    """A mapping whose keys are known."""
+
+    amount: float
+    rate: float
+
+
+@dual
+def order(order: Order) -> float:
+    """Order an amount."""
+    return order["amount"] * order["rate"]
+
+
+@dual
+def round_up(rounding: Rounding) -> int:
+    """Round up, to digits that are a model."""
+    return rounding.digits + 1
+
+
 class Desk:
     """An owner of a method."""
+
+    @dual
+    def close(self, query: str) -> str:
+        """Close a position."""
+        return query
 
     @dual
     def sell(self, amount: float, rate: float) -> float:
@@ -82,24 +120,41 @@ CASES: list[tuple[Any, dict[str, Any], Any, Any]] = [
     (repeat, {"query": "a"}, "aa", "async aa"),
     (repeat, {"query": "a", "times": 3}, "aaa", "async aaa"),
     (compare, {"value": "a", "input": "a"}, True, True),
+    (count, {"quotes": {"EUR": 1.0}}, 1, 1),
+    (greet, {}, "hello", "hello"),
+    (order, {"order": {"amount": 2, "rate": 3}}, 6, 6),
+    (round_up, {"rounding": {"digits": 4}}, 5, 5),
     (Desk().sell, {"amount": 2, "rate": 3}, -6, -6),
+    (Desk().close, {"query": "EUR"}, "EUR", "EUR"),
 ]
 each_case = pytest.mark.parametrize(("pair", "given", "sync", "async_"), CASES, ids=[case[0].name for case in CASES])
 
 
+FORMS: dict[str, Any] = {
+    "as_tool": lambda pair: pair.as_tool(),
+    "tool": tool,
+    "tool with a name": lambda pair: tool(pair.name, pair),
+    "tool with options": tool(return_direct=False),
+    "tool with both": lambda pair: tool(pair.name, return_direct=False)(pair),
+}
+each_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+
+
+@each_form
 @each_case
-async def test_as_tool_takes_the_functions_parameters(pair: Any, given: Any, sync: Any, async_: Any) -> None:
-    """A tool made by `as_tool` runs the sync side by `invoke` and the async side by `ainvoke`."""
-    made = pair.as_tool()
+async def test_a_tool_takes_the_functions_parameters(make: Any, pair: Any, given: Any, sync: Any, async_: Any) -> None:
+    """A tool runs the sync side by `invoke` and the async side by `ainvoke`."""
+    made = make(pair)
 
     assert made.invoke(given) == sync
     assert await made.ainvoke(given) == async_
 
 
+@each_form
 @each_case
-def test_as_tool_shows_the_functions_parameters(pair: Any, given: Any, sync: Any, async_: Any) -> None:
+def test_a_tool_shows_the_functions_parameters(make: Any, pair: Any, given: Any, sync: Any, async_: Any) -> None:
     """Name, docs and parameters are the function's."""
-    made = pair.as_tool()
+    made = make(pair)
 
     assert (made.name, made.description) == (pair.name, pair.__doc__)
     assert set(given) <= set(made.args)
@@ -134,14 +189,79 @@ def test_a_tools_call_is_a_run_of_the_pair() -> None:
     assert seen == ["fetch"]
 
 
-async def test_the_tool_decorator_takes_a_pair() -> None:
-    """LangChain's `tool` makes a tool of a pair whose input is a mapping."""
-    made = tool(convert)
+@each_form
+async def test_a_tools_calls_pass_the_pairs_limit(make: Any) -> None:
+    """The limit counts what a tool calls, on both paths."""
+    limited = concurrency(limit=3, name="tools")(dual(async_=_afetch, name=f"limited_{id(make)}")(fetch.func))
+    made = make(limited)
+    made.invoke({"query": "EUR"})
+    await made.ainvoke({"query": "EUR"})
 
-    assert made.name == "convert"
-    assert set(made.args) == set(FULL)
-    assert made.invoke({"amount": 1.239, "rate": 2}) == "2.48 USD"
-    assert await made.ainvoke(FULL) == "async 2.5 JPY"
+    assert isinstance(limited.limiter, Limiter)
+    assert limited.limiter.stats().admitted == 2
+
+
+def test_tool_may_name_and_describe_a_pair() -> None:
+    """What `tool` is given wins over the function's, as for a function."""
+    made = tool("quotes", fetch, description="Quotes.")
+
+    assert (made.name, made.description) == ("quotes", "Quotes.")
+
+
+def test_a_pair_is_a_tool_of_a_graphs_tool_node() -> None:
+    """`ToolNode`, and so an agent, takes a pair as it takes a function."""
+    node = ToolNode([fetch, convert])
+
+    assert [(made.name, made.description) for made in node.tools_by_name.values()] == [
+        ("fetch", "Fetch one quote."),
+        ("convert", "Convert an amount."),
+    ]
+
+
+async def test_a_tool_of_one_parameter_takes_it_alone() -> None:
+    """As with `RunnableLambda(f).as_tool()`, one text may be given without its name."""
+    made = fetch.as_tool()
+
+    assert made.invoke("EUR") == "sync EUR"
+    assert await made.ainvoke("EUR") == "async EUR"
+
+
+def _read(words: Any) -> str:
+    return f"{words['amount']} {words['rate']}"
+
+
+@pytest.mark.parametrize("fn", [order.func, _read])
+@each_form
+@pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBetaWarning")
+def test_a_drop_in_takes_the_keys_of_its_input(make: Any, fn: Any) -> None:
+    """`Dual(func)` stands for a `RunnableLambda`: a mapping whose keys LangChain knows gives a tool its arguments."""
+    made = make(Dual(fn, name="order"))
+
+    assert set(made.args) == {"amount", "rate"}
+    assert made.invoke({"amount": 2, "rate": 3}) == fn({"amount": 2, "rate": 3})
+    assert made.args == RunnableLambda(fn).as_tool(description="Orders.").args
+
+
+def test_only_tool_sees_other_schemas_and_docs() -> None:
+    """Whoever else asks is told the input's own schema and the pair's `repr`; a mapping stays what it is."""
+    tool(count)
+
+    assert count.get_input_jsonschema()["additionalProperties"] == {"type": "number"}
+    assert count.input_schema is not tool(count).args_schema
+    assert repr(count) == "<Dual count sync (async bridged)>"
+    assert count.invoke({"quotes": 1.0, "other": 2.0}) == 2
+
+
+@each_form
+def test_a_parameter_of_langchains_own_name_is_told(make: Any) -> None:
+    """Beside the input it would never reach the function."""
+
+    @dual(name=f"search_{id(make)}")
+    def search(query: str, input: str = "") -> str:
+        return query + input
+
+    with pytest.raises(PairError, match="LangChain keeps input for itself"):
+        make(search)
 
 
 def test_a_pair_converts_to_an_openai_tool() -> None:
@@ -170,6 +290,19 @@ def test_the_input_schema_of_one_value_is_its_type() -> None:
     assert fetch.get_input_jsonschema() == RunnableLambda(fetch.func).get_input_jsonschema() | {"title": "fetch_input"}
     assert repeat.get_input_jsonschema()["type"] == "string"
     assert fetch.get_output_jsonschema()["type"] == "string"
+
+
+def test_an_annotation_may_be_a_string() -> None:
+    """As under `from __future__ import annotations`: the names are those of the function's module."""
+
+    @dual(name="late")
+    def late(rounding: Any) -> Any:
+        return rounding.digits + 1
+
+    late.func.__annotations__["rounding"] = "Rounding"
+
+    assert late.get_input_jsonschema()["properties"]["digits"]["type"] == "integer"
+    assert tool(late).invoke({"rounding": {"digits": 4}}) == 5
 
 
 def test_a_graph_shows_a_pair_by_name() -> None:

@@ -5,7 +5,8 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 # ruff: noqa: D103  (what a function here is for is the comment over it)
 
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+from functools import partial
 from typing import Any, assert_type
 
 from langchain_core.runnables import RunnableLambda
@@ -32,12 +33,75 @@ async def other_parameters(text: str) -> Quote:
     return {text: 1}
 
 
+async def other_type(query: str, count: str = "1") -> Quote:
+    return {query: float(count)}
+
+
+async def fewer_parameters(query: str) -> Quote:
+    return {query: 1}
+
+
+async def no_result(query: str, count: int = 1) -> None:
+    return
+
+
+def optional_sync(query: str) -> Quote | None:
+    return {query: 1}
+
+
+async def optional_async(query: str) -> Quote | None:
+    return {query: 1}
+
+
+def whole_sync(query: str) -> bool:
+    return bool(query)
+
+
+async def whole_async(query: str) -> bool:
+    return bool(query)
+
+
+async def number_async(query: str) -> float:
+    return float(query)
+
+
+def number_sync(query: str) -> float:
+    return float(query)
+
+
 def ticks_sync(query: str) -> Iterator[float]:
     yield 1.0
 
 
 async def ticks_async(query: str) -> AsyncIterator[float]:
     yield 1.0
+
+
+def generator_sync(query: str) -> Generator[float, None, None]:
+    yield 1.0
+
+
+async def generator_async(query: str) -> AsyncGenerator[float, None]:
+    yield 1.0
+
+
+async def other_chunks(query: str) -> AsyncIterator[str]:
+    yield query
+
+
+async def other_ticks(text: str) -> AsyncIterator[float]:
+    yield 1.0
+
+
+class Callables:
+    def __call__(self, query: str) -> float:
+        return float(query)
+
+    def number(self, query: str) -> float:
+        return float(query)
+
+    async def anumber(self, query: str) -> float:
+        return float(query)
 
 
 upper = RunnableLambda(str.upper)
@@ -128,6 +192,9 @@ async def as_runnables() -> None:
     assert_type(on_sync | RunnableLambda(len), RunnableSerializable[Any, int])
     assert_type(upper | on_sync, RunnableSerializable[str, Quote])
     assert_type((upper | on_async).invoke("eur"), Quote)
+    checked: Dual[str, Quote] = on_sync
+    assert_type(checked | RunnableLambda(len), RunnableSerializable[str, int])
+    checked.invoke(3)  # type: ignore[arg-type]
 
 
 def wrong_arguments() -> None:
@@ -147,13 +214,47 @@ def wrong_sides() -> None:
     dual(sync=fetch_sync)(other_result)  # type: ignore[arg-type]
     dual(sync=fetch_sync)(fetch_sync)  # type: ignore[arg-type]
     dual(sync=fetch_sync, async_=fetch_sync)  # type: ignore[arg-type]
-    # mypy joins the parameters of two arguments; it is left to the check at decoration to tell.
-    dual(sync=fetch_sync, async_=other_parameters)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    dual(sync=fetch_sync, async_=other_parameters)  # type: ignore[arg-type]
+    dual(sync=fetch_sync, async_=other_type)  # type: ignore[arg-type]
+    dual(sync=fetch_sync, async_=other_result)  # type: ignore[arg-type]
+    dual(async_=other_result, sync=fetch_sync)  # type: ignore[arg-type]
+    dual(sync=fetch_sync, async_=ticks_async)  # type: ignore[arg-type]
+    dual(sync=ticks_sync, async_=fetch_async)  # type: ignore[arg-type]
+    dual(sync=lambda query: str(query), async_=whole_async)  # type: ignore[arg-type, return-value]  # noqa: PLW0108
     one_side.async_(other_parameters)  # type: ignore[arg-type]
     one_side.async_(other_result)  # type: ignore[arg-type]
     one_side.async_(fetch_sync)  # type: ignore[arg-type]
     one_async_side.sync(other_parameters)  # type: ignore[arg-type]
     from_two(other_parameters)  # type: ignore[arg-type]
+
+
+def agreeing_sides() -> None:
+    """Whatever is a pair of functions of one type is a pair: unions, lambdas, methods, callables, partials."""
+    assert_type(dual(sync=optional_sync, async_=optional_async)("EUR"), Quote | None)
+    assert_type(dual(sync=lambda query: 1.5, async_=number_async).call("EUR"), float)
+    assert_type(dual(sync=Callables().number, async_=Callables().anumber)("EUR"), float)
+    assert_type(dual(sync=Callables(), async_=Callables().anumber)("EUR"), float)
+    assert_type(dual(sync=partial(fetch_sync, count=2), async_=partial(fetch_async, count=2))("EUR"), Quote)
+    assert_type(dual(sync=concurrency(limit=3)(fetch_sync), async_=fetch_async)("EUR", count=2), Quote)
+
+
+def narrower_sides() -> None:
+    """The pair's result is what its first side promises, or in one call its async side; the other may be narrower."""
+    assert_type(dual(async_=number_async)(whole_sync)("EUR"), float)
+    assert_type(dual(sync=number_sync)(whole_async).call("EUR"), float)
+    assert_type(dual(number_sync).async_(whole_async)("EUR"), float)
+    assert_type(dual(sync=whole_sync, async_=number_async)("EUR"), float)
+    dual(async_=whole_async)(number_sync)  # type: ignore[arg-type]
+    dual(sync=whole_sync)(number_async)  # type: ignore[arg-type]
+    dual(whole_sync).async_(number_async)  # type: ignore[arg-type]
+    dual(async_=whole_async, sync=number_sync)  # type: ignore[arg-type]
+
+
+def what_checkers_miss() -> None:
+    """Parameters that only one side has, with defaults; and to mypy, an async side that returns None."""
+    dual(async_=fewer_parameters)(fetch_sync)
+    dual(sync=fetch_sync, async_=fewer_parameters)
+    dual(sync=fetch_sync, async_=no_result)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 # --- generators ---
@@ -177,6 +278,17 @@ async def ticks_alone(query: str) -> AsyncIterator[float]:
     yield 1.0
 
 
+async def wrong_streams() -> None:
+    """Generators have to agree as functions have, in every form."""
+    dual(async_=ticks_async)(fetch_sync)  # type: ignore[arg-type]
+    dual(async_=other_chunks)(ticks_sync)  # type: ignore[arg-type]
+    dual(sync=ticks_sync)(other_chunks)  # type: ignore[arg-type]
+    dual(sync=ticks_sync)(other_ticks)  # type: ignore[arg-type]
+    dual(sync=ticks_sync, async_=other_chunks)  # type: ignore[arg-type]
+    dual(sync=ticks_sync, async_=other_ticks)  # type: ignore[arg-type]
+    ticks_alone.sync(fetch_sync)  # type: ignore[arg-type]
+
+
 async def streams() -> None:
     """Streaming pairs give iterators when called, and chunks as runnables."""
     assert_type(ticks("EUR"), Iterator[float])
@@ -190,8 +302,9 @@ async def streams() -> None:
     assert_type(ticks.stream("EUR"), Iterator[float])
     assert_type(ticks.astream("EUR"), AsyncIterator[float])
     assert_type(await ticks.ainvoke("EUR"), float)
+    assert_type(dual(sync=generator_sync, async_=generator_async).acall("EUR"), AsyncIterator[float])
+    assert_type(dual(sync=generator_sync, async_=ticks_async).call("EUR"), Iterator[float])
     ticks(3)  # type: ignore[arg-type]
-    dual(async_=ticks_async)(fetch_sync)  # type: ignore[arg-type]
 
 
 # --- limits, in either order ---
