@@ -17,7 +17,7 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config
 
 from asyncify.batches import Batches
 from asyncify.bridge import ThreadPool
-from asyncify.runs import is_reserved, observed, quiet_config
+from asyncify.runs import config_of_steps, is_reserved, observed
 
 __all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
 
@@ -84,12 +84,14 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync sides; only the first gets the keyword arguments."""
+        config = config_of_steps(config)
         for step in _pairs(self.steps):
             value = step.run_unobserved(value, config, kwargs)
             kwargs = {}
         return value
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+        config = config_of_steps(config)
         for step in _pairs(self.steps):
             value = await step.start_unobserved(value, config, kwargs, awaited=True)
             kwargs = {}
@@ -149,8 +151,8 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the sync sides; keyword arguments go to none of them."""
         if ensure_config(config).get("max_concurrency") is not None:
-            return super().invoke(value, quiet_config(config, is_async=False))
-        steps = dict(self.steps__)
+            return super().invoke(value, config)
+        config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
         futures = [
             pool.submit(copy_context().run, step.run_unobserved, value, config, {}) for step in _pairs(steps.values())
@@ -161,7 +163,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             wait(futures)
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
-        steps = dict(self.steps__)
+        config, steps = config_of_steps(config), dict(self.steps__)
         tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
         return dict(zip(steps, await asyncio.gather(*tasks), strict=True))
 

@@ -28,13 +28,20 @@ from langchain_core.runnables.config import (
 from langchain_core.utils.env import env_var_is_set
 from langchain_core.utils.uuid import uuid7
 
-__all__ = ["RESERVED", "context_of", "is_reserved", "observed", "quiet_config", "recoloured", "signed"]
+__all__ = [
+    "RESERVED",
+    "config_of_steps",
+    "context_of",
+    "is_reserved",
+    "observed",
+    "quiet_config",
+    "recoloured",
+    "signed",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-RESERVED = frozenset(
-    ("run_type", "serialized", "func", "input_", "input", "value", "run_manager", "config", "defers_inputs")
-)
+RESERVED = frozenset(("run_type", "serialized", "func", "input_", "input", "value", "run_manager", "defers_inputs"))
 """Keyword arguments that LangChain's own path takes for itself: with one of them a call goes that way."""
 
 
@@ -56,13 +63,17 @@ def observed(config: RunnableConfig | None) -> bool:
     if callbacks is None and (ambient := var_child_runnable_config.get()) is not None:
         callbacks = ambient.get("callbacks")
     return (
-        _has_handlers(callbacks) or langchain_globals.get_debug() or _is_instrumented() or _is_traced() or _is_hooked()
+        (callbacks is not None and _has_handlers(callbacks))
+        or langchain_globals.get_debug()
+        or _is_instrumented()
+        or _is_traced()
+        or _is_hooked()
     )
 
 
 def _has_handlers(callbacks: object) -> bool:
-    if isinstance(callbacks, BaseCallbackManager):  # to look at one that nobody has looked at would fill it
-        return not _is_untouched(callbacks) and bool(callbacks.handlers or callbacks.inheritable_handlers)
+    if isinstance(callbacks, BaseCallbackManager):
+        return bool(callbacks.handlers or callbacks.inheritable_handlers)
     return bool(callbacks)
 
 
@@ -166,9 +177,11 @@ def _langsmith_reader() -> Callable[[], bool]:
     def read() -> bool:
         if parent.get() is not None or tags.get() or metadata.get():
             return True
-        for switch in (enabled.get(), kept._GLOBAL_TRACING_ENABLED):
-            if switch is not None:
-                return bool(switch)
+        switch = enabled.get()
+        if switch is None:
+            switch = kept._GLOBAL_TRACING_ENABLED
+        if switch is not None:
+            return bool(switch)
         return from_environment("TRACING_V2", default=from_environment("TRACING", default="")) == "true"
 
     return read
@@ -213,11 +226,6 @@ class _AsyncQuietManager(_MadeLate, AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
 
-def _is_untouched(manager: BaseCallbackManager) -> bool:
-    """Tell whether nobody has looked at a quiet manager, so that it holds nothing; any other holds something."""
-    return not manager.__dict__
-
-
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
     """Return the config that an unobserved run hands to what runs inside it."""
     kind = _AsyncQuietManager if is_async else _QuietManager
@@ -232,9 +240,10 @@ def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableCo
         }
     child = ensure_config(config)
     child.pop("run_name", None)
-    child.pop("run_id", None)
+    if (run_id := child.pop("run_id", None)) is not None:
+        manager.parent_run_id = run_id
     parent = child.get("callbacks")
-    if isinstance(parent, BaseCallbackManager) and not _is_untouched(parent):
+    if isinstance(parent, BaseCallbackManager):
         manager.add_tags(parent.inheritable_tags)
         manager.add_metadata(parent.inheritable_metadata)
     if tags := child.get("tags"):
@@ -243,6 +252,11 @@ def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableCo
         manager.add_metadata(metadata)
     child["callbacks"] = manager
     return child
+
+
+def config_of_steps(config: RunnableConfig | None) -> RunnableConfig | None:
+    """Return the config that an unobserved pipe or dict starts its steps with: the id in it is that of its own run."""
+    return config and cast("RunnableConfig", {key: value for key, value in config.items() if key != "run_id"})
 
 
 def recoloured(config: RunnableConfig, *, is_async: bool) -> RunnableConfig:

@@ -29,7 +29,6 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from asyncify import Dual, Limiter, concurrency
-from asyncify.runs import RESERVED
 
 Make = Callable[..., Runnable[Any, Any]]
 Run = Callable[..., Any]
@@ -222,6 +221,12 @@ async def test_stop_iteration_becomes_a_runtime_error(
         await make(*sides).ainvoke(0, watched)
 
 
+def test_stop_iteration_passes_out_of_a_dict(make: Make, watched: RunnableConfig) -> None:
+    """The threads of a dict hand it on, to the sync path, as it is."""
+    with pytest.raises(StopIteration):
+        ({"a": make(stop, astop)} | make(double)).invoke(0, watched)
+
+
 # Injection
 
 
@@ -329,6 +334,61 @@ def test_the_child_config_names_a_parent(make: Make, run: Run) -> None:
     assert parents[0] == parents[1]
 
 
+def test_a_run_id_that_is_given_names_the_parent(make: Make, run: Run) -> None:
+    """What runs inside finds the id that the caller has given to the run, as its parent's."""
+    run_id = uuid.uuid4()
+    runnable = make(*both(lambda _, config: (config, ensure_config())))
+
+    parents = [child["callbacks"].parent_run_id for child in run(runnable, 0, {"run_id": run_id})]
+    assert parents == [run_id, run_id]
+
+
+def test_a_run_id_is_that_of_a_pipe_and_a_dict_and_of_no_step(make: Make, run: Run) -> None:
+    """The parent that a step hands down is a run of its own."""
+    run_id = uuid.uuid4()
+    step = make(*both(lambda x: [*x, cast("Any", ensure_config()["callbacks"]).parent_run_id]))
+    merge = make(*both(lambda branches: [*branches["a"], *branches["b"]]))
+
+    pipe: Any = step | {"a": step, "b": step} | merge
+
+    of_pipe = run(pipe, [], {"run_id": run_id})
+    of_dict = [parent for branch in run(pipe.middle[0], [], {"run_id": run_id}).values() for parent in branch]
+    assert run_id not in {*of_pipe, *of_dict}
+    assert (len(set(of_pipe)), len(set(of_dict))) == (3, 2)
+
+
+def test_the_ambient_manager_has_the_colour_of_the_path(make: Make, watched: RunnableConfig) -> None:
+    """What runs inside inherits managers that it can call."""
+    runnable = make(*both(lambda _: type(ensure_config()["callbacks"])))
+
+    assert issubclass(runnable.invoke(0, watched), CallbackManager)
+    assert issubclass(asyncio.run(runnable.ainvoke(0, watched)), AsyncCallbackManager)
+
+
+def test_tags_of_a_manager_that_is_given_are_handed_down(
+    make: Make, run: Run, watchers: list[BaseCallbackHandler]
+) -> None:
+    """A config may come with a manager, whose tags and metadata what runs inside inherits."""
+    given = CallbackManager(watchers, watchers, inheritable_tags=["t"], inheritable_metadata={"m": 1})
+    runnable = make(*both(lambda _, config: config["callbacks"]))
+
+    handed_down = run(runnable, 0, {"callbacks": given})
+    assert handed_down.inheritable_tags == ["t"]
+    assert handed_down.inheritable_metadata == {"m": 1}
+
+
+def test_what_a_function_adds_to_its_manager_stays_there(make: Make, run: Run) -> None:
+    """The ambient manager, which a call inside inherits, is another."""
+
+    def fn(_: int, config: Any) -> Any:
+        config["callbacks"].add_tags(["added"])
+        config["callbacks"].add_metadata({"added": 1})
+        return ensure_config()["callbacks"]
+
+    ambient = run(make(*both(fn)), 0, {"tags": ["t"], "metadata": {"m": 1}})
+    assert (ambient.tags, ambient.metadata) == (["t"], {"m": 1})
+
+
 def test_each_run_is_a_parent_of_its_own(make: Make, run: Run) -> None:
     """Two runs hand down two parents."""
     runnable = make(*both(lambda _, config: config["callbacks"].parent_run_id))
@@ -399,13 +459,92 @@ def outcome(call: Callable[[], Any]) -> Any:
         return type(error)
 
 
-@pytest.mark.parametrize("name", sorted(RESERVED - {"input", "config"}))
-def test_a_reserved_argument_does_what_it_does_upstream(run: Run, name: str) -> None:
-    """Names that LangChain takes for itself are dangerous in the same way, observed or not."""
-    sides = both(lambda _, **kwargs: kwargs)
+RESERVED = ["defers_inputs", "func", "input", "input_", "run_manager", "run_type", "serialized", "value"]
 
-    ours = outcome(lambda: run(make_pair(*sides), 1, **{name: "x"}))
-    assert ours == outcome(lambda: run(make_lambda(*sides), 1, **{name: "x"}))
+
+def _alone(make: Make) -> Runnable[Any, Any]:
+    return make(*both(lambda _, **kwargs: kwargs))
+
+
+def _in_front_of_a_pipe(make: Make) -> Runnable[Any, Any]:
+    return _alone(make) | make(*both(lambda x: x))
+
+
+WAYS = [
+    pytest.param(how, shape, name, id=f"{how}-{name}-{shape.__name__}")
+    for how in ("invoke", "batch", "stream")
+    for shape in (_alone, _in_front_of_a_pipe)
+    for name in RESERVED
+    if (how, name) != ("stream", "func")  # a lambda raises TypeError, a pair streams
+]
+
+
+@pytest.mark.parametrize(("how", "shape", "name"), WAYS)
+def test_a_reserved_argument_does_what_it_does_upstream(
+    watched: RunnableConfig, how: str, shape: Callable[[Make], Runnable[Any, Any]], name: str
+) -> None:
+    """Names that LangChain takes for itself are dangerous in the same way, observed or not."""
+    given: dict[str, Any] = {name: "x"}
+    ways: dict[str, Callable[[Runnable[Any, Any]], Any]] = {
+        "invoke": lambda runnable: runnable.invoke(1, watched, **given),
+        "batch": lambda runnable: runnable.batch([1], watched, **given),
+        "stream": lambda runnable: list(runnable.stream(1, watched, **given)),
+    }
+
+    assert outcome(lambda: ways[how](shape(make_pair))) == outcome(lambda: ways[how](shape(make_lambda)))
+
+
+@pytest.mark.parametrize(("how", "shape", "name"), WAYS)
+def test_a_reserved_argument_does_what_it_does_upstream_async(
+    watched: RunnableConfig, how: str, shape: Callable[[Make], Runnable[Any, Any]], name: str
+) -> None:
+    """The async twin."""
+    given: dict[str, Any] = {name: "x"}
+
+    async def stream(runnable: Runnable[Any, Any]) -> list[Any]:
+        return [chunk async for chunk in runnable.astream(1, watched, **given)]
+
+    ways: dict[str, Callable[[Runnable[Any, Any]], Any]] = {
+        "invoke": lambda runnable: runnable.ainvoke(1, watched, **given),
+        "batch": lambda runnable: runnable.abatch([1], watched, **given),
+        "stream": stream,
+    }
+
+    async def run(make: Make) -> Any:
+        return await ways[how](shape(make))
+
+    assert outcome(lambda: asyncio.run(run(make_pair))) == outcome(lambda: asyncio.run(run(make_lambda)))
+
+
+def _parent_of(_: Any, run_manager: Any) -> bool:
+    return run_manager is not None
+
+
+async def _aparent_of(_: Any, run_manager: Any) -> bool:
+    return run_manager is not None
+
+
+def _shapes(make: Make, *sides: Callable[..., Any]) -> list[Runnable[Any, Any]]:
+    """Return a runnable of these sides alone, behind another, in a dict, and in a pipe in a dict."""
+    runnable, same = make(*sides), make(*both(lambda x: x))
+    return [
+        runnable,
+        same | runnable,
+        same | {"a": runnable} | make(*both(lambda x: x["a"])),
+        same | {"a": same | runnable} | make(*both(lambda x: x["a"])),
+    ]
+
+
+@pytest.mark.parametrize("index", range(4), ids=["alone", "pipe", "dict", "pipe in a dict"])
+def test_only_the_side_that_runs_needs_a_run_manager(make: Make, watched: RunnableConfig, index: int) -> None:
+    """A side gets a run manager if it asks for one, whatever the other side does."""
+    only_sync = _shapes(make, _parent_of, adouble)[index]
+    only_async = _shapes(make, double, _aparent_of)[index]
+
+    assert only_sync.invoke(1, watched) is True
+    assert asyncio.run(only_sync.ainvoke(1, watched)) == 2
+    assert only_async.invoke(1, watched) == 2
+    assert asyncio.run(only_async.ainvoke(1, watched)) is True
 
 
 # Returned runnables

@@ -249,6 +249,27 @@ async def test_a_handler_sees_the_runs_of_pairs_async(handler: Names | AsyncName
     assert handler.seen == PIPE_RUNS
 
 
+STARTS = ["RunnableSequence", "_double", "_total_of_one"]
+
+
+def test_the_runs_of_a_streamed_pipe_start_in_order() -> None:
+    """A step that reads from the one in front of it starts behind it, as upstream."""
+    handler = Names()
+    pipe = _pair_of(_double, _adouble) | _pair_of(_total_of_one, _atotal_of_one)
+
+    assert list(pipe.stream(3, {"callbacks": [handler]})) == [6]
+    assert [seen[1] for seen in handler.seen if seen[0] == "start"] == STARTS
+
+
+async def test_the_runs_of_a_streamed_pipe_start_in_order_async() -> None:
+    """The async twin."""
+    handler = AsyncNames()
+    pipe = _pair_of(_double, _adouble) | _pair_of(_total_of_one, _atotal_of_one)
+
+    assert [chunk async for chunk in pipe.astream(3, {"callbacks": [handler]})] == [6]
+    assert [seen[1] for seen in handler.seen if seen[0] == "start"] == STARTS
+
+
 async def test_astream_events_shows_pairs() -> None:
     """The events of a pipe of pairs are those of a pipe of lambdas of the same functions."""
     pairs = _pair_of(_double, _adouble) | _pair_of(_total_of_one, _atotal_of_one)
@@ -342,6 +363,15 @@ def test_a_dict_of_pairs_keeps_the_name_it_was_given() -> None:
     assert pipe.middle[0].get_name() == "fan"
 
 
+def test_a_pipe_of_pairs_keeps_the_name_it_was_given() -> None:
+    """`pipe(..., name=...)` names it as upstream."""
+    pipe: Any = Dual(_add_one).pipe(Dual(_add_one), name="twice")
+
+    assert type(pipe) is not RunnableSequence
+    assert pipe.get_name() == "twice"
+    assert pipe.get_name("Input", name="once") == "once_input"
+
+
 def test_a_pipe_and_a_dict_of_pairs_are_serialized_as_langchains_own() -> None:
     """A tracer that reads the id of a runnable knows them."""
     pipe: Any = Dual(_add_one) | {"a": Dual(_add_one)}
@@ -349,6 +379,8 @@ def test_a_pipe_and_a_dict_of_pairs_are_serialized_as_langchains_own() -> None:
     assert type(pipe) is not RunnableSequence
     assert pipe.lc_id() == RunnableSequence.lc_id()
     assert pipe.last.lc_id() == RunnableParallel.lc_id()
+    assert type(pipe).lc_id() == RunnableSequence.lc_id()
+    assert type(pipe.last).lc_id() == RunnableParallel.lc_id()
 
 
 def test_a_dict_of_pairs_leaves_no_branch_running_behind_an_error() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -335,6 +336,14 @@ def test_the_environment_is_read_when_langsmith_reads_it(
     assert client.started == ["_double"]
 
 
+def test_what_langsmith_has_read_of_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What LangSmith remembers decides, for it would trace nothing."""
+    assert not cast("Any", langsmith_utils).tracing_is_enabled()
+    monkeypatch.setenv("LANGSMITH_TRACING", "true")
+
+    assert not observed(None)
+
+
 def test_langsmith_by_context_sees_the_run(
     client: FakeClient, run: Run, shape: Callable[[Any], Runnable[Any, Any]]
 ) -> None:
@@ -461,6 +470,32 @@ def test_a_wrapper_around_a_method_of_langchain_sees_the_run(
     assert seen
 
 
+def test_what_was_wrapped_before_is_seen_through() -> None:
+    """A method that a product wrapped before this package was imported is known by what is inside; else it is none."""
+    method: Any = RunnableLambda.invoke
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    known: list[Any] = [method, wrapper, wrapt.FunctionWrapper(method, lambda *_: None)]
+    imitation = mock.Mock(__module__=method.__module__, spec=["__module__", "__call__"])
+    unknown: list[Any] = [lambda *_: None, functools.partial(method), imitation]
+
+    assert all(asyncify_runs._original(found) is method for found in known)
+    assert all(asyncify_runs._original(found) is None for found in unknown)
+
+
+@pytest.mark.parametrize("name", ["_invoke", "_ainvoke", "_transform", "_atransform"])
+def test_what_langchain_calls_shows_its_signature(name: str) -> None:
+    """LangChain gives a method the config and the run manager by what its signature says."""
+    method = getattr(Dual(_double, _adouble), name)
+    value, *injected = inspect.signature(method).parameters
+
+    assert value in {"input_", "value", "chunks"}
+    assert injected == ["run_manager", "config", "kwargs"]
+
+
 def test_the_stream_of_events_sees_the_run(shape: Callable[[Any], Runnable[Any, Any]]) -> None:
     """`astream_events` shows the pairs inside as it shows lambdas."""
 
@@ -492,7 +527,11 @@ def test_a_hook_that_is_not_set_watches_nothing(switch: str | None) -> None:
         _configure_hooks.pop()
 
 
-@pytest.mark.parametrize("runnable", [_single(Dual), _piped(Dual), _branched(Dual)], ids=["pair", "pipe", "dict"])
+@pytest.mark.parametrize(
+    "runnable",
+    [_single(Dual), _piped(Dual), _branched(Dual), cast("Any", _branched(Dual)).first],
+    ids=["pair", "pipe", "pipe with a dict", "dict"],
+)
 def test_an_unobserved_run_makes_no_callback_manager(
     runnable: Runnable[Any, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,6 +542,23 @@ def test_an_unobserved_run_makes_no_callback_manager(
 
     run(runnable)
     configured.assert_not_called()
+
+
+def test_arguments_leave_a_run_unobserved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path is taken with keyword arguments for the function, too."""
+    configured = mock.Mock(side_effect=AssertionError)
+    monkeypatch.setattr(CallbackManager, "configure", configured)
+    monkeypatch.setattr("langchain_core.runnables.config.AsyncCallbackManager.configure", configured)
+
+    assert run(Dual(_scaled, _ascaled).bind(by=3)) == 3
+
+
+def _scaled(x: int, by: int) -> int:
+    return by * x
+
+
+async def _ascaled(x: int, by: int) -> int:
+    return by * x
 
 
 def test_the_decision_is_made_once_for_a_pipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,11 +584,14 @@ def _langsmith_states() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "tags", {"tags": ["t"]}
     yield "metadata", {"metadata": {"m": 1}}
     yield "empty tags", {"tags": []}
+    parent = RunTree(name="parent", ls_client=FakeClient())
+    yield "parent", {"parent": parent}
+    yield "parent, disabled", {"parent": parent, "enabled": False}
 
 
 @pytest.mark.parametrize("for_process", [None, True, False, "local"])
 @pytest.mark.parametrize("in_environment", ["", "true", "false"])
-@pytest.mark.parametrize("in_context", [state for _, state in _langsmith_states()], ids=str)
+@pytest.mark.parametrize("in_context", dict(_langsmith_states()).values(), ids=dict(_langsmith_states()))
 def test_reading_langsmith_gives_what_asking_it_gives(
     in_context: dict[str, Any], in_environment: str, for_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +614,20 @@ def test_another_version_of_langsmith_is_asked(monkeypatch: pytest.MonkeyPatch) 
 
 
 # What an unobserved run hands down
+
+
+@pytest.mark.parametrize("config", [None, {"configurable": {"c": 1}}], ids=["none", "some"])
+def test_what_nobody_looks_at_is_not_made(config: RunnableConfig | None, run: Run) -> None:
+    """The quiet manager holds nothing as long as no function asks for it."""
+
+    def fn(_: int) -> list[str]:
+        ambient = cast("RunnableConfig", var_child_runnable_config.get())
+        return list(vars(ambient.get("callbacks")))
+
+    async def afn(x: int) -> list[str]:
+        return fn(x)
+
+    assert run(Dual(fn, afn).with_config(config)) == []
 
 
 def test_the_quiet_manager_is_a_manager() -> None:
