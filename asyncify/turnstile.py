@@ -143,7 +143,7 @@ class Turnstile:
             now, at = self._now(), 0.0
             if self._departed:
                 self._take_back(now)
-            if not self._queue or self._may_pass(permit):
+            if not self._queue or (not permit.slots and self._may_pass()):
                 at = self._meter.admit(now, permit.cost, now, permit if permit.slots else None)
                 if not at:
                     permit.at = now
@@ -154,7 +154,7 @@ class Turnstile:
             if permit.cost > self._meter.largest_cost:
                 check_affordable(permit.cost, self._meter.limits, self._title())
             if queue:
-                permit.queue_up(self._queue, now, self._waiting)
+                permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
                 if not permit.slots:
                     self._rate_only.append(permit)
                 if at == math.inf and (self._departed or not self._meter.is_full):
@@ -165,9 +165,9 @@ class Turnstile:
             if self._must_look:
                 self._settle()
 
-    def _may_pass(self, permit: Permit) -> bool:
-        """Whether all who are ahead wait for a slot, and this call, which may be inside already, needs none."""
-        return not permit.slots and not self._rate_only and self._meter.is_full
+    def _may_pass(self) -> bool:
+        """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
+        return not self._rate_only and self._meter.is_full
 
     def _check_certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> None:
         """Note which calls inside wait for `permit`; it is doomed if they are all that are inside.
@@ -240,8 +240,7 @@ class Turnstile:
         granted: list[Permit] = []
         while queue:
             permit = queue[0]
-            at = meter.admit(now, permit.cost, permit.since, permit if permit.slots else None)
-            if at:
+            if at := meter.admit(now, permit.cost, permit.since, permit if permit.slots else None):
                 if at < math.inf or not self._rate_only:
                     self._call_back_at(at)
                     break
@@ -249,7 +248,11 @@ class Turnstile:
                 if at := meter.admit(now, permit.cost, permit.since):
                     self._call_back_at(at)
                     break
-            self._dequeue(permit)
+            if permit.slots and not permit.blocks and not self._abandoned:
+                permit.queue = None  # `_dequeue()` of the first, without a call
+                queue.popleft()
+            else:
+                self._dequeue(permit)
             permit.at = now
             self._admitted += 1
             self._waits.append((self._admitted, now - permit.since))
@@ -398,14 +401,13 @@ class Turnstile:
         self._settle(wait=True)
 
     def _wake(self, permits: list[Permit]) -> None:
-        here = _get_running_loop()
         for permit in permits:
             ready = permit.ready
             if ready is None:
                 continue  # it has not begun to wait, and will see that it is admitted
             if permit.loop is None:
                 ready.release()
-            elif permit.loop is here:
+            elif permit.loop is _get_running_loop():
                 if not ready.done():
                     ready.set_result(None)
             else:
