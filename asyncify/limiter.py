@@ -111,7 +111,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         if not admitted:
             with self._lock:
                 self._rejected += 1
-            self._settle(wait=True)
+            self._settle()
         return admitted
 
     def _not_inside(self) -> str:
@@ -147,7 +147,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             if permit.at is not None:
                 self._meter.correct(permit.at, actual - permit.cost)
             permit.cost = actual
-        self._settle(wait=True)
+        self._settle()
 
     def resize(
         self,
@@ -164,21 +164,26 @@ class Limiter(Turnstile, BaseRateLimiter):
             TypeError, ValueError: nothing would be left to limit, or an argument can't be meant.
         """
         changes = {"per_second": per_second, "per_minute": per_minute, "per_hour": per_hour}
-        with self._lock:
-            old = self._meter.limits
-            amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
-            amounts |= {name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period}
-            amounts |= {name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)}
-            adaptive, slots = (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
-            new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
-            limits = Limits.of(limit=slots, burst=new_burst, **amounts)
-            self._adaptive = adaptive
-            self._meter.configure(limits)
-            hopeless = [permit for permit in self._queue if permit.queue and permit.cost > limits.largest_cost]
-            for permit in hopeless:
-                self._turn_away(permit)
-        self._wake(hopeless)
-        self._settle(wait=True)
+        hopeless: list[Permit] = []
+        try:
+            with self._lock:
+                old = self._meter.limits
+                amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
+                amounts |= {name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period}
+                amounts |= {name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)}
+                adaptive, slots = (
+                    (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
+                )
+                new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
+                limits = Limits.of(limit=slots, burst=new_burst, **amounts)
+                self._adaptive = adaptive
+                self._meter.configure(limits)
+                hopeless.extend(permit for permit in self._queue if permit.queue and permit.cost > limits.largest_cost)
+                for permit in hopeless:
+                    self._turn_away(permit)
+        finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
+            self._wake(hopeless)
+            self._settle()
 
     # --- what it tells ---
 
@@ -199,7 +204,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     def stats(self) -> LimiterStats:
         """Return what the limiter has seen so far."""
-        self._settle(wait=True)
+        self._settle()
         with self._lock:
             waits = [wait for number, wait in self._waits if number > self._admitted - RECENT]
             at_once = min(self._admitted, RECENT) - len(waits)

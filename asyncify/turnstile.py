@@ -220,7 +220,7 @@ class Turnstile:
                 self._turn_away(permit)  # at once, as it might be admitted when the lock is free
         if late:
             self._wake([permit])
-        self._settle(wait=True)
+        self._settle()
 
     def _check_in_time(self, permit: Permit) -> None:
         if permit.timer is not None:
@@ -291,7 +291,6 @@ class Turnstile:
     def _turn_away(self, permit: Permit) -> None:
         self._dequeue(permit)
         self._rejected += 1
-        permit.ended = True
 
     def _call_back_at(self, at: float) -> None:
         if at == math.inf or (self._timer is not None and self._timer.when <= at):
@@ -375,13 +374,13 @@ class Turnstile:
             congested=self._adaptive is not None and self._adaptive.config.on(error),
         )
 
-    def _settle(self, *, wait: bool = False) -> None:
-        """Take back the places of all who left, and admit the next.
+    def _settle(self) -> None:
+        """Take back the places of all who left, and admit the next: now, or if another holds the lock, that one next.
 
-        Without `wait` it does nothing if another holds the lock, for that one will look next.
+        So whoever holds the lock has to call this after letting go.
         """
         self._must_look = True
-        while self._lock.acquire(wait):
+        while self._lock.acquire(blocking=False):
             try:
                 self._must_look = False
                 now = self._now()
@@ -398,7 +397,7 @@ class Turnstile:
     def _tick(self) -> None:
         with self._lock:
             self._timer = None
-        self._settle(wait=True)
+        self._settle()
 
     def _wake(self, permits: list[Permit]) -> None:
         for permit in permits:

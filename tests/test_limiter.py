@@ -270,6 +270,28 @@ class TestSlots:
 
         assert await task == "in"
 
+    def test_each_exit_leaves_its_own_limiter(self) -> None:
+        """Also where the outer one is left first."""
+        outer, inner = Limiter(limit=1), Limiter(limit=1)
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__(None, None, None)
+        assert (outer.stats().in_flight, inner.stats().in_flight) == (0, 1)
+        inner.__exit__(None, None, None)
+
+        assert inner.stats().in_flight == 0
+
+    async def test_each_aexit_leaves_its_own_limiter(self) -> None:
+        """Also where the outer one is left first."""
+        outer, inner = Limiter(limit=1), Limiter(limit=1)
+        await outer.__aenter__()
+        await inner.__aenter__()
+        await outer.__aexit__(None, None, None)
+        assert (outer.stats().in_flight, inner.stats().in_flight) == (0, 1)
+        await inner.__aexit__(None, None, None)
+
+        assert inner.stats().in_flight == 0
+
     def test_leaving_what_was_not_entered_is_an_error(self) -> None:
         """A limiter that this context has not entered can't be left."""
         limiter = Limiter(limit=2, name="quotes")
@@ -505,11 +527,11 @@ class TestGivingUp:
         crowd.limiter_of(limit=1)
         first, second = await crowd.come(), await crowd.come(timeout=5)
         await crowd.finish(first)
+        assert repr(crowd.clock) == "<FakeClock 0 s, 0 timers>"
         await crowd.advance(10)
 
         assert second.admitted
         assert not second.over
-        assert repr(crowd.clock) == "<FakeClock 10 s, 0 timers>"
 
     def test_a_call_admitted_while_it_times_out_keeps_its_slot(self, clock: FakeClock) -> None:
         """Whichever comes first counts: no call runs with a slot that was given back."""
@@ -548,6 +570,35 @@ class TestGivingUp:
 
         assert isinstance(outcome[0], LimitTimeout)
         assert limiter.stats().in_flight == 0
+
+    async def test_a_waiter_that_times_out_and_is_cancelled_leaves_once(self, clock: FakeClock) -> None:
+        """Both at the same moment count as one who has left, and those behind it are still there."""
+        limiter = Limiter(limit=1, clock=clock)
+        permit = await limiter.aenter()
+        late, patient = [
+            asyncio.create_task(limiter.aenter(timeout=timeout), context=contextvars.Context()) for timeout in (1, None)
+        ]
+        await until(lambda: limiter.stats().waiting == 2)
+        clock.advance(1)
+        late.cancel()
+        await asyncio.wait([late])
+        assert (limiter.stats().waiting, limiter.stats().rejected) == (1, 1)
+        permit.leave()
+
+        assert (await patient).at == 1
+
+    def test_all_who_leave_meanwhile_are_taken_back(self) -> None:
+        """Those who leave while another has the lock, be it that they wait or that they are inside."""
+        limiter = Limiter(limit=Adaptive(min=1, max=9, start=2))
+        inside = [contextvars.Context().run(limiter.enter) for _ in range(2)]
+        waiting = Permit(limiter, 1, 1)
+        limiter._admit(waiting)
+        with limiter._lock:
+            waiting.give_up()
+            for permit in inside:
+                permit.end()
+
+        assert (limiter.stats().waiting, limiter.stats().in_flight) == (0, 0)
 
     async def test_a_cancelled_waiter_gives_its_place_back(self) -> None:
         """Those behind it move up, and neither its place nor its timer is left."""
@@ -976,6 +1027,25 @@ class TestResize:
         assert repr(limiter) == "<Limiter 20 per second, 50 per minute, 0 waiting>"
         assert limiter.limits.burst == 1
 
+    async def test_a_refused_change_keeps_nobody_waiting(self) -> None:
+        """Who leaves just when a change of the limits is refused lets the next one in."""
+        limiter = Limiter(limit=1)
+        permit = await limiter.aenter()
+        waiting = asyncio.create_task(limiter.aenter(), context=contextvars.Context())
+        await until(lambda: limiter.stats().waiting == 1)
+
+        class Meddling(float):
+            """A number that ends a call when somebody compares it with 0."""
+
+            def __gt__(self, other: object) -> bool:
+                permit.leave()
+                return False
+
+        with pytest.raises(ValueError, match="per_second"):
+            limiter.resize(per_second=Meddling(1))
+
+        (await asyncio.wait_for(waiting, SAFETY_NET)).leave()
+
     def test_nothing_left_to_limit_is_an_error(self) -> None:
         """A refused change leaves the limiter as it was."""
         limiter = Limiter(limit=3)
@@ -1030,6 +1100,24 @@ class TestAdaptive:
                 limiter.acquire()
 
             assert limiter.stats().limit == 2
+
+    @pytest.mark.parametrize("pause", [0, 2])
+    def test_a_refusal_that_pauses_puts_the_next_try_off(self, pause: int) -> None:
+        """So many seconds after a congestion the limit is above what hurt, unless each try costs a pause."""
+        clock = FakeClock()
+        limiter = Limiter(limit=Adaptive(min=1, max=99, start=8), clock=clock)
+        permits = [limiter.enter() for _ in range(8)]
+        permits[0].leave(ServerError(429, {"Retry-After": str(pause)}))
+        for permit in permits[1:]:
+            permit.leave()
+        for _ in range(60):
+            clock.advance(0.1)
+            if clock.now() > pause:
+                permits = [limiter.enter() for _ in range(limiter.stats().limit or 0)]
+                for permit in permits:
+                    permit.leave()
+
+        assert ((limiter.stats().limit or 0) > 8) is (pause == 0)
 
     def test_it_recovers_after_a_congestion(self) -> None:
         """Time and successes, while the slots are in use, raise a limit that was shrunk."""
@@ -1162,9 +1250,11 @@ class TestRecord:
 
     def test_the_outer_of_two_limiters_is_corrected(self) -> None:
         """A correction inside a call of another limiter, too, goes to the call of this one."""
-        tokens, calls = Limiter(per_minute=10, burst=10, clock=FakeClock()), Limiter(limit=1)
-        with tokens, calls, Limiter(limit=1):
+        tokens = Limiter(per_minute=10, burst=10, clock=FakeClock())
+        with tokens:
+            dear = Limiter(per_minute=9, burst=9).enter(cost=9)
             tokens.record(10)
+            dear.leave()
 
         assert not tokens.acquire(blocking=False)
 
@@ -1285,6 +1375,14 @@ class TestLeftElsewhere:
         limiter = Limiter(limit=1)
         await asyncio.create_task(limiter.__aenter__())
         await asyncio.create_task(limiter.__aexit__(None, None, None))
+
+        assert limiter.stats().in_flight == 0
+
+    def test_the_slot_comes_back_in_a_thread(self) -> None:
+        """The same, of `with`."""
+        limiter = Limiter(limit=1)
+        contextvars.Context().run(limiter.__enter__)
+        contextvars.Context().run(limiter.__exit__, None, None, None)
 
         assert limiter.stats().in_flight == 0
 

@@ -613,7 +613,7 @@ class TestIdle:
         assert not meter.is_idle(100)
         meter.release("a")
 
-        assert meter.is_idle(100)
+        assert meter.is_idle(0)
 
     @pytest.mark.parametrize(
         ("amounts", "idle_at"),

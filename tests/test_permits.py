@@ -95,11 +95,20 @@ def test_ending_in_another_context_leaves_that_one_alone(place: Place) -> None:
 
 def test_stepping_out_goes_on_elsewhere(place: Place) -> None:
     """The context is left, the place is not given back."""
-    permit = begun(place)
+    outer, permit = begun(place), begun(place)
     permit.step_out()
 
-    assert innermost.get() is None
+    assert innermost.get() is outer
     assert place.taken == []
+
+
+def test_an_error_is_told_from_elsewhere_too(place: Place) -> None:
+    """The limiter learns from a call that ends in another thread, as from one that leaves."""
+    permit, error = begun(place), ValueError()
+    permit.step_out()
+    permit.end(error)
+
+    assert place.taken == [(permit, error)]
 
 
 def test_giving_up_is_told(place: Place) -> None:
