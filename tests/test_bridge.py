@@ -835,6 +835,58 @@ def test_a_call_on_the_loops_own_thread_gets_another_loop(loop):
     assert mine is not deeper
 
 
+def test_calls_on_the_loops_thread_go_as_deep_as_they_like(loop):
+    """A call that was made on the second loop gets a third: the first is held until it has ended."""
+
+    async def call(depth: int) -> int:
+        return 1 + run(loop, partial(call, depth - 1)) if depth else 0
+
+    depths: list[int] = []
+    thread = threading.Thread(target=lambda: depths.append(run(loop, partial(call, 5))), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+
+    assert depths == [5]
+
+
+HOLDING = """
+from asyncify import Dual, each
+
+async def double(value):
+    return value * 2
+
+pair = Dual(double)
+
+async def hold(way):
+    if way == "batch":
+        return pair.batch([1, 2])
+    if way == "each":
+        return list(each(pair, [1, 2]))
+    if way == "each via async":
+        return list(each(pair, [1, 2], via="async"))
+    if way == "dict":
+        return (pair | {"a": pair, "b": pair}).invoke(1)
+    return Dual(hold).batch(["batch", "each", "dict"])
+
+print(Dual(hold).call(WAY))
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "printed"),
+    [
+        ("batch", "[2, 4]"),
+        ("each", "[2, 4]"),
+        ("each via async", "[2, 4]"),
+        ("dict", "{'a': 4, 'b': 4}"),
+        ("nested", "[[2, 4], [2, 4], {'a': 4, 'b': 4}]"),
+    ],
+)
+def test_the_loop_may_be_held_for_threads_that_need_a_loop(way, printed):
+    """An async side on the loop may wait for threads that call an async side: those get another loop."""
+    assert run_program(HOLDING.replace("WAY", repr(way))) == f"{printed}\n"
+
+
 async def test_a_call_on_the_thread_of_a_running_loop(loop):
     """Sync code that is called on somebody's event loop can call the sync side of an async function."""
     assert run(loop, current_loop) is not asyncio.get_running_loop()
