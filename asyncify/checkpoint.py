@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from os import PathLike
+from time import monotonic, sleep
 from typing import Any, Literal, Self
 
 from asyncify.errors import CheckpointError
@@ -34,6 +35,7 @@ Row = tuple[str | bytes, bytes | str | None, str | None]
 _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
 _VERSION = 1
 _BUSY_SECONDS = 60.0
+_RETRY_SECONDS = 0.01
 
 _SEGMENT_KEYS = 100_000
 """Keys kept in memory before they are sorted into a segment: some 13 MB."""
@@ -122,7 +124,7 @@ class Checkpoint:
     def _set_up(self, runnable: str, codec: Codec) -> None:
         db = self._reader
         self._refuse_foreign(db)
-        db.execute("PRAGMA journal_mode = WAL")
+        _use_write_ahead_log(db)
         self._writer.execute("PRAGMA synchronous = NORMAL")
         with _transaction(db):
             if not _is_ours(db):  # of two processes that find an empty file one makes the tables
@@ -155,7 +157,8 @@ class Checkpoint:
         try:
             yield
         except sqlite3.Error as error:
-            raise CheckpointError(f"checkpoint {self.path}: {error}; {_WAY_OUT}") from error
+            way_out = _WAYS_OUT.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _WAY_OUT)
+            raise CheckpointError(f"checkpoint {self.path}: {error}; {way_out}") from error
 
     def __enter__(self) -> Self:
         """Return the checkpoint itself."""
@@ -255,7 +258,8 @@ def _transaction(db: sqlite3.Connection) -> Generator[None]:
     try:
         yield
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # not after a full disk: SQLite has rolled back itself
+            db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
 
@@ -288,6 +292,36 @@ class _Filter:
 
 
 _WAY_OUT = "name another path, or delete the file to begin anew"
+_BUSY_WAY_OUT = "another process has it for itself: wait for that, or name another path"
+_DISK_WAY_OUT = "see to the disk and its permissions, or name another path"
+_WAYS_OUT = {
+    sqlite3.SQLITE_BUSY: _BUSY_WAY_OUT,
+    **dict.fromkeys(
+        (
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_PERM,
+            sqlite3.SQLITE_READONLY,
+        ),
+        _DISK_WAY_OUT,
+    ),
+}
+"""What to do about errors that say nothing against the file, which may hold what was dear."""
+
+
+def _use_write_ahead_log(db: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log; while another process does just that, SQLite gives up instead of waiting."""
+    until = monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > until:
+                raise
+            sleep(_RETRY_SECONDS)
+        else:
+            return
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> object:

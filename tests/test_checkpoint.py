@@ -584,8 +584,46 @@ def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -
 
 def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
     """A directory that is not there is named."""
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(CheckpointError, match=r"nowhere.* see to the disk and its permissions, or name another path"):
         list(each(Counted().pair(), [1], checkpoint=tmp_path / "nowhere" / "run.sqlite"))
+
+
+def other_program(path: Path, begin: str) -> sqlite3.Connection:
+    """Return a connection of somebody else's, in the midst of something."""
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA user_version = 0")  # so that there is a file
+    db.execute(begin)
+    return db
+
+
+def test_a_file_that_another_process_is_just_making_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes that begin at the same moment none is refused: SQLite itself does not wait in this one place."""
+    with closing(other_program(path, "BEGIN IMMEDIATE")) as other:
+        monkeypatch.setattr(checkpoint_module, "sleep", lambda _: other.execute("COMMIT"))
+        with Checkpoint(path, "work", "json") as checkpoint:
+            assert not other.in_transaction
+            assert checkpoint.find("key") is None
+
+
+def test_a_file_that_stays_locked_is_not_called_damaged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to delete what another process holds."""
+    monkeypatch.setattr(checkpoint_module, "_BUSY_SECONDS", 0.001)
+    with (
+        closing(other_program(path, "BEGIN EXCLUSIVE")),
+        pytest.raises(CheckpointError, match="database is locked; another process has it for itself"),
+    ):
+        Checkpoint(path, "work", "json")
+
+
+def test_a_full_disk_is_not_called_damage(path: Path) -> None:
+    """What is in the file is still there, and the message does not say to delete it."""
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row("small", 1, None)])
+        checkpoint._writer.execute("PRAGMA max_page_count = 10")
+        with pytest.raises(CheckpointError, match="full; see to the disk"):
+            checkpoint.record([checkpoint.row("large", "x" * 100_000, None)])
+    with Checkpoint(path, "work", "json") as checkpoint:
+        assert (checkpoint.find("small"), checkpoint.find("large")) == ((1,), None)
 
 
 # --- the death of a process, and two at once ---
