@@ -22,6 +22,7 @@ from itertools import chain, count
 from os import PathLike
 from time import monotonic, sleep
 from typing import Any, Literal, Self
+from zlib import crc32
 
 from asyncify.errors import CheckpointError
 
@@ -29,8 +30,8 @@ __all__ = ["Checkpoint", "Codec", "Row", "fingerprint"]
 
 Codec = Literal["json", "pickle"]
 
-Row = tuple[str | bytes, bytes | str | None, str | None]
-"""What is recorded of an input: its key, and its encoded output or else its error."""
+Row = tuple[str | bytes, bytes | str | None, int | None, str | None]
+"""What is recorded of an input: its key, and its encoded output with a checksum or else its error."""
 
 _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
 _VERSION = 1
@@ -55,6 +56,7 @@ CREATE TABLE calls (
     id INTEGER PRIMARY KEY,
     key NOT NULL,            -- the text that key= has given, or else a short input itself, or a digest of it
     output,                  -- as the codec has it; NULL for a failure
+    checksum INTEGER,        -- CRC-32 of key and output: SQLite has none, and a flipped bit would be another output
     error TEXT               -- of a failure
 );
 CREATE TABLE segments (segment INTEGER PRIMARY KEY, last_call INTEGER NOT NULL);
@@ -71,15 +73,15 @@ SELECT key, output, error, attempts FROM (
 """
 
 _FIND = """
-SELECT output FROM calls WHERE id =
+SELECT output, checksum FROM calls WHERE id =
     (SELECT call FROM finished WHERE key = ? AND segment IN (SELECT segment FROM segments) LIMIT 1)
 """
 
 _OTHERS = "SELECT key, id FROM calls WHERE id > ? AND id < ? AND error IS NULL"
 
-_INSERT = "INSERT INTO calls (key, output, error) VALUES "
+_INSERT = "INSERT INTO calls (key, output, checksum, error) VALUES "
 
-_READ = "SELECT output FROM calls WHERE id = ? AND error IS NULL"
+_READ = "SELECT output, checksum FROM calls WHERE id = ? AND error IS NULL"
 
 _SORT = """
 INSERT OR IGNORE INTO finished
@@ -178,8 +180,11 @@ class Checkpoint:
             found = self._reader.execute(*((_FIND, (key,)) if call is None else (_READ, (call,)))).fetchone()
         if found is None:
             return None
+        output, checksum = found
+        if not isinstance(output, (str, bytes)) or _checksum(key, output) != checksum:
+            raise CheckpointError(f"checkpoint {self.path}: damaged (the output of {key!r}); {_WAY_OUT}")
         try:
-            return (self._decode(found[0]),)
+            return (self._decode(output),)
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.path}: can't read back the output of {key!r}: {error}") from error
 
@@ -190,9 +195,10 @@ class Checkpoint:
             CheckpointError: the codec can't keep the output.
         """
         if error is not None:
-            return key, None, f"{type(error).__name__}: {error}"
+            return key, None, None, _said(error)
         try:
-            return key, self._encode(output), None
+            encoded = self._encode(output)
+            return key, encoded, _checksum(key, encoded), None
         except Exception as refused:
             raise CheckpointError(
                 f"checkpoint {self.path}: can't keep an output of type {type(output).__name__} as it is: {refused}; "
@@ -210,7 +216,7 @@ class Checkpoint:
             first = last - len(rows) + 1
             if first > self._last_seen + 1:  # another process has recorded something too
                 self._recent.update(self._writer.execute(_OTHERS, (self._last_seen, first)))
-            self._recent.update(zip((key for key, _, _ in rows), count(first)))
+            self._recent.update(zip((row[0] for row in rows), count(first)))
             self._last_seen = last
             if len(self._recent) > _SEGMENT_KEYS:
                 self._sort()
@@ -243,9 +249,24 @@ class Checkpoint:
         self._writer.execute("INSERT INTO segments VALUES (?, ?)", (segment, last_call))
 
 
+def _checksum(key: str | bytes, output: str | bytes) -> int:
+    """Return the CRC-32 of both; a text that UTF-8, and so SQLite, can't write is a `UnicodeEncodeError`."""
+    written = output.encode() if isinstance(output, str) else output
+    return crc32(written, crc32(key.encode() if isinstance(key, str) else key))
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says, in characters that any file can hold."""
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  (the code of its class may raise anything)
+        said = type(error).__name__
+    return said.encode(errors="backslashreplace").decode()
+
+
 @cache
 def _insert(rows: int) -> str:
-    return _INSERT + ", ".join(["(?, ?, ?)"] * rows)
+    return _INSERT + ", ".join(["(?, ?, ?, ?)"] * rows)
 
 
 def _only(db: sqlite3.Connection, query: str) -> Any:

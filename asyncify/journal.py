@@ -123,4 +123,8 @@ def _is_cancelled(error: BaseException | None) -> bool:
 def _checked_key(key: object) -> str:
     if not isinstance(key, str):
         raise TypeError(f"key= must return a string for each input, and it returned {key!r}")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"key= must return a string that UTF-8 can write, and it returned {key!r}") from error
     return key

@@ -472,6 +472,56 @@ def test_a_refused_output_takes_no_other_with_it(way: str, path: Path) -> None:
     assert recorded == sum(counted.calls.values()) - 1
 
 
+HALF = "\ud83d"
+"""Half of a surrogate pair, as a text that was cut off has it, which UTF-8 can't write."""
+
+
+class MuteError(Exception):
+    """An error that can't say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_text_that_can_not_be_written_takes_no_other_with_it(way: str, path: Path) -> None:
+    """An output is refused with the way out; what ended beside it is recorded."""
+    counted = Counted(lambda value: HALF if value == 1 else value)
+
+    with pytest.raises(CheckpointError, match='surrogates not allowed; write codec="pickle"'):
+        collect(way, counted.pair(), range(4), checkpoint=path, window=4)
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT count(*) FROM items").fetchone()[0]
+
+    assert recorded == sum(counted.calls.values()) - 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("error", "says"), [(LookupError(HALF), r"LookupError: \ud83d"), (MuteError(), "MuteError")], ids=["half", "mute"]
+)
+def test_any_error_can_be_recorded(way: str, path: Path, error: Exception, says: str) -> None:
+    """Whatever an error says, or fails to say, it is a failure like others."""
+
+    def call(value: int) -> int:
+        if value == 1:
+            raise error
+        return value
+
+    found = collect(way, Dual(call, name="call"), range(4), checkpoint=path, return_exceptions=True)
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT error FROM items ORDER BY error").fetchall()
+
+    assert found == [0, error, 2, 3]
+    assert recorded == [(None,), (None,), (None,), (says,)]
+
+
+def test_a_key_that_can_not_be_written_is_refused(path: Path) -> None:
+    """The message says what `key=` returned."""
+    with pytest.raises(ValueError, match=r"UTF-8 can write, and it returned '.ud83d'"):
+        list(each(Counted().pair(), [1], checkpoint=path, key=lambda _: HALF))
+
+
 async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,6 +630,46 @@ def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -
         list(each(counted.pair(), range(500), checkpoint=path))
 
     assert sum(counted.calls.values()) == before
+
+
+@pytest.mark.parametrize("segment_keys", [1, 1000], ids=["sorted", "recent"])
+@pytest.mark.parametrize("output", ["{}", None, 7], ids=repr)
+def test_an_output_that_is_not_what_was_recorded_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, output: object, segment_keys: int
+) -> None:
+    """A flipped bit that leaves the file an SQLite file makes no other output of it."""
+    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", segment_keys)
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row(key, [], None) for key in ("whole", "damaged")])
+        checkpoint._writer.execute("UPDATE calls SET output = ? WHERE key = 'damaged'", (output,))
+
+        assert checkpoint.find("whole") == ([],)
+        with pytest.raises(CheckpointError, match=r"damaged \(the output of 'damaged'\); .*delete the file"):
+            checkpoint.find("damaged")
+
+
+def test_a_flipped_bit_never_makes_another_output(path: Path) -> None:
+    """Wherever it is, the file is refused, or gives what was recorded, or at worst has an input called again."""
+    outputs = {f"question {number}": f"answer {number}" for number in range(40)}
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row(key, output, None) for key, output in outputs.items()])
+    Checkpoint(path, "work", "json").__exit__()  # which sorts the keys
+    whole = path.read_bytes()
+    ends: Counter[str] = Counter()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            with Checkpoint(path, "work", "json") as checkpoint:
+                found = {key: checkpoint.find(key) for key in outputs}
+        except CheckpointError:
+            ends["refused"] += 1
+        else:
+            assert all(output in (None, (outputs[key],)) for key, output in found.items())
+            ends["opened"] += 1
+    path.unlink()
+
+    assert ends["refused"]
+    assert ends["opened"]
 
 
 def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
