@@ -77,7 +77,11 @@ class Items:
         config = self._config_of(index)
         if self._ours is not None and not self._is_one_for_all and self._is_quiet(config):
             return self._ours.start_unobserved(value, config, self._kwargs)
-        return asyncio.get_running_loop().create_task(self._runnable.ainvoke(value, config, **self._kwargs))
+        return asyncio.get_running_loop().create_task(self._ainvoke(value, config))
+
+    async def _ainvoke(self, value: Any, config: RunnableConfig) -> Any:
+        # A runnable of somebody else's may raise where it is called, or give an awaitable that is no coroutine.
+        return await self._runnable.ainvoke(value, config, **self._kwargs)
 
     def _shared_by(self, index: int) -> RunnableConfig | None:
         return self._shared and self._config_of(index)
