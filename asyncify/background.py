@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -190,9 +191,10 @@ class BackgroundLoop:
             while (chunk := _ask(loop, source, visit)) is not _END:
                 yield chunk
         finally:
-            loop.call_soon_threadsafe(source.ask, None)
-            if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
-                visit.wait(visit.ended)
+            if not sys.is_finalizing():  # else the loop is closed, and the generator too
+                loop.call_soon_threadsafe(source.ask, None)
+                if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
+                    visit.wait(visit.ended)
 
     def context_for_threads(self) -> Context:
         """Return a copy of this thread's context, for threads that it will wait for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 from _thread import get_ident
 from abc import ABC, abstractmethod
@@ -302,6 +303,8 @@ class Threads(Blocking):
 
     def __exit__(self, *_: object) -> None:
         """Drop the items that have not started, and wait for the end of those that have."""
+        if sys.is_finalizing():  # the program ends: no thread goes on any more
+            return
         with self._lock:
             self._inbox.clear()
             # A garbage collector runs anywhere, also in one of these threads.

@@ -1056,6 +1056,31 @@ print("the end")
     assert printed == "the end\n"
 
 
+STILL_OPEN = """
+import asyncio, time
+from asyncify import Dual, each
+
+async def count(upto):
+    for number in range(upto):
+        yield number
+
+stream = {
+    "each": lambda: each(Dual(time.sleep), [0, 1000]),
+    "each via async": lambda: each(Dual(asyncio.sleep), [0, 1000], via="async"),
+    "batch_as_completed": lambda: iter(Dual(time.sleep).batch_as_completed([0, 1000])),
+    "call": lambda: Dual(count).call(2),
+}[WAY]()
+next(stream)
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("way", ["each", "each via async", "batch_as_completed", "call"])
+def test_an_open_stream_does_not_keep_the_program_from_ending(way):
+    """A program ends, and says nothing, although a stream of results was left open with calls in flight."""
+    assert run_program(STILL_OPEN.replace("WAY", repr(way))) == "the end\n"
+
+
 # --- the loop: a stream ---
 
 
