@@ -51,6 +51,12 @@ class _Visit(Generic[T]):
         elif not self.ended.done():  # interrupted before it was started
             self.ended.set_exception(asyncio.CancelledError())
 
+    def forsake(self) -> None:
+        """Let go of a task that goes no further, for this process was forked from that of its loop."""
+        if self._task is not None:
+            task: Any = self._task
+            task._log_destroy_pending = False  # as `asyncio.gather` does
+
     def wait(self, answer: Future[U]) -> U:
         """Wait for something that the coroutine will bring; an interrupt cancels it, and waits for its end.
 
@@ -184,14 +190,16 @@ class BackgroundLoop:
 
     def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Iterator[T]:
         """Yield what an async generator yields, which lives in one task from its first chunk to its end."""
-        loop = self._free()
+        loop, process = self._free(), os.getpid()
         source = _Source(chunks)
         visit = _Visit(loop, source.serve, context)
         try:
             while (chunk := _ask(loop, source, visit)) is not _END:
                 yield chunk
         finally:
-            if not sys.is_finalizing():  # else the loop is closed, and the generator too
+            if os.getpid() != process:
+                visit.forsake()
+            elif not sys.is_finalizing():  # else the loop is closed, and the generator too
                 loop.call_soon_threadsafe(source.ask, None)
                 if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
                     visit.wait(visit.ended)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 import threading
 from _thread import get_ident
@@ -243,6 +244,7 @@ class Blocking(ABC):
         self._inbox: deque[tuple[int, Any]] = deque()
         self._ended: deque[Ended] = deque()
         self._awaited = False
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         """Return the fan-out itself."""
@@ -255,6 +257,10 @@ class Blocking(ABC):
     @abstractmethod
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input."""
+
+    def _is_deserted(self) -> bool:
+        """Tell whether there are no other threads to wait for: the program ends, or this is a fork of it."""
+        return sys.is_finalizing() or os.getpid() != self._process
 
     @abstractmethod
     def _is_idle(self) -> bool:
@@ -303,7 +309,7 @@ class Threads(Blocking):
 
     def __exit__(self, *_: object) -> None:
         """Drop the items that have not started, and wait for the end of those that have."""
-        if sys.is_finalizing():  # the program ends: no thread goes on any more
+        if self._is_deserted():
             return
         with self._lock:
             self._inbox.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from typing import Any, Self
@@ -36,7 +35,7 @@ class LoopTasks(Blocking):
 
     def __exit__(self, *_: object) -> None:
         """Cancel what is still in flight and wait for its end."""
-        if sys.is_finalizing():  # the program ends: the loop is closed, and what ran there was cancelled
+        if self._is_deserted():
             return
         closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
         if asyncio._get_running_loop() is not self._loop:  # a garbage collector runs anywhere, on that loop too

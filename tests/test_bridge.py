@@ -66,10 +66,10 @@ def astream(pool: ThreadPool, chunks: Any, ended: Ended = unnoticed) -> Any:
     return aclosing(pool.stream(chunks, ended, copy_context()))
 
 
-def run_program(source: str) -> str:
+def run_program(source: str, *arguments: str) -> str:
     """Run a program of its own and return what it has printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source, *arguments],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -1079,6 +1079,48 @@ print("the end")
 def test_an_open_stream_does_not_keep_the_program_from_ending(way):
     """A program ends, and says nothing, although a stream of results was left open with calls in flight."""
     assert run_program(STILL_OPEN.replace("WAY", repr(way))) == "the end\n"
+
+
+FORKED = """
+import asyncio, os, sys, threading
+from asyncify import Dual, each
+
+go = threading.Event()
+
+def wait(value):
+    return value if not value or go.wait() else None
+
+async def wait_async(value):
+    while value and not go.is_set():
+        await asyncio.sleep(0.001)
+    return value
+
+async def count(upto):
+    for number in range(upto):
+        yield number
+
+pair = Dual(wait, wait_async, name="wait")
+checkpoint = os.path.join(sys.argv[1], "run.sqlite")
+stream = {
+    "each": lambda: each(pair, range(3), checkpoint=checkpoint),
+    "each via async": lambda: each(pair, range(3), via="async", checkpoint=checkpoint),
+    "batch_as_completed": lambda: iter(pair.batch_as_completed([0, 1, 2])),
+    "call": lambda: Dual(count).call(3),
+}[WAY]()
+for number, output in enumerate(stream):
+    if number == 0 and os.fork() == 0:
+        stream.close()
+        sys.exit(3)
+    go.set()
+print(os.waitstatus_to_exitcode(os.wait()[1]), number)
+"""
+
+
+@pytest.mark.parametrize("way", ["each", "each via async", "batch_as_completed", "call"])
+def test_a_child_that_is_forked_within_a_stream_can_leave_it(tmp_path, way):
+    """Nothing of the stream runs in the child, so it waits for nothing; the parent's stream goes on."""
+    assert run_program(FORKED.replace("WAY", repr(way)), str(tmp_path)) == "3 2\n"
+    assert len(list(tmp_path.iterdir())) == way.startswith("each")  # a file that was closed has no log beside it
 
 
 # --- the loop: a stream ---
