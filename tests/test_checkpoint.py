@@ -581,6 +581,22 @@ def test_a_file_of_another_pipe_is_refused(path: Path) -> None:
         list(each(two | one, [1], checkpoint=path))
 
 
+def test_a_file_of_other_bound_arguments_is_refused(path: Path) -> None:
+    """What `bind` gives to every call makes other outputs of the same inputs, so both are named."""
+
+    def price(value: int, currency: str = "EUR", rate: object = None) -> str:
+        return f"{value} {currency}"
+
+    pair, other = Dual(price, name="price"), Counted().pair("other")
+    list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
+    list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
+
+    with pytest.raises(CheckpointError) as refused:
+        list(each(pair.bind(currency="JPY", rate=object()) | other, [1], checkpoint=path))
+    for currency in ("USD", "JPY"):
+        assert f"price(currency='{currency}', rate=object) | other" in str(refused.value)
+
+
 def test_a_file_of_another_codec_is_refused(path: Path) -> None:
     """Both are named."""
     list(each(Counted().pair(), [1], checkpoint=path))
