@@ -148,6 +148,8 @@ class _Call:
 
     def _settle(self, result: Any, error: BaseException | None) -> None:
         if self._outcome.cancelled():
+            if iscoroutine(result):
+                result.close()  # nobody awaits it any more
             self._ended(error)
         elif error is not None:
             self._outcome.set_exception(error)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import inspect
 import signal
 import subprocess
 import sys
@@ -297,6 +298,27 @@ async def test_a_call_cancelled_in_the_queue_never_runs(pool, blocker):
 
     assert noted == ["ended"]
     assert blocker.calls == 2
+
+
+async def test_a_coroutine_that_comes_too_late_is_closed(pool, blocker):
+    """A function that returns a coroutine to a call that was given up has it closed, without a word of complaint."""
+    made: list[Any] = []
+    ended: list[str] = []
+
+    def work() -> Any:
+        blocker()
+        made.append(afail())
+        return made[0]
+
+    call = asyncio.create_task(acall(pool, work, lambda _: ended.append("ended")))
+    await blocker.until_started()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    blocker.go.set()
+    await eventually(lambda: bool(ended))
+
+    assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
 
 def test_a_loop_that_is_closed_while_the_thread_runs(pool, blocker):
