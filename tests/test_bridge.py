@@ -281,6 +281,29 @@ async def test_a_cancelled_wait_leaves_the_thread_running(pool, blocker):
     await eventually(ended.is_set)
 
 
+@pytest.mark.parametrize("is_loop_closed", [False, True])
+def test_a_wait_that_is_dropped_leaves_the_thread_running(pool, blocker, is_loop_closed):
+    """A coroutine that is closed, as those of a loop that was given up are, has ended only when its thread has."""
+    ended = threading.Event()
+    calls: list[Any] = []
+
+    async def begin() -> None:
+        calls.append(acall(pool, blocker, lambda _: ended.set()))
+        calls[0].send(None)
+        await blocker.until_started()
+        if not is_loop_closed:
+            calls.pop().close()
+
+    asyncio.run(begin())
+    for call in calls:
+        call.close()
+    still_running = not ended.is_set()
+    blocker.go.set()
+
+    assert still_running
+    assert ended.wait(SECONDS)
+
+
 async def test_a_call_cancelled_in_the_queue_never_runs(pool, blocker):
     """A call that has no thread yet is dropped when its task is cancelled, and has ended then."""
     calls = [asyncio.create_task(acall(pool, blocker)) for _ in range(2)]
