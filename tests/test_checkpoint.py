@@ -772,7 +772,8 @@ def work(way: str, directory: str, inputs: int, last_call: int | None = None) ->
     if way == "aeach":
         asyncio.run(stream())
     else:
-        for index, output in each(pair, range(inputs), **options):
+        via: Any = "async" if way == "each via async" else "threads"
+        for index, output in each(pair, range(inputs), via=via, **options):
             got(index, output)
 
 
@@ -789,7 +790,7 @@ def lines(file: Path) -> list[int]:
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
-@pytest.mark.parametrize("way", ["each", "aeach"])
+@pytest.mark.parametrize("way", WAYS)
 def test_kill_9_loses_at_most_the_calls_in_flight(way: str, tmp_path: Path, processes: ForkServerContext) -> None:
     """Killed at 20 random moments, a run ends with every input called, and few of them more than once."""
     inputs, kills = 400, 20
