@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from contextvars import Context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar
 
 __all__ = ["BackgroundLoop", "background"]
@@ -49,6 +50,12 @@ class _Visit(Generic[T]):
             self._task.cancel()
         elif not self.ended.done():  # interrupted before it was started
             self.ended.set_exception(asyncio.CancelledError())
+
+    def forsake(self) -> None:
+        """Let go of a task that goes no further, for this process was forked from that of its loop."""
+        if self._task is not None:
+            task: Any = self._task
+            task._log_destroy_pending = False  # as `asyncio.gather` does
 
     def wait(self, answer: Future[U]) -> U:
         """Wait for something that the coroutine will bring; an interrupt cancels it, and waits for its end.
@@ -183,25 +190,46 @@ class BackgroundLoop:
 
     def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Iterator[T]:
         """Yield what an async generator yields, which lives in one task from its first chunk to its end."""
-        loop = self._free()
+        loop, process = self._free(), os.getpid()
         source = _Source(chunks)
         visit = _Visit(loop, source.serve, context)
         try:
             while (chunk := _ask(loop, source, visit)) is not _END:
                 yield chunk
         finally:
-            loop.call_soon_threadsafe(source.ask, None)
-            if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
-                visit.wait(visit.ended)
+            if os.getpid() != process:
+                visit.forsake()
+            elif not sys.is_finalizing():  # else the loop is closed, and the generator too
+                loop.call_soon_threadsafe(source.ask, None)
+                if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
+                    visit.wait(visit.ended)
+
+    def context_for_threads(self) -> Context:
+        """Return a copy of this thread's context, for threads that it will wait for."""
+        context = copy_context()
+        if (held := self._held()) is not None:
+            context.run(_held_by_waiter.set, held)
+        return context
 
     def _free(self) -> asyncio.AbstractEventLoop:
         """Return a loop that this thread can wait for.
 
-        A coroutine that runs here and calls the sync side of a pair waits for that very call: it needs another loop.
+        A coroutine that runs here and calls the sync side of a pair holds this loop until that very call has ended,
+        which therefore needs another.
         """
-        if threading.current_thread() is self._thread:
-            return self._next_deeper()._free()
-        return self.loop()
+        held = self._held()
+        return self.loop() if held is None else held._next_deeper().loop()
+
+    def _held(self) -> BackgroundLoop | None:
+        """Return the deepest of the loops that go no further while this thread, or who waits for it, waits."""
+        thread, by_waiter = threading.current_thread(), _held_by_waiter.get()
+        held: BackgroundLoop | None = None
+        level: BackgroundLoop | None = self
+        while level is not None:
+            if level._thread is thread or level is by_waiter:
+                held = level
+            level = level._deeper
+        return held
 
     def _next_deeper(self) -> BackgroundLoop:
         with self._lock:
@@ -219,8 +247,9 @@ class BackgroundLoop:
                 started: Future[asyncio.AbstractEventLoop] = Future()
                 thread = threading.Thread(target=self._main, args=(started,), name="asyncify-loop", daemon=True)
                 thread.start()
-                self._loop = started.result()
-                self._thread = thread
+                loop = started.result()
+                self._thread = thread  # first: whoever finds the loop may be on its thread before this one goes on
+                self._loop = loop
             return self._loop
 
     def _main(self, started: Future[asyncio.AbstractEventLoop]) -> None:
@@ -249,6 +278,9 @@ class BackgroundLoop:
             loop.call_soon_threadsafe(self._closing.set)
             thread.join(_CLOSE_SECONDS)
 
+
+_held_by_waiter: ContextVar[BackgroundLoop | None] = ContextVar("asyncify_held_by_waiter", default=None)
+"""The loop that is held by the thread that waits for this context, which runs in another."""
 
 background: BackgroundLoop = BackgroundLoop()
 """The loop of all async sides that are called by sync code."""

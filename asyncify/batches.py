@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.runnables.base import Runnable
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 
+from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS
 from asyncify.fanout import aas_completed, agather, as_completed, gather
 from asyncify.runs import is_reserved, observed
@@ -57,10 +58,11 @@ class Items:
         asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
+        self._context_of_threads = background.context_for_threads()
 
     def call(self, index: int, value: Any) -> Any:
         """Run one input in this thread, in a copy of the context in which this object was made."""
-        context = self._context.copy()
+        context = self._context_of_threads.copy()
         if self._quiet is not None:
             return context.run(self._quiet.run_unobserved, value, self._shared_by(index), self._kwargs)
         return context.run(self._runnable.invoke, value, self._config_of(index), **self._kwargs)
@@ -75,7 +77,11 @@ class Items:
         config = self._config_of(index)
         if self._ours is not None and not self._is_one_for_all and self._is_quiet(config):
             return self._ours.start_unobserved(value, config, self._kwargs)
-        return asyncio.get_running_loop().create_task(self._runnable.ainvoke(value, config, **self._kwargs))
+        return asyncio.get_running_loop().create_task(self._ainvoke(value, config))
+
+    async def _ainvoke(self, value: Any, config: RunnableConfig) -> Any:
+        # A runnable of somebody else's may raise where it is called, or give an awaitable that is no coroutine.
+        return await self._runnable.ainvoke(value, config, **self._kwargs)
 
     def _shared_by(self, index: int) -> RunnableConfig | None:
         return self._shared and self._config_of(index)

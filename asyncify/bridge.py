@@ -15,6 +15,7 @@ from _thread import allocate_lock
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from contextvars import Context, ContextVar
 from functools import partial
 from inspect import iscoroutine
@@ -148,6 +149,8 @@ class _Call:
 
     def _settle(self, result: Any, error: BaseException | None) -> None:
         if self._outcome.cancelled():
+            if iscoroutine(result):
+                result.close()  # nobody awaits it any more
             self._ended(error)
         elif error is not None:
             self._outcome.set_exception(error)
@@ -161,6 +164,8 @@ class _Call:
             if iscoroutine(result):
                 result = await result
         except BaseException as error:
+            with suppress(RuntimeError):  # of a loop that is closed; the outcome is cancelled all the same
+                self._outcome.cancel()  # whatever has ended the wait: a coroutine may also be closed
             if self._take() is not None or not self._outcome.cancelled():
                 self._ended(error)
             raise

@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from os import PathLike
+from time import monotonic, sleep
 from typing import Any, Literal, Self
+from zlib import crc32
 
 from asyncify.errors import CheckpointError
 
@@ -28,12 +30,13 @@ __all__ = ["Checkpoint", "Codec", "Row", "fingerprint"]
 
 Codec = Literal["json", "pickle"]
 
-Row = tuple[str | bytes, bytes | str | None, str | None]
-"""What is recorded of an input: its key, and its encoded output or else its error."""
+Row = tuple[str | bytes, bytes | str | None, int | None, str | None]
+"""What is recorded of an input: its key, and its encoded output with a checksum or else its error."""
 
 _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
 _VERSION = 1
 _BUSY_SECONDS = 60.0
+_RETRY_SECONDS = 0.01
 
 _SEGMENT_KEYS = 100_000
 """Keys kept in memory before they are sorted into a segment: some 13 MB."""
@@ -53,6 +56,7 @@ CREATE TABLE calls (
     id INTEGER PRIMARY KEY,
     key NOT NULL,            -- the text that key= has given, or else a short input itself, or a digest of it
     output,                  -- as the codec has it; NULL for a failure
+    checksum INTEGER,        -- CRC-32 of key and output: SQLite has none, and a flipped bit would be another output
     error TEXT               -- of a failure
 );
 CREATE TABLE segments (segment INTEGER PRIMARY KEY, last_call INTEGER NOT NULL);
@@ -69,15 +73,15 @@ SELECT key, output, error, attempts FROM (
 """
 
 _FIND = """
-SELECT output FROM calls WHERE id =
+SELECT output, checksum FROM calls WHERE id =
     (SELECT call FROM finished WHERE key = ? AND segment IN (SELECT segment FROM segments) LIMIT 1)
 """
 
 _OTHERS = "SELECT key, id FROM calls WHERE id > ? AND id < ? AND error IS NULL"
 
-_INSERT = "INSERT INTO calls (key, output, error) VALUES "
+_INSERT = "INSERT INTO calls (key, output, checksum, error) VALUES "
 
-_READ = "SELECT output FROM calls WHERE id = ? AND error IS NULL"
+_READ = "SELECT output, checksum FROM calls WHERE id = ? AND error IS NULL"
 
 _SORT = """
 INSERT OR IGNORE INTO finished
@@ -122,7 +126,7 @@ class Checkpoint:
     def _set_up(self, runnable: str, codec: Codec) -> None:
         db = self._reader
         self._refuse_foreign(db)
-        db.execute("PRAGMA journal_mode = WAL")
+        _use_write_ahead_log(db)
         self._writer.execute("PRAGMA synchronous = NORMAL")
         with _transaction(db):
             if not _is_ours(db):  # of two processes that find an empty file one makes the tables
@@ -155,7 +159,8 @@ class Checkpoint:
         try:
             yield
         except sqlite3.Error as error:
-            raise CheckpointError(f"checkpoint {self.path}: {error}; {_WAY_OUT}") from error
+            way_out = _WAYS_OUT.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _WAY_OUT)
+            raise CheckpointError(f"checkpoint {self.path}: {error}; {way_out}") from error
 
     def __enter__(self) -> Self:
         """Return the checkpoint itself."""
@@ -175,8 +180,11 @@ class Checkpoint:
             found = self._reader.execute(*((_FIND, (key,)) if call is None else (_READ, (call,)))).fetchone()
         if found is None:
             return None
+        output, checksum = found
+        if not isinstance(output, (str, bytes)) or _checksum(key, output) != checksum:
+            raise CheckpointError(f"checkpoint {self.path}: damaged (the output of {key!r}); {_WAY_OUT}")
         try:
-            return (self._decode(found[0]),)
+            return (self._decode(output),)
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.path}: can't read back the output of {key!r}: {error}") from error
 
@@ -187,9 +195,10 @@ class Checkpoint:
             CheckpointError: the codec can't keep the output.
         """
         if error is not None:
-            return key, None, f"{type(error).__name__}: {error}"
+            return key, None, None, _said(error)
         try:
-            return key, self._encode(output), None
+            encoded = self._encode(output)
+            return key, encoded, _checksum(key, encoded), None
         except Exception as refused:
             raise CheckpointError(
                 f"checkpoint {self.path}: can't keep an output of type {type(output).__name__} as it is: {refused}; "
@@ -207,7 +216,7 @@ class Checkpoint:
             first = last - len(rows) + 1
             if first > self._last_seen + 1:  # another process has recorded something too
                 self._recent.update(self._writer.execute(_OTHERS, (self._last_seen, first)))
-            self._recent.update(zip((key for key, _, _ in rows), count(first)))
+            self._recent.update(zip((row[0] for row in rows), count(first)))
             self._last_seen = last
             if len(self._recent) > _SEGMENT_KEYS:
                 self._sort()
@@ -240,9 +249,24 @@ class Checkpoint:
         self._writer.execute("INSERT INTO segments VALUES (?, ?)", (segment, last_call))
 
 
+def _checksum(key: str | bytes, output: str | bytes) -> int:
+    """Return the CRC-32 of both; a text that UTF-8, and so SQLite, can't write is a `UnicodeEncodeError`."""
+    written = output.encode() if isinstance(output, str) else output
+    return crc32(written, crc32(key.encode() if isinstance(key, str) else key))
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says, in characters that any file can hold."""
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  (the code of its class may raise anything)
+        said = type(error).__name__
+    return said.encode(errors="backslashreplace").decode()
+
+
 @cache
 def _insert(rows: int) -> str:
-    return _INSERT + ", ".join(["(?, ?, ?)"] * rows)
+    return _INSERT + ", ".join(["(?, ?, ?, ?)"] * rows)
 
 
 def _only(db: sqlite3.Connection, query: str) -> Any:
@@ -255,7 +279,8 @@ def _transaction(db: sqlite3.Connection) -> Generator[None]:
     try:
         yield
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # not after a full disk: SQLite has rolled back itself
+            db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
 
@@ -288,6 +313,36 @@ class _Filter:
 
 
 _WAY_OUT = "name another path, or delete the file to begin anew"
+_BUSY_WAY_OUT = "another process has it for itself: wait for that, or name another path"
+_DISK_WAY_OUT = "see to the disk and its permissions, or name another path"
+_WAYS_OUT = {
+    sqlite3.SQLITE_BUSY: _BUSY_WAY_OUT,
+    **dict.fromkeys(
+        (
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_PERM,
+            sqlite3.SQLITE_READONLY,
+        ),
+        _DISK_WAY_OUT,
+    ),
+}
+"""What to do about errors that say nothing against the file, which may hold what was dear."""
+
+
+def _use_write_ahead_log(db: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log; while another process does just that, SQLite gives up instead of waiting."""
+    until = monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > until:
+                raise
+            sleep(_RETRY_SECONDS)
+        else:
+            return
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> object:

@@ -128,6 +128,8 @@ class Watch:
 
     def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
         """Watch while `fn` runs."""
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(f"{fn.__qualname__} is a generator, which runs after its call; write `with watch():` in it")
 
         @functools.wraps(fn)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
@@ -244,7 +244,7 @@ def _nothing(error: BaseException | None) -> None:
 def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor) -> Function:
     """Run a function by somebody's executor; one of threads gets the caller's context, no other can."""
     if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
-        return _submitting(partial(_submit_to_threads, executor, fn), _receive, gate)
+        return _submitting(partial(_submit_to_threads, executor, fn), partial(_receive, fn, executor), gate)
     check_sendable(fn, shape, executor)
     return _submitting(_sender(fn, shape, executor), partial(_unpack, fn, executor), gate)
 
@@ -272,9 +272,20 @@ def _submit_to_threads(
     return executor.submit(_context_of_task().run, call_guarded, fn, *args, **kwargs)
 
 
-async def _receive(future: Future[Any]) -> Any:
-    result = await asyncio.wrap_future(future)
+async def _receive(fn: Function, executor: Executor, future: Future[Any]) -> Any:
+    result = await _of_executor(fn, executor, future)
     return await result if iscoroutine(result) else result
+
+
+async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) -> Any:
+    """Wait for a future; if it was cancelled and this task was not, the executor has dropped the call."""
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if future.cancelled() and task is not None and not task.cancelling():
+            raise refusal(fn, executor, CancelledError("it was dropped")) from error
+        raise
 
 
 def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
@@ -296,7 +307,9 @@ def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
 
 async def _unpack(fn: Function, executor: Executor, future: Future[Outcome]) -> Any:
     try:
-        outcome = await asyncio.wrap_future(future)
+        outcome = await _of_executor(fn, executor, future)
+    except BridgeError:  # it was dropped, and says so itself
+        raise
     except Exception as error:
         raise refusal(fn, executor, error) from error
     if (failure := outcome.error) is not None:

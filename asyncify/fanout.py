@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import sys
 import threading
+from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
@@ -236,10 +239,12 @@ class Blocking(ABC):
     """Items that run elsewhere, for a caller who blocks until they end."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # taken by itself: an interrupt as a Condition is entered leaves that taken
+        self._changed = threading.Condition(self._lock)
         self._inbox: deque[tuple[int, Any]] = deque()
         self._ended: deque[Ended] = deque()
         self._awaited = False
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         """Return the fan-out itself."""
@@ -253,13 +258,17 @@ class Blocking(ABC):
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input."""
 
+    def _is_deserted(self) -> bool:
+        """Tell whether there are no other threads to wait for: the program ends, or this is a fork of it."""
+        return sys.is_finalizing() or os.getpid() != self._process
+
     @abstractmethod
     def _is_idle(self) -> bool:
         """Tell whether all items have ended."""
 
     def take(self) -> list[Ended]:
         """Wait until an item has ended and return all that have; none when there is nothing in flight."""
-        with self._changed:
+        with self._lock:
             while not self._ended and not self._is_idle():
                 self._awaited = True  # set before the last look: who ends an item appends it before looking here
                 if not self._ended:
@@ -274,7 +283,7 @@ class Blocking(ABC):
     def _tell(self) -> None:
         """Wake the caller, if it waits."""
         if self._awaited:
-            with self._changed:
+            with self._lock:
                 self._awaited = False
                 self._changed.notify()
 
@@ -295,37 +304,41 @@ class Threads(Blocking):
         self._width = width
         self._return_exceptions = return_exceptions
         self._pool = ThreadPool(None, name)
-        self._busy = 0
+        self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
+        self._at_work: set[int] = set()  # those that have an item in hand
 
     def __exit__(self, *_: object) -> None:
         """Drop the items that have not started, and wait for the end of those that have."""
-        with self._changed:
+        if self._is_deserted():
+            return
+        with self._lock:
             self._inbox.clear()
-            self._changed.wait_for(lambda: not self._busy)
+            # A garbage collector runs anywhere, also in one of these threads.
+            self._changed.wait_for(lambda: not self._at_work - {get_ident()})
 
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as threads come free."""
-        with self._changed:
+        with self._lock:
             self._inbox.extend(items)
         while self._needs_thread() and self._hire():
             pass
 
     def _is_idle(self) -> bool:
-        return not self._busy and not self._inbox
+        return not self._hired and not self._inbox
 
     def _needs_thread(self) -> bool:
-        with self._changed:
-            needed = bool(self._inbox) and self._busy < self._width()
-            self._busy += needed
+        with self._lock:
+            needed = bool(self._inbox) and self._hired < self._width()
+            self._hired += needed
         return needed
 
     def _hire(self) -> bool:
         try:
             self._pool.submit(self._work)
         except RuntimeError:  # the system has no thread left: those at work must do
-            with self._changed:
-                self._busy -= 1
-                if not self._busy:
+            with self._lock:
+                self._hired -= 1
+                if not self._hired:
                     raise
             return False
         return True
@@ -334,16 +347,18 @@ class Threads(Blocking):
         while (item := self._next()) is not None:
             ended = attempt(self._call, *item)
             if ended[2] is not None and not _is_returned(ended[2], return_exceptions=self._return_exceptions):
-                with self._changed:
+                with self._lock:
                     self._inbox.clear()
             self._ended.append(ended)
             self._tell()
 
     def _next(self) -> tuple[int, Any] | None:
-        with self._changed:
+        with self._lock:
             if self._inbox:
+                self._at_work.add(get_ident())
                 return self._inbox.popleft()
-            self._busy -= 1
+            self._at_work.discard(get_ident())
+            self._hired -= 1
             self._changed.notify()
             return None
 

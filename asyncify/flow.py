@@ -20,7 +20,7 @@ from langchain_core.runnables.config import get_config_list
 
 from asyncify.batches import Items, checked_count
 from asyncify.bridge import ThreadPool
-from asyncify.checkpoint import Checkpoint, Codec
+from asyncify.checkpoint import Checkpoint, Codec, fingerprint
 from asyncify.fanout import Blocking, Ended, Tasks, Threads, outcome
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
@@ -404,6 +404,17 @@ def _work_of(runnable: Any) -> str:
     if branches := getattr(runnable, "steps__", None):
         return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in branches.items()) + "}"
     if (bound := getattr(runnable, "bound", None)) is not None:
-        return _work_of(bound)
+        kwargs: dict[str, Any] = getattr(runnable, "kwargs", {})
+        arguments = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(kwargs.items()))
+        return f"{_work_of(bound)}({arguments})" if arguments else _work_of(bound)
     name: str = runnable.get_name()
     return name
+
+
+def _shown(value: object) -> str:
+    """Show an argument as it is in every process, or else its type."""
+    try:
+        fingerprint(value)
+    except TypeError:
+        return type(value).__name__
+    return repr(value)

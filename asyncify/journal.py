@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextvars import Context
@@ -36,14 +37,15 @@ class Journal:
         self._rows: list[Row] = []
         self._recording = threading.Lock()
         self._pool = ThreadPool(1, "asyncify-checkpoint")
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         """Return the journal itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Record the rest and close the file."""
-        if self._checkpoint is not None:
+        """Record the rest and close the file, unless this is a fork of the process that does."""
+        if self._checkpoint is not None and os.getpid() == self._process:
             with self._checkpoint:
                 self.flush()
 
@@ -123,4 +125,8 @@ def _is_cancelled(error: BaseException | None) -> bool:
 def _checked_key(key: object) -> str:
     if not isinstance(key, str):
         raise TypeError(f"key= must return a string for each input, and it returned {key!r}")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"key= must return a string that UTF-8 can write, and it returned {key!r}") from error
     return key

@@ -35,6 +35,8 @@ class LoopTasks(Blocking):
 
     def __exit__(self, *_: object) -> None:
         """Cancel what is still in flight and wait for its end."""
+        if self._is_deserted():
+            return
         closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
         if asyncio._get_running_loop() is not self._loop:  # a garbage collector runs anywhere, on that loop too
             closing.result()
@@ -60,19 +62,24 @@ class LoopTasks(Blocking):
 
     def _drain(self) -> None:
         while self._inbox and len(self._alive) < self._width():
-            task = self._start(*self._inbox[0])
-            self._alive[task] = self._inbox[0][0]
-            task.add_done_callback(self._on_end)
+            index, value = self._inbox[0]
+            try:
+                task = self._start(index, value)
+            except BaseException as error:  # noqa: BLE001  (it is handed to whoever takes the item)
+                self._ended.append((index, None, error))
+            else:
+                self._alive[task] = index
+                task.add_done_callback(self._on_end)
             self._inbox.popleft()
         self._drain_is_due = False
         if self._inbox and len(self._alive) < self._width():  # came while the flag was still up
             self._drain()
+        self._tell()
 
     def _on_end(self, task: asyncio.Task[Any]) -> None:
         self._ended.append(ended_task(self._alive[task], task))
         del self._alive[task]
         self._drain()
-        self._tell()
 
 
 async def _running_loop() -> asyncio.AbstractEventLoop:

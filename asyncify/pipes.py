@@ -9,12 +9,12 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import wait
-from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import RunnableConfig, ensure_config
 
+from asyncify.background import background
 from asyncify.batches import Batches
 from asyncify.bridge import ThreadPool
 from asyncify.runs import config_of_steps, is_reserved, observed
@@ -155,7 +155,8 @@ class DualParallel(Piped, RunnableParallel[Input]):
         config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
         futures = [
-            pool.submit(copy_context().run, step.run_unobserved, value, config, {}) for step in _pairs(steps.values())
+            pool.submit(background.context_for_threads().run, step.run_unobserved, value, config, {})
+            for step in _pairs(steps.values())
         ]
         try:
             return {key: future.result() for key, future in zip(steps, futures, strict=True)}

@@ -138,7 +138,9 @@ def _rich(title: str, total: int | None, file: TextIO) -> Generator[Report]:
     from rich.progress import Progress as Bars  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
-    with Bars(*columns, console=Console(file=file), auto_refresh=False) as bars:
+    # A terminal shows what the program prints above the bar; what goes elsewhere has to arrive there.
+    console, stdout = Console(file=file), sys.stdout.isatty()
+    with Bars(*columns, console=console, auto_refresh=False, redirect_stdout=stdout) as bars:
         bar = bars.add_task(title, total=total, state="")
         yield lambda progress: bars.update(bar, completed=progress.done, state=str(progress), refresh=True)
 

@@ -1,11 +1,15 @@
 """The four batch methods of a pair: LangChain's meaning, and nothing left behind."""
 
 import asyncio
+import itertools
+import linecache
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
 
-from asyncify import Dual, UnboundedWarning, concurrency, dual, registry
+from asyncify import Dual, UnboundedWarning, concurrency, dual, each, fanout, registry
 from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
 
 PATHS = ["sync", "async"]
@@ -369,6 +373,89 @@ def test_the_first_error_stops_the_rest_and_waits_for_them() -> None:
     assert raised.value is boom
     assert ended == [1]
     assert len(started) == 2
+
+
+class Interrupt:
+    """Raises a `KeyboardInterrupt` in this thread, at one of the places where Ctrl-C may come: it counts them."""
+
+    def __init__(self, place: int) -> None:
+        self._left = place
+        self.has_come = False
+
+    def __enter__(self) -> Self:
+        self._tracer = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._tracer)
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> "Callable[..., Any] | None":
+        entering = frame.f_code is threading.Condition.__enter__.__code__
+        if frame.f_code.co_filename != fanout.__file__ and not entering:
+            return None
+        # The line of a `with` comes again where its block is left, in the midst of which no interrupt comes.
+        is_with = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+        if event == ("return" if entering else "line") and not is_with:
+            self._left -= 1
+            if not self._left:
+                self.has_come = True
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.parametrize("run", ["batch", "batch_as_completed", "each"])
+def test_an_interrupt_at_any_line_ends_a_batch(run: str) -> None:
+    """Ctrl-C, wherever it comes, is raised, and nothing waits for what will never happen."""
+    pair = Pair(times_ten)
+    inputs, bound = list(range(6)), RunnableConfig(max_concurrency=2)
+    runs: dict[str, Callable[[], Any]] = {
+        "batch": lambda: pair.batch(inputs, bound),
+        "batch_as_completed": lambda: list(pair.batch_as_completed(inputs, bound)),
+        "each": lambda: list(each(pair, inputs, config=bound)),
+    }
+    ends: list[str] = []
+
+    def interrupt_at_each_place() -> None:
+        for place in itertools.count(1):
+            interrupt = Interrupt(place)
+            try:
+                with interrupt:
+                    runs[run]()
+            except KeyboardInterrupt:
+                ends.append("interrupted")
+            if not interrupt.has_come:
+                ends.append("ran to its end")
+                return
+
+    thread = threading.Thread(target=interrupt_at_each_place, daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+
+    assert ends[-1:] == ["ran to its end"]
+    assert ends.count("interrupted") > 20
+
+
+def test_a_stream_that_is_collected_in_its_own_thread_does_not_wait_for_itself() -> None:
+    """A garbage collector runs anywhere: the thread goes on with its call, and its slot comes free."""
+    held: list[Any] = []
+    has_begun = threading.Event()
+
+    def call(value: int) -> int:
+        if value:
+            assert has_begun.wait(SAFETY_NET)
+            held.clear()
+        return value
+
+    pair = concurrency(limit=1)(Pair(call))
+    held.append(iter(pair.batch_as_completed([0, 1, 2])))
+    next(held[0])
+    has_begun.set()
+    following = threading.Thread(target=pair.invoke, args=(0,), daemon=True)
+    following.start()
+    following.join(SAFETY_NET)
+
+    assert not following.is_alive()
 
 
 @pytest.mark.parametrize("path", PATHS)

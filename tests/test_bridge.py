@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import inspect
 import signal
 import subprocess
 import sys
@@ -66,10 +67,10 @@ def astream(pool: ThreadPool, chunks: Any, ended: Ended = unnoticed) -> Any:
     return aclosing(pool.stream(chunks, ended, copy_context()))
 
 
-def run_program(source: str) -> str:
+def run_program(source: str, *arguments: str) -> str:
     """Run a program of its own and return what it has printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source, *arguments],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -280,6 +281,29 @@ async def test_a_cancelled_wait_leaves_the_thread_running(pool, blocker):
     await eventually(ended.is_set)
 
 
+@pytest.mark.parametrize("is_loop_closed", [False, True])
+def test_a_wait_that_is_dropped_leaves_the_thread_running(pool, blocker, is_loop_closed):
+    """A coroutine that is closed, as those of a loop that was given up are, has ended only when its thread has."""
+    ended = threading.Event()
+    calls: list[Any] = []
+
+    async def begin() -> None:
+        calls.append(acall(pool, blocker, lambda _: ended.set()))
+        calls[0].send(None)
+        await blocker.until_started()
+        if not is_loop_closed:
+            calls.pop().close()
+
+    asyncio.run(begin())
+    for call in calls:
+        call.close()
+    still_running = not ended.is_set()
+    blocker.go.set()
+
+    assert still_running
+    assert ended.wait(SECONDS)
+
+
 async def test_a_call_cancelled_in_the_queue_never_runs(pool, blocker):
     """A call that has no thread yet is dropped when its task is cancelled, and has ended then."""
     calls = [asyncio.create_task(acall(pool, blocker)) for _ in range(2)]
@@ -297,6 +321,27 @@ async def test_a_call_cancelled_in_the_queue_never_runs(pool, blocker):
 
     assert noted == ["ended"]
     assert blocker.calls == 2
+
+
+async def test_a_coroutine_that_comes_too_late_is_closed(pool, blocker):
+    """A function that returns a coroutine to a call that was given up has it closed, without a word of complaint."""
+    made: list[Any] = []
+    ended: list[str] = []
+
+    def work() -> Any:
+        blocker()
+        made.append(afail())
+        return made[0]
+
+    call = asyncio.create_task(acall(pool, work, lambda _: ended.append("ended")))
+    await blocker.until_started()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    blocker.go.set()
+    await eventually(lambda: bool(ended))
+
+    assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
 
 def test_a_loop_that_is_closed_while_the_thread_runs(pool, blocker):
@@ -835,6 +880,58 @@ def test_a_call_on_the_loops_own_thread_gets_another_loop(loop):
     assert mine is not deeper
 
 
+def test_calls_on_the_loops_thread_go_as_deep_as_they_like(loop):
+    """A call that was made on the second loop gets a third: the first is held until it has ended."""
+
+    async def call(depth: int) -> int:
+        return 1 + run(loop, partial(call, depth - 1)) if depth else 0
+
+    depths: list[int] = []
+    thread = threading.Thread(target=lambda: depths.append(run(loop, partial(call, 5))), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+
+    assert depths == [5]
+
+
+HOLDING = """
+from asyncify import Dual, each
+
+async def double(value):
+    return value * 2
+
+pair = Dual(double)
+
+async def hold(way):
+    if way == "batch":
+        return pair.batch([1, 2])
+    if way == "each":
+        return list(each(pair, [1, 2]))
+    if way == "each via async":
+        return list(each(pair, [1, 2], via="async"))
+    if way == "dict":
+        return (pair | {"a": pair, "b": pair}).invoke(1)
+    return Dual(hold).batch(["batch", "each", "dict"])
+
+print(Dual(hold).call(WAY))
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "printed"),
+    [
+        ("batch", "[2, 4]"),
+        ("each", "[2, 4]"),
+        ("each via async", "[2, 4]"),
+        ("dict", "{'a': 4, 'b': 4}"),
+        ("nested", "[[2, 4], [2, 4], {'a': 4, 'b': 4}]"),
+    ],
+)
+def test_the_loop_may_be_held_for_threads_that_need_a_loop(way, printed):
+    """An async side on the loop may wait for threads that call an async side: those get another loop."""
+    assert run_program(HOLDING.replace("WAY", repr(way))) == f"{printed}\n"
+
+
 async def test_a_call_on_the_thread_of_a_running_loop(loop):
     """Sync code that is called on somebody's event loop can call the sync side of an async function."""
     assert run(loop, current_loop) is not asyncio.get_running_loop()
@@ -1002,6 +1099,73 @@ print("the end")
 """)
 
     assert printed == "the end\n"
+
+
+STILL_OPEN = """
+import asyncio, time
+from asyncify import Dual, each
+
+async def count(upto):
+    for number in range(upto):
+        yield number
+
+stream = {
+    "each": lambda: each(Dual(time.sleep), [0, 1000]),
+    "each via async": lambda: each(Dual(asyncio.sleep), [0, 1000], via="async"),
+    "batch_as_completed": lambda: iter(Dual(time.sleep).batch_as_completed([0, 1000])),
+    "call": lambda: Dual(count).call(2),
+}[WAY]()
+next(stream)
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("way", ["each", "each via async", "batch_as_completed", "call"])
+def test_an_open_stream_does_not_keep_the_program_from_ending(way):
+    """A program ends, and says nothing, although a stream of results was left open with calls in flight."""
+    assert run_program(STILL_OPEN.replace("WAY", repr(way))) == "the end\n"
+
+
+FORKED = """
+import asyncio, os, sys, threading
+from asyncify import Dual, each
+
+go = threading.Event()
+
+def wait(value):
+    return value if not value or go.wait() else None
+
+async def wait_async(value):
+    while value and not go.is_set():
+        await asyncio.sleep(0.001)
+    return value
+
+async def count(upto):
+    for number in range(upto):
+        yield number
+
+pair = Dual(wait, wait_async, name="wait")
+checkpoint = os.path.join(sys.argv[1], "run.sqlite")
+stream = {
+    "each": lambda: each(pair, range(3), checkpoint=checkpoint),
+    "each via async": lambda: each(pair, range(3), via="async", checkpoint=checkpoint),
+    "batch_as_completed": lambda: iter(pair.batch_as_completed([0, 1, 2])),
+    "call": lambda: Dual(count).call(3),
+}[WAY]()
+for number, output in enumerate(stream):
+    if number == 0 and os.fork() == 0:
+        stream.close()
+        sys.exit(3)
+    go.set()
+print(os.waitstatus_to_exitcode(os.wait()[1]), number)
+"""
+
+
+@pytest.mark.parametrize("way", ["each", "each via async", "batch_as_completed", "call"])
+def test_a_child_that_is_forked_within_a_stream_can_leave_it(tmp_path, way):
+    """Nothing of the stream runs in the child, so it waits for nothing; the parent's stream goes on."""
+    assert run_program(FORKED.replace("WAY", repr(way)), str(tmp_path)) == "3 2\n"
+    assert len(list(tmp_path.iterdir())) == way.startswith("each")  # a file that was closed has no log beside it
 
 
 # --- the loop: a stream ---

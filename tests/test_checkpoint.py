@@ -472,6 +472,56 @@ def test_a_refused_output_takes_no_other_with_it(way: str, path: Path) -> None:
     assert recorded == sum(counted.calls.values()) - 1
 
 
+HALF = "\ud83d"
+"""Half of a surrogate pair, as a text that was cut off has it, which UTF-8 can't write."""
+
+
+class MuteError(Exception):
+    """An error that can't say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_text_that_can_not_be_written_takes_no_other_with_it(way: str, path: Path) -> None:
+    """An output is refused with the way out; what ended beside it is recorded."""
+    counted = Counted(lambda value: HALF if value == 1 else value)
+
+    with pytest.raises(CheckpointError, match='surrogates not allowed; write codec="pickle"'):
+        collect(way, counted.pair(), range(4), checkpoint=path, window=4)
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT count(*) FROM items").fetchone()[0]
+
+    assert recorded == sum(counted.calls.values()) - 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("error", "says"), [(LookupError(HALF), r"LookupError: \ud83d"), (MuteError(), "MuteError")], ids=["half", "mute"]
+)
+def test_any_error_can_be_recorded(way: str, path: Path, error: Exception, says: str) -> None:
+    """Whatever an error says, or fails to say, it is a failure like others."""
+
+    def call(value: int) -> int:
+        if value == 1:
+            raise error
+        return value
+
+    found = collect(way, Dual(call, name="call"), range(4), checkpoint=path, return_exceptions=True)
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT error FROM items ORDER BY error").fetchall()
+
+    assert found == [0, error, 2, 3]
+    assert recorded == [(None,), (None,), (None,), (says,)]
+
+
+def test_a_key_that_can_not_be_written_is_refused(path: Path) -> None:
+    """The message says what `key=` returned."""
+    with pytest.raises(ValueError, match=r"UTF-8 can write, and it returned '.ud83d'"):
+        list(each(Counted().pair(), [1], checkpoint=path, key=lambda _: HALF))
+
+
 async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +581,22 @@ def test_a_file_of_another_pipe_is_refused(path: Path) -> None:
         list(each(two | one, [1], checkpoint=path))
 
 
+def test_a_file_of_other_bound_arguments_is_refused(path: Path) -> None:
+    """What `bind` gives to every call makes other outputs of the same inputs, so both are named."""
+
+    def price(value: int, currency: str = "EUR", rate: object = None) -> str:
+        return f"{value} {currency}"
+
+    pair, other = Dual(price, name="price"), Counted().pair("other")
+    list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
+    list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
+
+    with pytest.raises(CheckpointError) as refused:
+        list(each(pair.bind(currency="JPY", rate=object()) | other, [1], checkpoint=path))
+    for currency in ("USD", "JPY"):
+        assert f"price(currency='{currency}', rate=object) | other" in str(refused.value)
+
+
 def test_a_file_of_another_codec_is_refused(path: Path) -> None:
     """Both are named."""
     list(each(Counted().pair(), [1], checkpoint=path))
@@ -582,10 +648,88 @@ def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -
     assert sum(counted.calls.values()) == before
 
 
+@pytest.mark.parametrize("segment_keys", [1, 1000], ids=["sorted", "recent"])
+@pytest.mark.parametrize("output", ["{}", None, 7], ids=repr)
+def test_an_output_that_is_not_what_was_recorded_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, output: object, segment_keys: int
+) -> None:
+    """A flipped bit that leaves the file an SQLite file makes no other output of it."""
+    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", segment_keys)
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row(key, [], None) for key in ("whole", "damaged")])
+        checkpoint._writer.execute("UPDATE calls SET output = ? WHERE key = 'damaged'", (output,))
+
+        assert checkpoint.find("whole") == ([],)
+        with pytest.raises(CheckpointError, match=r"damaged \(the output of 'damaged'\); .*delete the file"):
+            checkpoint.find("damaged")
+
+
+def test_a_flipped_bit_never_makes_another_output(path: Path) -> None:
+    """Wherever it is, the file is refused, or gives what was recorded, or at worst has an input called again."""
+    outputs = {f"question {number}": f"answer {number}" for number in range(40)}
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row(key, output, None) for key, output in outputs.items()])
+    Checkpoint(path, "work", "json").__exit__()  # which sorts the keys
+    whole = path.read_bytes()
+    ends: Counter[str] = Counter()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            with Checkpoint(path, "work", "json") as checkpoint:
+                found = {key: checkpoint.find(key) for key in outputs}
+        except CheckpointError:
+            ends["refused"] += 1
+        else:
+            assert all(output in (None, (outputs[key],)) for key, output in found.items())
+            ends["opened"] += 1
+    path.unlink()
+
+    assert ends["refused"]
+    assert ends["opened"]
+
+
 def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
     """A directory that is not there is named."""
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(CheckpointError, match=r"nowhere.* see to the disk and its permissions, or name another path"):
         list(each(Counted().pair(), [1], checkpoint=tmp_path / "nowhere" / "run.sqlite"))
+
+
+def other_program(path: Path, begin: str) -> sqlite3.Connection:
+    """Return a connection of somebody else's, in the midst of something."""
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA user_version = 0")  # so that there is a file
+    db.execute(begin)
+    return db
+
+
+def test_a_file_that_another_process_is_just_making_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes that begin at the same moment none is refused: SQLite itself does not wait in this one place."""
+    with closing(other_program(path, "BEGIN IMMEDIATE")) as other:
+        monkeypatch.setattr(checkpoint_module, "sleep", lambda _: other.execute("COMMIT"))
+        with Checkpoint(path, "work", "json") as checkpoint:
+            assert not other.in_transaction
+            assert checkpoint.find("key") is None
+
+
+def test_a_file_that_stays_locked_is_not_called_damaged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to delete what another process holds."""
+    monkeypatch.setattr(checkpoint_module, "_BUSY_SECONDS", 0.001)
+    with (
+        closing(other_program(path, "BEGIN EXCLUSIVE")),
+        pytest.raises(CheckpointError, match="database is locked; another process has it for itself"),
+    ):
+        Checkpoint(path, "work", "json")
+
+
+def test_a_full_disk_is_not_called_damage(path: Path) -> None:
+    """What is in the file is still there, and the message does not say to delete it."""
+    with Checkpoint(path, "work", "json") as checkpoint:
+        checkpoint.record([checkpoint.row("small", 1, None)])
+        checkpoint._writer.execute("PRAGMA max_page_count = 10")
+        with pytest.raises(CheckpointError, match="full; see to the disk"):
+            checkpoint.record([checkpoint.row("large", "x" * 100_000, None)])
+    with Checkpoint(path, "work", "json") as checkpoint:
+        assert (checkpoint.find("small"), checkpoint.find("large")) == ((1,), None)
 
 
 # --- the death of a process, and two at once ---
@@ -628,7 +772,8 @@ def work(way: str, directory: str, inputs: int, last_call: int | None = None) ->
     if way == "aeach":
         asyncio.run(stream())
     else:
-        for index, output in each(pair, range(inputs), **options):
+        via: Any = "async" if way == "each via async" else "threads"
+        for index, output in each(pair, range(inputs), via=via, **options):
             got(index, output)
 
 
@@ -645,7 +790,7 @@ def lines(file: Path) -> list[int]:
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
-@pytest.mark.parametrize("way", ["each", "aeach"])
+@pytest.mark.parametrize("way", WAYS)
 def test_kill_9_loses_at_most_the_calls_in_flight(way: str, tmp_path: Path, processes: ForkServerContext) -> None:
     """Killed at 20 random moments, a run ends with every input called, and few of them more than once."""
     inputs, kills = 400, 20

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from langchain_core.runnables import RunnableLambda, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
 
 from asyncify import Dual, aeach, concurrency, each
+from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Progress
 from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
 
@@ -121,6 +122,51 @@ def test_a_stream_raises_where_the_loop_raises(way: str, inputs: list[int], wind
 def test_any_runnable_goes(way: str, kind: Callable[..., Any]) -> None:
     """A RunnableLambda, a pair, a pipe and a pair with one side stream alike."""
     assert collect(way, kind(same, same_async), range(20), window=3) == list(range(20))
+
+
+class Foreign(Runnable[int, int]):
+    """A runnable whose `ainvoke` is no async function."""
+
+    def invoke(self, input: int, config: RunnableConfig | None = None, **kwargs: Any) -> int:
+        if input == 1:
+            raise OddError(input)
+        return input
+
+    def ainvoke(  # type: ignore[override]  # that is the point
+        self, input: int, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> "asyncio.Future[int]":
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result(self.invoke(input))
+        return answer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_runnable_that_raises_before_it_can_be_awaited(way: str) -> None:
+    """Its error is that of one input, and an awaitable that is no coroutine is awaited."""
+    assert collect(way, Foreign(), range(3), return_exceptions=True) == [0, OddError(1), 2]
+
+
+def test_an_input_that_can_not_be_started_is_a_failure() -> None:
+    """The caller of the background loop is told, instead of waiting for ever."""
+
+    def start(index: int, value: Any) -> "asyncio.Task[Any]":
+        if index == 1:
+            raise OddError(index)
+        return asyncio.get_running_loop().create_task(same_async(value))
+
+    found: list[Any] = []
+
+    def run() -> None:
+        with LoopTasks(start, lambda: 2) as fan:
+            fan.run(enumerate("abc"))
+            while group := fan.take():
+                found.extend(group)
+
+    running = threading.Thread(target=run, daemon=True)
+    running.start()
+    running.join(SAFETY_NET)
+
+    assert sorted(found, key=lambda ended: ended[0]) == [(0, "a", None), (1, None, OddError(1)), (2, "c", None)]
 
 
 # --- sources ---

@@ -341,6 +341,31 @@ async def test_what_the_limiter_says_is_not_blamed_on_the_executor():
         await pair.acall("abc")
 
 
+class Dropping(ThreadPoolExecutor):
+    """An executor that is shut down, with all that waits in it, as soon as it has got a call."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        dropped: Future[Any] = Future()
+        dropped.cancel()
+        dropped.set_running_or_notify_cancel()
+        return dropped
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["threads", "processes"])
+async def test_a_call_that_the_executor_drops_is_told(by_name):
+    """A call that is dropped when its executor is shut down is a failure: nobody has cancelled who awaits it."""
+    executor = Dropping()
+    limiter = Limiter(limit=1)
+    pair = concurrency(limiter=limiter)(Dual(score.func))
+    engine.engine = executor
+    pair.furnish(bridge=engine if by_name else executor)
+    with pytest.raises(BridgeError, match=r"score .* could not run it \(CancelledError: it was dropped\)"):
+        await pair.acall("abc")
+    engine.engine = None
+
+    assert limiter.stats().in_flight == 0
+
+
 async def test_an_executor_that_was_shut_down_is_told():
     """The error names the function and the executor, and the call's slot is free again."""
     pool = ProcessPoolExecutor(1)

@@ -217,6 +217,23 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     assert captured.err.startswith("even: 2/2 done")
 
 
+@pytest.mark.parametrize("absent", [(), ("rich",)], ids=["rich", "tqdm"])
+def test_what_a_program_prints_beside_a_bar_arrives(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...]
+) -> None:
+    """A bar in the terminal leaves alone what goes to a file, as in `python run.py > results.txt`."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("asyncify.progress.find_spec", without(*absent))
+    file = Terminal()
+
+    with reporting(True, title="fetch", total=1, file=file) as tell:  # noqa: FBT003  (as a user does)
+        print("result")  # noqa: T201  (what is tested)
+        tell(1, 0)
+
+    assert capsys.readouterr().out == "result\n"
+    assert "1/1" in file.getvalue()
+
+
 def test_without_progress_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     """Silence is the default."""
     list(each(Pair(fail_on_odd), [2, 4]))

@@ -757,6 +757,17 @@ async def test_a_decorated_async_function_is_watched_while_it_runs(clock):
     assert len(watching.held) == 1
 
 
+def test_a_generator_can_not_be_decorated():
+    """Its call ends before anything of it has run, so nothing would be watched; the message says what to write."""
+
+    def chunks() -> Iterator[int]:
+        yield 1
+
+    for fn in (chunks, hold_and_yield):
+        with pytest.raises(TypeError, match=rf"{fn.__name__} is a generator, .* write `with watch\(\):` in it"):
+            watch()(fn)
+
+
 @pytest.mark.parametrize("threshold", [0, -1, float("nan"), float("inf")])
 def test_a_threshold_that_can_not_be_meant_is_refused(threshold):
     """A threshold is a positive number of seconds."""
