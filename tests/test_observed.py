@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import wrapt
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager, CallbackManager
+from langchain_core.callbacks import manager as callback_managers
 from langchain_core.globals import set_debug
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import var_child_runnable_config
@@ -164,6 +165,20 @@ def _by_wrapt(watcher: Watcher) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _by_wrapped_configuration(watcher: Watcher) -> Iterator[None]:
+    configure = callback_managers._configure
+
+    @functools.wraps(configure)
+    def configured(*args: Any, **kwargs: Any) -> BaseCallbackManager:
+        manager = configure(*args, **kwargs)
+        manager.add_handler(watcher, inherit=True)
+        return manager
+
+    with mock.patch.object(callback_managers, "_configure", configured):
+        yield
+
+
 WAYS: dict[str, Callable[[Watcher], AbstractContextManager[None]]] = {
     "ambient handlers": _by_ambient_config,
     "ambient manager": lambda watcher: _by_ambient_manager(watcher, handlers=[watcher]),
@@ -174,6 +189,7 @@ WAYS: dict[str, Callable[[Watcher], AbstractContextManager[None]]] = {
     "hook by environment": _by_hook_switched_on_by_the_environment,
     "instrumented manager": _by_instrumented_manager,
     "manager instrumented by wrapt": _by_wrapt,
+    "wrapped configuration of managers": _by_wrapped_configuration,
 }
 
 
