@@ -45,7 +45,7 @@ from asyncify.schemas import (
     tool_schema,
 )
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
-from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
+from asyncify.streams import Sum, astart_run, astarted, astream_run, fold, start_run, started, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
@@ -422,7 +422,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         args, kwargs = self._inject(entry, input_, run_manager, config, kwargs)
         if entry.shape.is_generator:
             with closing(entry.run(*args, **kwargs)) as chunks:
-                return functools.reduce(_fold, chunks, None)
+                return functools.reduce(fold, chunks, None)
         output = entry.run(*args, **kwargs)
         if _is_runnable(output):
             return output.invoke(input_, self._one_deeper(config, input_, run_manager))
@@ -438,7 +438,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             folded = None
             async with aclosing(entry.run(*args, **kwargs)) as chunks:
                 async for chunk in chunks:
-                    folded = _fold(folded, chunk)
+                    folded = fold(folded, chunk)
             return folded
         output = await entry.run(*args, **kwargs)
         if _is_runnable(output):
@@ -453,7 +453,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         config: RunnableConfig,
         **kwargs: Any,
     ) -> Generator[Any, None, None]:
-        value = functools.reduce(_fold, chunks)
+        value = functools.reduce(fold, chunks, None)
         entry = self._live.sync
         args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
         if entry.shape.is_generator:
@@ -474,9 +474,9 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         config: RunnableConfig,
         **kwargs: Any,
     ) -> AsyncGenerator[Any, None]:
-        value = await anext(chunks)
+        value = None
         async for chunk in chunks:
-            value = _fold(value, chunk)
+            value = fold(value, chunk)
         entry = self._live.async_
         args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
         if entry.shape.is_generator:
@@ -794,16 +794,6 @@ def _arguments(
 
 def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
     return isinstance(output, Runnable)
-
-
-def _fold(folded: Any, chunk: Any) -> Any:
-    """Add up chunks as LangChain does: by `+`, else the last one wins."""
-    if folded is None:
-        return chunk
-    try:
-        return folded + chunk
-    except TypeError:
-        return chunk
 
 
 def _is_stub_of(candidate: object, fn: Function) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
-from asyncify import concurrency, dual
+from asyncify import Dual, concurrency, dual
 
 SAFETY_NET = 30
 """Seconds after which a test that hangs fails."""
@@ -392,3 +392,25 @@ async def test_a_stream_that_is_dropped_is_closed() -> None:
 
     assert feed.closed.is_set()
     assert pair.limiter.stats().in_flight == 0
+
+
+def _twice(x: Any) -> Any:
+    return [x, x]
+
+
+async def _atwice(x: Any) -> Any:
+    return [x, x]
+
+
+@watched_or_not
+async def test_a_stream_of_nothing_is_none(config: MakeConfig) -> None:
+    """A step behind a generator that yields nothing gets None, as on `invoke`; a lambda raises UnboundLocalError."""
+    pair: Any = Dual(_twice, _atwice)
+    nothing: Any = native(Feed())
+    theirs: Any = RunnableLambda(_twice, _atwice)
+
+    assert (nothing | pair).invoke(0, config()) == [None, None]
+    assert list((nothing | pair).stream(0, config())) == [[None, None]]
+    assert [chunk async for chunk in (nothing | pair).astream(0, config())] == [[None, None]]
+    with pytest.raises(UnboundLocalError):
+        list(theirs.transform(iter([]), config()))
