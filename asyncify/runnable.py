@@ -141,6 +141,15 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._binding: Binding | None = None
         self.furnish(wears=func)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have a pipe and a batch run what a subclass makes of `invoke` and `ainvoke`."""
+        super().__init_subclass__(**options)
+        made: Any = cls
+        if cls.invoke is not Dual.invoke:
+            made.run_unobserved = _run_by_invoke
+        if cls.ainvoke is not Dual.ainvoke:
+            made.start_unobserved = _start_by_ainvoke
+
     # --- how a pair is put together: what `decorators` and `pairs` call ---
 
     def furnish(
@@ -773,6 +782,16 @@ def _global_name(pair: AnyDual) -> str:
             "top of the module, or write it in a class there"
         )
     return names[0]
+
+
+def _run_by_invoke(pair: AnyDual, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+    return pair.invoke(value, config, **kwargs)
+
+
+def _start_by_ainvoke(
+    pair: AnyDual, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+) -> asyncio.Task[Any]:
+    return asyncio.create_task(pair.ainvoke(value, config, **kwargs))
 
 
 def _needs_a_run(entry: Entry) -> bool:

@@ -171,7 +171,7 @@ def _by_wrapped_configuration(watcher: Watcher) -> Iterator[None]:
 
     @functools.wraps(configure)
     def configured(*args: Any, **kwargs: Any) -> BaseCallbackManager:
-        manager = configure(*args, **kwargs)
+        manager: BaseCallbackManager = configure(*args, **kwargs)
         manager.add_handler(watcher, inherit=True)
         return manager
 
