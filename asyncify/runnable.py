@@ -569,6 +569,14 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     # --- to a model ---
 
+    @functools.cached_property
+    def deps(self) -> list[Runnable[Any, Any]]:
+        """The runnables that the function uses, as LangChain finds them; a callable that has no hash shows none."""
+        try:
+            return super().deps
+        except TypeError:
+            return []
+
     @property
     def InputType(self) -> Any:  # noqa: N802
         """The type of the input: that of the first parameter, where its annotation is a string too."""

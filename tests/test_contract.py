@@ -771,6 +771,22 @@ def test_deps_are_the_runnables_that_a_function_uses(make: Make) -> None:
     assert cast("Any", make(uses_a_runnable)).deps == [inner_runnable]
 
 
+def test_a_callable_without_a_hash_has_no_deps() -> None:
+    """A pair of one can be asked for its graph and its schemas; a lambda raises TypeError."""
+
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: int) -> int:
+            return x
+
+    pair: Any = make_pair(Unhashable())
+
+    assert (pair.deps, pair.config_specs) == ([], [])
+    with pytest.raises(TypeError):
+        _ = cast("Any", make_lambda(Unhashable())).deps
+
+
 class Question(BaseModel):
     text: str
 
