@@ -68,13 +68,13 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync sides one after the other."""
-        if is_reserved(kwargs) or self.needs_a_run(is_async=False) or observed(config):
+        if (kwargs and is_reserved(kwargs)) or self.needs_a_run(is_async=False) or observed(config):
             return super().invoke(input, config, **kwargs)
         return cast("Output", self.run_unobserved(input, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async sides one after the other, each in a task of its own."""
-        if is_reserved(kwargs) or self.needs_a_run(is_async=True) or observed(config):
+        if (kwargs and is_reserved(kwargs)) or self.needs_a_run(is_async=True) or observed(config):
             return await super().ainvoke(input, config, **kwargs)
         return cast("Output", await self._arun_unobserved(input, config, kwargs))
 

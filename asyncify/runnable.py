@@ -325,7 +325,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if type(value) is dict and is_from_tool(value):
             value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.sync
-        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+        if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
             return self._invoke_upstream(value, config, kwargs)
         return cast("Output", self._run(entry, value, config, kwargs))
 
@@ -335,7 +335,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if type(value) is dict and is_from_tool(value):
             value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.async_
-        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+        if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
             return await self._ainvoke_upstream(value, config, kwargs)
         return cast("Output", await self._start(entry, value, config, kwargs, awaited=True))
 

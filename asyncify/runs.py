@@ -48,7 +48,7 @@ RESERVED = frozenset(("run_type", "serialized", "func", "input_", "input", "valu
 
 def is_reserved(kwargs: Mapping[str, Any]) -> bool:
     """Tell whether a keyword argument would collide with one of LangChain's own."""
-    return bool(kwargs) and not RESERVED.isdisjoint(kwargs)
+    return not RESERVED.isdisjoint(kwargs)
 
 
 # --- who watches ---

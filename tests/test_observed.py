@@ -526,11 +526,44 @@ def test_the_stream_of_events_sees_the_run(shape: Callable[[Any], Runnable[Any, 
 
 def test_without_a_watcher_a_run_is_unobserved() -> None:
     """Nothing is on by default, and a config without handlers changes nothing."""
-    assert not observed(None)
-    assert not observed({})
-    assert not observed({"tags": ["t"], "callbacks": None})
-    assert not observed({"callbacks": []})
-    assert not observed({"callbacks": CallbackManager([])})
+    assert observed(None) is False
+    assert observed({}) is False
+    assert observed({"tags": ["t"], "callbacks": None}) is False
+    assert observed({"callbacks": []}) is False
+    assert observed({"callbacks": CallbackManager([])}) is False
+
+
+@pytest.mark.parametrize(
+    "unneeded",
+    [
+        "asyncify.runs.ensure_config",
+        "asyncify.runs._has_handlers",
+        "asyncify.runs.env_var_is_set",
+        "asyncify.runnable.is_reserved",
+        "asyncify.pipes.is_reserved",
+    ],
+)
+@pytest.mark.parametrize("runnable", [_single(Dual), _piped(Dual)], ids=["pair", "pipe"])
+def test_a_run_without_config_and_arguments_looks_at_none(
+    runnable: Runnable[Any, Any], unneeded: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fast path merges no config, and asks for no handler, variable of the environment or name of an argument."""
+    asked = mock.Mock()
+    monkeypatch.setattr(unneeded, asked)
+
+    run(runnable)
+    asked.assert_not_called()
+
+
+def test_what_has_been_found_once_is_not_looked_up_again() -> None:
+    """The second decision imports nothing and encodes no name of a variable."""
+    observed(None)
+    imported, encoded = mock.Mock(), mock.Mock()
+    with mock.patch("builtins.__import__", imported), mock.patch.object(os.environ, "encodekey", encoded):
+        observed(None)
+
+    imported.assert_not_called()
+    encoded.assert_not_called()
 
 
 @pytest.mark.parametrize("switch", [None, "A_HOOK_THAT_IS_OFF"])
