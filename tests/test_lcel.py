@@ -443,3 +443,15 @@ async def test_a_pipe_a_dict_and_a_batch_run_what_a_subclass_makes_of_ainvoke() 
     assert await pipe.ainvoke(1, by=3) == 3
     assert await pair.abatch([4]) == [4]
     assert pair.noted == [("ainvoke", 1, {"by": 3}), ("ainvoke", 3, {}), ("ainvoke", 4, {})]
+
+
+def test_what_is_written_out_becomes_one_of_pairs_behind_a_pair() -> None:
+    """It is the `|` of a pair that makes a pipe decide once; in front of a pair the `|` is LangChain's."""
+    pair: Any = Dual(_add_one)
+    pipe, fan = type(pair | pair), type((pair | {"a": pair}).last)
+    behind: Any = pair | RunnableSequence(pair, pair) | RunnableParallel(a=pair)
+
+    assert (type(behind), type(behind.last)) == (pipe, fan)
+    assert type({"a": pair} | pair) is type(pair.pipe(pair)) is pipe
+    assert type(RunnableParallel(a=pair) | pair) is type(RunnableSequence(pair, pair) | pair) is RunnableSequence
+    assert type(pair | _add_one) is type(pair | {"a": pair, "b": _add_one}) is RunnableSequence
