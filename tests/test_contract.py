@@ -720,10 +720,20 @@ async def test_ainvoke_recurses_deeply(make: Make, watched: RunnableConfig) -> N
 # Generators
 
 
+class Greedy:
+    """What adds itself to anything."""
+
+    def __radd__(self, other: object) -> str:
+        return f"{other} and more"
+
+
+GREEDY = Greedy()
+
+
 @pytest.mark.parametrize(
     ("chunks", "folded"),
-    [(["a", "b", "c"], "abc"), ([{"a": 1}, {"b": 2}], {"b": 2}), ([1, 2, 3], 6), ([], None)],
-    ids=["strings add up", "the last dict wins", "numbers add up", "nothing"],
+    [(["a", "b", "c"], "abc"), ([{"a": 1}, {"b": 2}], {"b": 2}), ([1, 2, 3], 6), ([], None), ([GREEDY], GREEDY)],
+    ids=["strings add up", "the last dict wins", "numbers add up", "nothing", "one alone is added to nothing"],
 )
 def test_the_chunks_of_a_generator_fold(make: Make, run: Run, chunks: list[Any], folded: Any) -> None:
     """Chunks are added up by `+`, or else the last one wins."""

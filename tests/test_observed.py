@@ -4,7 +4,8 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -519,6 +520,165 @@ def test_the_stream_of_events_sees_the_run(shape: Callable[[Any], Runnable[Any, 
         return [(event["event"], event["name"]) async for event in shape(make).astream_events(1, version="v2")]
 
     assert asyncio.run(events(Dual)) == asyncio.run(events(_named_lambda))
+
+
+# Streams
+
+
+class StreamWatcher(BaseCallbackHandler):
+    """A handler that notes all that it is told of streams: what went in is known at their end."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.inputs_of_errors: list[Any] = []
+        self._names: dict[Any, str] = {}
+
+    def on_chain_start(
+        self, serialized: Any, inputs: Any, *, run_id: Any, parent_run_id: Any = None, **kwargs: Any
+    ) -> None:
+        self._names[run_id] = kwargs["name"]
+        known = run_id == GIVEN_RUN_ID
+        about = (kwargs["name"], known, self._names.get(parent_run_id), kwargs["tags"], kwargs["metadata"])
+        self.seen.append(("start", inputs, *about, serialized))
+
+    def on_chain_end(self, outputs: Any, *, run_id: Any, **kwargs: Any) -> None:
+        self.seen.append(("end", self._names[run_id], outputs, kwargs.get("inputs")))
+
+    def on_chain_error(self, error: BaseException, *, run_id: Any, **kwargs: Any) -> None:
+        self.seen.append(("error", self._names[run_id], repr(error)))
+        self.inputs_of_errors.append(kwargs["inputs"])
+
+
+GIVEN_RUN_ID = uuid.UUID(int=1)
+CHUNKS = {"whole": ["a", "b"], "an error behind the first chunk": ["a", ValueError("b")]}
+
+
+def _stepping(make: Any, chunks: list[Any]) -> Runnable[Any, Any]:
+    """Return a runnable of generators, which call another runnable in front of each chunk."""
+    inner = _single(make)
+
+    def steps(x: int) -> Iterator[Any]:
+        for chunk in chunks:
+            inner.invoke(x)
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    async def asteps(x: int) -> AsyncIterator[Any]:
+        for chunk in chunks:
+            await inner.ainvoke(x)
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    return cast("Runnable[Any, Any]", make(steps, asteps))
+
+
+def _streams(runnable: Runnable[Any, Any], config: RunnableConfig) -> list[Any]:
+    """Return the chunks of the streams of one input and of two chunks of one, and the errors."""
+    chunks: list[Any] = []
+    for stream in (runnable.stream(2, config), runnable.transform(iter([1, 3]), config)):
+        try:
+            chunks.extend(stream)
+        except ValueError as error:
+            chunks.append(repr(error))
+    return chunks
+
+
+async def _astreams(runnable: Runnable[Any, Any], config: RunnableConfig) -> list[Any]:
+    """Do the same on the async path."""
+
+    async def parts() -> AsyncIterator[int]:
+        yield 1
+        yield 3
+
+    chunks: list[Any] = []
+    for stream in (runnable.astream(2, config), runnable.atransform(parts(), config)):
+        try:
+            async for chunk in stream:
+                chunks.append(chunk)  # noqa: PERF401  (what came before an error is wanted)
+        except ValueError as error:
+            chunks.append(repr(error))
+    return chunks
+
+
+STREAM_CONFIGS: list[RunnableConfig] = [
+    {},
+    {"run_name": "named", "run_id": GIVEN_RUN_ID, "tags": ["t"], "metadata": {"m": 1}},
+]
+
+
+def _watched_streams(make: Any, path: str, chunks: list[Any], given: RunnableConfig) -> tuple[Any, StreamWatcher]:
+    watcher, runnable = StreamWatcher(), _stepping(make, chunks)
+    config: RunnableConfig = {**given, "callbacks": [watcher]}
+    return _streams(runnable, config) if path == "sync" else asyncio.run(_astreams(runnable, config)), watcher
+
+
+@pytest.mark.parametrize("given", STREAM_CONFIGS, ids=["no config", "a config"])
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("path", ["sync", "async"])
+def test_a_watcher_of_a_stream_sees_what_it_sees_of_a_lambda(
+    path: str, chunks: list[Any], given: RunnableConfig
+) -> None:
+    """Names, ids, tags, inputs, outputs, errors and the runs inside are the same."""
+    (ours, of_ours), (theirs, of_theirs) = (
+        _watched_streams(make, path, chunks, given) for make in (Dual, _named_lambda)
+    )
+
+    assert ours == theirs
+    assert of_ours.seen == of_theirs.seen
+
+
+@pytest.mark.parametrize("path", ["sync", "async"])
+def test_the_error_of_a_stream_comes_with_its_input(path: str) -> None:
+    """That of a lambda's comes with the first chunk of it, for LangChain adds up the rest behind the last output."""
+    inputs = [
+        _watched_streams(make, path, ["a", ValueError("b")], {})[1].inputs_of_errors for make in (Dual, _named_lambda)
+    ]
+
+    assert inputs == [[2, 4], [2, 1]]
+
+
+def test_a_stream_inside_a_run_inherits_from_it(run: Run) -> None:
+    """A function that streams gives the stream its tags and its watcher, without handing them on."""
+
+    def seen(make: Any) -> list[Any]:
+        watcher, inner = StreamWatcher(), _stepping(make, ["a"])
+
+        def outer(_: int) -> list[Any]:
+            return _streams(inner, {})
+
+        async def aouter(_: int) -> list[Any]:
+            return await _astreams(inner, {})
+
+        run(cast("Any", make)(outer, aouter).with_config(tags=["t"], metadata={"m": 1}, callbacks=[watcher]))
+        return watcher.seen
+
+    assert seen(Dual) == seen(_named_lambda) != []
+
+
+@pytest.mark.parametrize("path", ["sync", "async"])
+def test_the_stream_of_events_shows_the_chunks_of_a_stream_inside(path: str) -> None:
+    """A function that reads a stream, on either path, lets `astream_events` see its chunks."""
+
+    async def events(make: Any) -> list[Any]:
+        inner = _stepping(make, ["a", "b"])
+
+        def outer(_: int) -> list[Any]:
+            return _streams(inner, {})
+
+        async def aouter(_: int) -> list[Any]:
+            return await _astreams(inner, {})
+
+        runnable = make(outer if path == "sync" else aouter)
+        seen = [event async for event in runnable.astream_events(1, version="v2")]
+        return [
+            event["data"]["chunk"]
+            for event in seen
+            if event["name"] in {"steps", "asteps"} and "chunk" in event["data"]
+        ]
+
+    assert asyncio.run(events(Dual)) == asyncio.run(events(RunnableLambda)) == ["a", "b"] * 2
 
 
 # What is unobserved
