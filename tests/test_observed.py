@@ -782,6 +782,36 @@ def test_the_decision_is_made_once_for_a_pipe(run: Run, monkeypatch: pytest.Monk
     asked.assert_called_once()
 
 
+async def _collected(chunks: AsyncIterator[Any]) -> list[Any]:
+    return [chunk async for chunk in chunks]
+
+
+CALLS: dict[str, Callable[[Runnable[Any, Any]], Any]] = {
+    "invoke": lambda runnable: runnable.invoke(1),
+    "ainvoke": lambda runnable: asyncio.run(runnable.ainvoke(1)),
+    "batch": lambda runnable: runnable.batch([1, 2, 3]),
+    "abatch": lambda runnable: asyncio.run(runnable.abatch([1, 2, 3])),
+    "batch_as_completed": lambda runnable: list(runnable.batch_as_completed([1, 2, 3])),
+    "abatch_as_completed": lambda runnable: asyncio.run(_collected(runnable.abatch_as_completed([1, 2, 3]))),
+    "stream": lambda runnable: list(runnable.stream(1)),
+    "astream": lambda runnable: asyncio.run(_collected(runnable.astream(1))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("runnable", [_single(Dual), _piped(Dual)], ids=["pair", "pipe"])
+def test_the_decision_is_made_once_for_each_public_call(
+    runnable: Runnable[Any, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch decides once for all its inputs; of a pipe that streams each pair is a stream of its own."""
+    asked = mock.Mock(return_value=False)
+    for module in ("pipes", "runnable", "batches"):
+        monkeypatch.setattr(f"asyncify.{module}.observed", asked)
+    CALLS[name](runnable)
+
+    assert asked.call_count == (2 if "stream" in name and runnable.get_name() == "RunnableSequence" else 1)
+
+
 # LangSmith's variables
 
 
