@@ -68,13 +68,13 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync sides one after the other."""
-        if is_reserved(kwargs) or self.needs_a_run(is_async=False) or observed(config):
+        if (kwargs and is_reserved(kwargs)) or self.needs_a_run(is_async=False) or observed(config):
             return super().invoke(input, config, **kwargs)
         return cast("Output", self.run_unobserved(input, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async sides one after the other, each in a task of its own."""
-        if is_reserved(kwargs) or self.needs_a_run(is_async=True) or observed(config):
+        if (kwargs and is_reserved(kwargs)) or self.needs_a_run(is_async=True) or observed(config):
             return await super().ainvoke(input, config, **kwargs)
         return cast("Output", await self._arun_unobserved(input, config, kwargs))
 
@@ -133,15 +133,15 @@ class DualParallel(Piped, RunnableParallel[Input]):
             branch.beware(calls, bounded=bounded)
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Run the sync sides, each in a thread."""
+        """Run the sync sides, each in a thread; keyword arguments go to none of them."""
         if self.needs_a_run(is_async=False) or observed(config):
-            return super().invoke(input, config, **kwargs)
+            return super().invoke(input, config)
         return self.run_unobserved(input, config, kwargs)
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Run the async sides, each in a task of its own."""
+        """Run the async sides, each in a task of its own; keyword arguments go to none of them."""
         if self.needs_a_run(is_async=True) or observed(config):
-            return await super().ainvoke(input, config, **kwargs)
+            return await super().ainvoke(input, config)
         return await self._arun_unobserved(input, config)
 
     def needs_a_run(self, *, is_async: bool) -> bool:

@@ -45,7 +45,7 @@ from asyncify.schemas import (
     tool_schema,
 )
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
-from asyncify.streams import Sum, astart_run, astarted, astream_run, start_run, started, stream_run
+from asyncify.streams import Sum, astart_run, astarted, astream_run, fold, start_run, started, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
@@ -140,6 +140,15 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._by_reference = False
         self._binding: Binding | None = None
         self.furnish(wears=func)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have a pipe and a batch run what a subclass makes of `invoke` and `ainvoke`."""
+        super().__init_subclass__(**options)
+        made: Any = cls
+        if cls.invoke is not Dual.invoke:
+            made.run_unobserved = _run_by_invoke
+        if cls.ainvoke is not Dual.ainvoke:
+            made.start_unobserved = _start_by_ainvoke
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
 
@@ -316,7 +325,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if type(value) is dict and is_from_tool(value):
             value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.sync
-        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+        if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
             return self._invoke_upstream(value, config, kwargs)
         return cast("Output", self._run(entry, value, config, kwargs))
 
@@ -326,7 +335,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if type(value) is dict and is_from_tool(value):
             value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.async_
-        if _needs_a_run(entry) or is_reserved(kwargs) or observed(config):
+        if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
             return await self._ainvoke_upstream(value, config, kwargs)
         return cast("Output", await self._start(entry, value, config, kwargs, awaited=True))
 
@@ -422,7 +431,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         args, kwargs = self._inject(entry, input_, run_manager, config, kwargs)
         if entry.shape.is_generator:
             with closing(entry.run(*args, **kwargs)) as chunks:
-                return functools.reduce(_fold, chunks, None)
+                return functools.reduce(fold, chunks, None)
         output = entry.run(*args, **kwargs)
         if _is_runnable(output):
             return output.invoke(input_, self._one_deeper(config, input_, run_manager))
@@ -438,7 +447,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             folded = None
             async with aclosing(entry.run(*args, **kwargs)) as chunks:
                 async for chunk in chunks:
-                    folded = _fold(folded, chunk)
+                    folded = fold(folded, chunk)
             return folded
         output = await entry.run(*args, **kwargs)
         if _is_runnable(output):
@@ -453,7 +462,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         config: RunnableConfig,
         **kwargs: Any,
     ) -> Generator[Any, None, None]:
-        value = functools.reduce(_fold, chunks)
+        value = functools.reduce(fold, chunks, None)
         entry = self._live.sync
         args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
         if entry.shape.is_generator:
@@ -474,9 +483,9 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         config: RunnableConfig,
         **kwargs: Any,
     ) -> AsyncGenerator[Any, None]:
-        value = await anext(chunks)
+        value = None
         async for chunk in chunks:
-            value = _fold(value, chunk)
+            value = fold(value, chunk)
         entry = self._live.async_
         args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
         if entry.shape.is_generator:
@@ -559,6 +568,14 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         return patch_config(config, callbacks=callbacks, recursion_limit=limit - 1)
 
     # --- to a model ---
+
+    @functools.cached_property
+    def deps(self) -> list[Runnable[Any, Any]]:
+        """The runnables that the function uses, as LangChain finds them; a callable that has no hash shows none."""
+        try:
+            return super().deps
+        except TypeError:
+            return []
 
     @property
     def InputType(self) -> Any:  # noqa: N802
@@ -775,6 +792,16 @@ def _global_name(pair: AnyDual) -> str:
     return names[0]
 
 
+def _run_by_invoke(pair: AnyDual, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+    return pair.invoke(value, config, **kwargs)
+
+
+def _start_by_ainvoke(
+    pair: AnyDual, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+) -> asyncio.Task[Any]:
+    return asyncio.create_task(pair.ainvoke(value, config, **kwargs))
+
+
 def _needs_a_run(entry: Entry) -> bool:
     return entry.shape.is_generator or entry.shape.takes_run_manager
 
@@ -794,16 +821,6 @@ def _arguments(
 
 def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
     return isinstance(output, Runnable)
-
-
-def _fold(folded: Any, chunk: Any) -> Any:
-    """Add up chunks as LangChain does: by `+`, else the last one wins."""
-    if folded is None:
-        return chunk
-    try:
-        return folded + chunk
-    except TypeError:
-        return chunk
 
 
 def _is_stub_of(candidate: object, fn: Function) -> bool:

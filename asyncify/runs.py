@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import Any, TypeVar, cast
 
 from langchain_core import globals as langchain_globals
+from langchain_core.callbacks import manager as callback_managers
 from langchain_core.callbacks.base import BaseCallbackManager
 from langchain_core.callbacks.manager import AsyncCallbackManager, CallbackManager
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnableSequence
@@ -47,7 +48,7 @@ RESERVED = frozenset(("run_type", "serialized", "func", "input_", "input", "valu
 
 def is_reserved(kwargs: Mapping[str, Any]) -> bool:
     """Tell whether a keyword argument would collide with one of LangChain's own."""
-    return bool(kwargs) and not RESERVED.isdisjoint(kwargs)
+    return not RESERVED.isdisjoint(kwargs)
 
 
 # --- who watches ---
@@ -83,13 +84,15 @@ def _original(method: Callable[..., Any]) -> object:
     return function if type(function) is FunctionType and function.__module__.startswith("langchain_core.") else None
 
 
-# Tracing products see runs by wrapping one of these: the constructor of the managers, to add their handler, or the
-# methods that start a run.
+# Tracing products see runs by wrapping one of these: the constructor of the managers or the function that configures
+# them, to add their handler, or the methods that start a run.
+_managers: Any = callback_managers
 _lambda: Any = RunnableLambda
 _sequence: Any = RunnableSequence
 _parallel: Any = RunnableParallel
 _sync_init = _original(CallbackManager.__init__)
 _async_init = _original(AsyncCallbackManager.__init__)
+_configure = _original(_managers._configure)
 _lambda_invoke = _original(_lambda.invoke)
 _lambda_ainvoke = _original(_lambda.ainvoke)
 _sequence_invoke = _original(_sequence.invoke)
@@ -103,6 +106,7 @@ def _is_instrumented() -> bool:
     return (
         CallbackManager.__init__ is not _sync_init
         or AsyncCallbackManager.__init__ is not _async_init
+        or _managers._configure is not _configure
         or _lambda.invoke is not _lambda_invoke
         or _lambda.ainvoke is not _lambda_ainvoke
         or _sequence.invoke is not _sequence_invoke

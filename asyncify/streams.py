@@ -22,24 +22,28 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
-__all__ = ["Sum", "astart_run", "astarted", "astream_run", "start_run", "started", "stream_run"]
+__all__ = ["Sum", "astart_run", "astarted", "astream_run", "fold", "start_run", "started", "stream_run"]
+
+
+def fold(total: Any, chunk: Any) -> Any:
+    """Add up chunks as LangChain does: by `+`, else the last one wins; nothing at all is None."""
+    if total is None:
+        return chunk
+    try:
+        return total + chunk
+    except TypeError:
+        return chunk
 
 
 class Sum:
-    """What the chunks of a stream add up to, as LangChain adds them: by `+`, else the last one wins."""
+    """What the chunks of a stream add up to."""
 
     def __init__(self) -> None:
         self.value: Any = None
 
     def add(self, chunk: Any) -> None:
         """Add the next chunk."""
-        if self.value is None:
-            self.value = chunk
-            return
-        try:
-            self.value = self.value + chunk
-        except TypeError:
-            self.value = chunk
+        self.value = fold(self.value, chunk)
 
     def of(self, chunks: Iterator[Any]) -> Iterator[Any]:
         """Hand the chunks on and add them up."""

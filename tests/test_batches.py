@@ -701,6 +701,7 @@ def test_kwargs_go_to_the_function(path: str) -> None:
         return value + more
 
     assert batch(path, Pair(add, add_async), [1, 2], more=10) == [11, 12]
+    assert sorted(completed(path, Pair(add, add_async), [1, 2], more=10)) == [(0, 11), (1, 12)]
 
 
 seen_by_caller: ContextVar[str] = ContextVar("seen_by_caller", default="nobody")

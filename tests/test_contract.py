@@ -109,12 +109,15 @@ class AsyncCallable:
     [adouble, achunks, functools.partial(adouble), functools.partial(achunks), AsyncCallable()],
     ids=["coroutine function", "async generator", "partial", "partial of a generator", "callable object"],
 )
-def test_an_async_function_given_alone_is_the_async_side(make: Make, fn: Callable[..., Any]) -> None:
-    """What returns an awaitable or an async generator is recognised as async."""
+def test_an_async_function_given_alone_is_the_async_side(
+    make: Make, watched: RunnableConfig, fn: Callable[..., Any]
+) -> None:
+    """What returns an awaitable or an async generator is recognised as async; a pair runs it on both paths."""
     runnable = make(fn)
 
     assert not hasattr(runnable, "func")
-    assert asyncio.run(runnable.ainvoke(2)) == 4
+    assert asyncio.run(runnable.ainvoke(2, watched)) == 4
+    assert make_pair(fn).invoke(2, watched) == 4
 
 
 async def test_a_sync_function_that_returns_a_coroutine_is_awaited(watched: RunnableConfig) -> None:
@@ -125,6 +128,15 @@ async def test_a_sync_function_that_returns_a_coroutine_is_awaited(watched: Runn
     coroutine = await upstream.ainvoke(2, watched)
     assert asyncio.iscoroutine(coroutine)
     coroutine.close()
+
+
+async def test_a_sync_function_that_returns_a_coroutine_returns_it_on_the_sync_path(
+    make: Make, watched: RunnableConfig
+) -> None:
+    """Nothing awaits there, so `invoke` gives what the function gave."""
+    coroutine = make(lambda x: adouble(x)).invoke(2, watched)  # noqa: PLW0108
+
+    assert await coroutine == 4
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["to its end", "cancelled"])
@@ -572,6 +584,32 @@ def test_a_runnable_that_returns_itself_hits_the_recursion_limit(make: Make, run
     assert len(calls) == 4
 
 
+def _limit_seen(_: int, config: RunnableConfig) -> int:
+    return config.get("recursion_limit", -1)
+
+
+async def _alimit_seen(_: int, config: RunnableConfig) -> int:
+    return config.get("recursion_limit", -1)
+
+
+def test_a_returned_runnable_is_streamed(make: Make, watched: RunnableConfig) -> None:
+    """On `stream` it gets a recursion limit that is one lower, and is not run at 0."""
+    runnable = make(lambda _: make(_limit_seen, _alimit_seen))
+
+    assert list(runnable.stream(5, {**watched, "recursion_limit": 9})) == [8]
+    with pytest.raises(RecursionError, match="Recursion limit reached when invoking"):
+        list(runnable.stream(5, {**watched, "recursion_limit": 0}))
+
+
+async def test_a_returned_runnable_is_streamed_async(make: Make, watched: RunnableConfig) -> None:
+    """The async twin."""
+    runnable = make(*both(lambda _: make(_limit_seen, _alimit_seen)))
+
+    assert [chunk async for chunk in runnable.astream(5, {**watched, "recursion_limit": 9})] == [8]
+    with pytest.raises(RecursionError, match="Recursion limit reached when invoking"):
+        _ = [chunk async for chunk in runnable.astream(5, {**watched, "recursion_limit": 0})]
+
+
 def test_plain_nested_calls_do_not_count(make: Make, run: Run) -> None:
     """A call made inside the function is no recursion."""
     inner = make(*both(lambda _, config: config["recursion_limit"]))
@@ -667,7 +705,7 @@ async def test_ainvoke_passes_cancellation_on(make: Make, watched: RunnableConfi
     assert cancelled.is_set()
 
 
-async def test_ainvoke_recurses_deeply(make: Make) -> None:
+async def test_ainvoke_recurses_deeply(make: Make, watched: RunnableConfig) -> None:
     """A call may nest 400 deep, for each runs on a stack of its own."""
     runnables: list[Runnable[Any, Any]] = []
 
@@ -676,16 +714,26 @@ async def test_ainvoke_recurses_deeply(make: Make) -> None:
 
     runnables.append(make(count))
 
-    assert await runnables[0].ainvoke(400) == 400
+    assert await runnables[0].ainvoke(400, watched) == 400
 
 
 # Generators
 
 
+class Greedy:
+    """What adds itself to anything."""
+
+    def __radd__(self, other: object) -> str:
+        return f"{other} and more"
+
+
+GREEDY = Greedy()
+
+
 @pytest.mark.parametrize(
     ("chunks", "folded"),
-    [(["a", "b", "c"], "abc"), ([{"a": 1}, {"b": 2}], {"b": 2}), ([1, 2, 3], 6), ([], None)],
-    ids=["strings add up", "the last dict wins", "numbers add up", "nothing"],
+    [(["a", "b", "c"], "abc"), ([{"a": 1}, {"b": 2}], {"b": 2}), ([1, 2, 3], 6), ([], None), ([GREEDY], GREEDY)],
+    ids=["strings add up", "the last dict wins", "numbers add up", "nothing", "one alone is added to nothing"],
 )
 def test_the_chunks_of_a_generator_fold(make: Make, run: Run, chunks: list[Any], folded: Any) -> None:
     """Chunks are added up by `+`, or else the last one wins."""
@@ -769,6 +817,22 @@ def uses_a_runnable(x: int) -> int:
 def test_deps_are_the_runnables_that_a_function_uses(make: Make) -> None:
     """They are read from its source."""
     assert cast("Any", make(uses_a_runnable)).deps == [inner_runnable]
+
+
+def test_a_callable_without_a_hash_has_no_deps() -> None:
+    """A pair of one can be asked for its graph and its schemas; a lambda raises TypeError."""
+
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: int) -> int:
+            return x
+
+    pair: Any = make_pair(Unhashable())
+
+    assert (pair.deps, pair.config_specs) == ([], [])
+    with pytest.raises(TypeError):
+        _ = cast("Any", make_lambda(Unhashable())).deps
 
 
 class Question(BaseModel):

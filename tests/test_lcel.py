@@ -9,6 +9,7 @@ import pytest
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.runnables import (
     Runnable,
+    RunnableConfig,
     RunnableLambda,
     RunnableParallel,
     RunnablePassthrough,
@@ -406,3 +407,51 @@ def test_a_dict_of_pairs_leaves_no_branch_running_behind_an_error() -> None:
 
 def _add_one(number: int) -> int:
     return number + 1
+
+
+class _Noting(Dual[Any, Any]):
+    """A pair that notes each run; it is a class of a user's own."""
+
+    def __init__(self, fn: Callable[..., Any], afn: Callable[..., Any]) -> None:
+        super().__init__(fn, afn)
+        self.noted: list[Any] = []
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        self.noted.append(("invoke", input, kwargs))
+        return super().invoke(input, config, **kwargs)
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        self.noted.append(("ainvoke", input, kwargs))
+        return await super().ainvoke(input, config, **kwargs)
+
+
+def test_a_pipe_a_dict_and_a_batch_run_what_a_subclass_makes_of_invoke() -> None:
+    """An `invoke` of its own is called wherever LangChain would call it."""
+    pair = _Noting(_scale, _ascale)
+    pipe: Any = pair | {"a": pair} | Dual(_total, _atotal)
+
+    assert pipe.invoke(1, by=3) == 3
+    assert pair.batch([4]) == [4]
+    assert pair.noted == [("invoke", 1, {"by": 3}), ("invoke", 3, {}), ("invoke", 4, {})]
+
+
+async def test_a_pipe_a_dict_and_a_batch_run_what_a_subclass_makes_of_ainvoke() -> None:
+    """The async twin."""
+    pair = _Noting(_scale, _ascale)
+    pipe: Any = pair | {"a": pair} | Dual(_total, _atotal)
+
+    assert await pipe.ainvoke(1, by=3) == 3
+    assert await pair.abatch([4]) == [4]
+    assert pair.noted == [("ainvoke", 1, {"by": 3}), ("ainvoke", 3, {}), ("ainvoke", 4, {})]
+
+
+def test_what_is_written_out_becomes_one_of_pairs_behind_a_pair() -> None:
+    """It is the `|` of a pair that makes a pipe decide once; in front of a pair the `|` is LangChain's."""
+    pair: Any = Dual(_add_one)
+    pipe, fan = type(pair | pair), type((pair | {"a": pair}).last)
+    behind: Any = pair | RunnableSequence(pair, pair) | RunnableParallel(a=pair)
+
+    assert (type(behind), type(behind.last)) == (pipe, fan)
+    assert type({"a": pair} | pair) is type(pair.pipe(pair)) is pipe
+    assert type(RunnableParallel(a=pair) | pair) is type(RunnableSequence(pair, pair) | pair) is RunnableSequence
+    assert type(pair | _add_one) is type(pair | {"a": pair, "b": _add_one}) is RunnableSequence

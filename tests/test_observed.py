@@ -4,7 +4,8 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import wrapt
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager, CallbackManager
+from langchain_core.callbacks import manager as callback_managers
 from langchain_core.globals import set_debug
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import var_child_runnable_config
@@ -164,6 +166,20 @@ def _by_wrapt(watcher: Watcher) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _by_wrapped_configuration(watcher: Watcher) -> Iterator[None]:
+    configure = callback_managers._configure
+
+    @functools.wraps(configure)
+    def configured(*args: Any, **kwargs: Any) -> BaseCallbackManager:
+        manager: BaseCallbackManager = configure(*args, **kwargs)
+        manager.add_handler(watcher, inherit=True)
+        return manager
+
+    with mock.patch.object(callback_managers, "_configure", configured):
+        yield
+
+
 WAYS: dict[str, Callable[[Watcher], AbstractContextManager[None]]] = {
     "ambient handlers": _by_ambient_config,
     "ambient manager": lambda watcher: _by_ambient_manager(watcher, handlers=[watcher]),
@@ -174,6 +190,7 @@ WAYS: dict[str, Callable[[Watcher], AbstractContextManager[None]]] = {
     "hook by environment": _by_hook_switched_on_by_the_environment,
     "instrumented manager": _by_instrumented_manager,
     "manager instrumented by wrapt": _by_wrapt,
+    "wrapped configuration of managers": _by_wrapped_configuration,
 }
 
 
@@ -505,16 +522,208 @@ def test_the_stream_of_events_sees_the_run(shape: Callable[[Any], Runnable[Any, 
     assert asyncio.run(events(Dual)) == asyncio.run(events(_named_lambda))
 
 
+# Streams
+
+
+class StreamWatcher(BaseCallbackHandler):
+    """A handler that notes all that it is told of streams: what went in is known at their end."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.inputs_of_errors: list[Any] = []
+        self._names: dict[Any, str] = {}
+
+    def on_chain_start(
+        self, serialized: Any, inputs: Any, *, run_id: Any, parent_run_id: Any = None, **kwargs: Any
+    ) -> None:
+        self._names[run_id] = kwargs["name"]
+        known = run_id == GIVEN_RUN_ID
+        about = (kwargs["name"], known, self._names.get(parent_run_id), kwargs["tags"], kwargs["metadata"])
+        self.seen.append(("start", inputs, *about, serialized))
+
+    def on_chain_end(self, outputs: Any, *, run_id: Any, **kwargs: Any) -> None:
+        self.seen.append(("end", self._names[run_id], outputs, kwargs.get("inputs")))
+
+    def on_chain_error(self, error: BaseException, *, run_id: Any, **kwargs: Any) -> None:
+        self.seen.append(("error", self._names[run_id], repr(error)))
+        self.inputs_of_errors.append(kwargs["inputs"])
+
+
+GIVEN_RUN_ID = uuid.UUID(int=1)
+CHUNKS = {"whole": ["a", "b"], "an error behind the first chunk": ["a", ValueError("b")]}
+
+
+def _stepping(make: Any, chunks: list[Any]) -> Runnable[Any, Any]:
+    """Return a runnable of generators, which call another runnable in front of each chunk."""
+    inner = _single(make)
+
+    def steps(x: int) -> Iterator[Any]:
+        for chunk in chunks:
+            inner.invoke(x)
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    async def asteps(x: int) -> AsyncIterator[Any]:
+        for chunk in chunks:
+            await inner.ainvoke(x)
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    return cast("Runnable[Any, Any]", make(steps, asteps))
+
+
+def _streams(runnable: Runnable[Any, Any], config: RunnableConfig) -> list[Any]:
+    """Return the chunks of the streams of one input and of two chunks of one, and the errors."""
+    chunks: list[Any] = []
+    for stream in (runnable.stream(2, config), runnable.transform(iter([1, 3]), config)):
+        try:
+            chunks.extend(stream)
+        except ValueError as error:
+            chunks.append(repr(error))
+    return chunks
+
+
+async def _astreams(runnable: Runnable[Any, Any], config: RunnableConfig) -> list[Any]:
+    """Do the same on the async path."""
+
+    async def parts() -> AsyncIterator[int]:
+        yield 1
+        yield 3
+
+    chunks: list[Any] = []
+    for stream in (runnable.astream(2, config), runnable.atransform(parts(), config)):
+        try:
+            async for chunk in stream:
+                chunks.append(chunk)  # noqa: PERF401  (what came before an error is wanted)
+        except ValueError as error:
+            chunks.append(repr(error))
+    return chunks
+
+
+STREAM_CONFIGS: list[RunnableConfig] = [
+    {},
+    {"run_name": "named", "run_id": GIVEN_RUN_ID, "tags": ["t"], "metadata": {"m": 1}},
+]
+
+
+def _watched_streams(make: Any, path: str, chunks: list[Any], given: RunnableConfig) -> tuple[Any, StreamWatcher]:
+    watcher, runnable = StreamWatcher(), _stepping(make, chunks)
+    config: RunnableConfig = {**given, "callbacks": [watcher]}
+    return _streams(runnable, config) if path == "sync" else asyncio.run(_astreams(runnable, config)), watcher
+
+
+@pytest.mark.parametrize("given", STREAM_CONFIGS, ids=["no config", "a config"])
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("path", ["sync", "async"])
+def test_a_watcher_of_a_stream_sees_what_it_sees_of_a_lambda(
+    path: str, chunks: list[Any], given: RunnableConfig
+) -> None:
+    """Names, ids, tags, inputs, outputs, errors and the runs inside are the same."""
+    (ours, of_ours), (theirs, of_theirs) = (
+        _watched_streams(make, path, chunks, given) for make in (Dual, _named_lambda)
+    )
+
+    assert ours == theirs
+    assert of_ours.seen == of_theirs.seen
+
+
+@pytest.mark.parametrize("path", ["sync", "async"])
+def test_the_error_of_a_stream_comes_with_its_input(path: str) -> None:
+    """That of a lambda's comes with the first chunk of it, for LangChain adds up the rest behind the last output."""
+    inputs = [
+        _watched_streams(make, path, ["a", ValueError("b")], {})[1].inputs_of_errors for make in (Dual, _named_lambda)
+    ]
+
+    assert inputs == [[2, 4], [2, 1]]
+
+
+def test_a_stream_inside_a_run_inherits_from_it(run: Run) -> None:
+    """A function that streams gives the stream its tags and its watcher, without handing them on."""
+
+    def seen(make: Any) -> list[Any]:
+        watcher, inner = StreamWatcher(), _stepping(make, ["a"])
+
+        def outer(_: int) -> list[Any]:
+            return _streams(inner, {})
+
+        async def aouter(_: int) -> list[Any]:
+            return await _astreams(inner, {})
+
+        run(cast("Any", make)(outer, aouter).with_config(tags=["t"], metadata={"m": 1}, callbacks=[watcher]))
+        return watcher.seen
+
+    assert seen(Dual) == seen(_named_lambda) != []
+
+
+@pytest.mark.parametrize("path", ["sync", "async"])
+def test_the_stream_of_events_shows_the_chunks_of_a_stream_inside(path: str) -> None:
+    """A function that reads a stream, on either path, lets `astream_events` see its chunks."""
+
+    async def events(make: Any) -> list[Any]:
+        inner = _stepping(make, ["a", "b"])
+
+        def outer(_: int) -> list[Any]:
+            return _streams(inner, {})
+
+        async def aouter(_: int) -> list[Any]:
+            return await _astreams(inner, {})
+
+        runnable = make(outer if path == "sync" else aouter)
+        seen = [event async for event in runnable.astream_events(1, version="v2")]
+        return [
+            event["data"]["chunk"]
+            for event in seen
+            if event["name"] in {"steps", "asteps"} and "chunk" in event["data"]
+        ]
+
+    assert asyncio.run(events(Dual)) == asyncio.run(events(RunnableLambda)) == ["a", "b"] * 2
+
+
 # What is unobserved
 
 
 def test_without_a_watcher_a_run_is_unobserved() -> None:
     """Nothing is on by default, and a config without handlers changes nothing."""
-    assert not observed(None)
-    assert not observed({})
-    assert not observed({"tags": ["t"], "callbacks": None})
-    assert not observed({"callbacks": []})
-    assert not observed({"callbacks": CallbackManager([])})
+    assert observed(None) is False
+    assert observed({}) is False
+    assert observed({"tags": ["t"], "callbacks": None}) is False
+    assert observed({"callbacks": []}) is False
+    assert observed({"callbacks": CallbackManager([])}) is False
+
+
+@pytest.mark.parametrize(
+    "unneeded",
+    [
+        "asyncify.runs.ensure_config",
+        "asyncify.runs._has_handlers",
+        "asyncify.runs.env_var_is_set",
+        "asyncify.runnable.is_reserved",
+        "asyncify.pipes.is_reserved",
+    ],
+)
+@pytest.mark.parametrize("runnable", [_single(Dual), _piped(Dual)], ids=["pair", "pipe"])
+def test_a_run_without_config_and_arguments_looks_at_none(
+    runnable: Runnable[Any, Any], unneeded: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fast path merges no config, and asks for no handler, variable of the environment or name of an argument."""
+    asked = mock.Mock()
+    monkeypatch.setattr(unneeded, asked)
+
+    run(runnable)
+    asked.assert_not_called()
+
+
+def test_what_has_been_found_once_is_not_looked_up_again() -> None:
+    """The second decision imports nothing and encodes no name of a variable."""
+    observed(None)
+    imported, encoded = mock.Mock(), mock.Mock()
+    with mock.patch("builtins.__import__", imported), mock.patch.object(os.environ, "encodekey", encoded):
+        observed(None)
+
+    imported.assert_not_called()
+    encoded.assert_not_called()
 
 
 @pytest.mark.parametrize("switch", [None, "A_HOOK_THAT_IS_OFF"])
@@ -571,6 +780,36 @@ def test_the_decision_is_made_once_for_a_pipe(run: Run, monkeypatch: pytest.Monk
 
     assert run(cast("Runnable[Any, Any]", pipe)) == 12
     asked.assert_called_once()
+
+
+async def _collected(chunks: AsyncIterator[Any]) -> list[Any]:
+    return [chunk async for chunk in chunks]
+
+
+CALLS: dict[str, Callable[[Runnable[Any, Any]], Any]] = {
+    "invoke": lambda runnable: runnable.invoke(1),
+    "ainvoke": lambda runnable: asyncio.run(runnable.ainvoke(1)),
+    "batch": lambda runnable: runnable.batch([1, 2, 3]),
+    "abatch": lambda runnable: asyncio.run(runnable.abatch([1, 2, 3])),
+    "batch_as_completed": lambda runnable: list(runnable.batch_as_completed([1, 2, 3])),
+    "abatch_as_completed": lambda runnable: asyncio.run(_collected(runnable.abatch_as_completed([1, 2, 3]))),
+    "stream": lambda runnable: list(runnable.stream(1)),
+    "astream": lambda runnable: asyncio.run(_collected(runnable.astream(1))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("runnable", [_single(Dual), _piped(Dual)], ids=["pair", "pipe"])
+def test_the_decision_is_made_once_for_each_public_call(
+    runnable: Runnable[Any, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch decides once for all its inputs; of a pipe that streams each pair is a stream of its own."""
+    asked = mock.Mock(return_value=False)
+    for module in ("pipes", "runnable", "batches"):
+        monkeypatch.setattr(f"asyncify.{module}.observed", asked)
+    CALLS[name](runnable)
+
+    assert asked.call_count == (2 if "stream" in name and runnable.get_name() == "RunnableSequence" else 1)
 
 
 # LangSmith's variables

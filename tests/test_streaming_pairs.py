@@ -1,17 +1,18 @@
 """Pairs of generators: streamed on both paths, closed at once, their slot held for the life of the stream."""
 
 import asyncio
+import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
-from asyncify import concurrency, dual
+from asyncify import Dual, concurrency, dual
 
 SAFETY_NET = 30
 """Seconds after which a test that hangs fails."""
@@ -151,6 +152,28 @@ async def test_closing_early_closes_the_generator_async(side: Side, config: Make
     assert feed.closed.is_set()
 
 
+@watched_or_not
+async def test_a_lambda_leaves_open_what_a_pair_closes(config: MakeConfig) -> None:
+    """When `aclose` of a lambda's stream returns, its generator waits for the garbage collector."""
+    ours, theirs = Feed(), Feed()
+    for stream in (Dual(ours.aticks).astream(100, config()), RunnableLambda(theirs.aticks).astream(100, config())):
+        async with aclosing(cast("AsyncGenerator[str]", stream)) as chunks:
+            await anext(chunks)
+
+    assert ours.closed.is_set()
+    assert not theirs.closed.is_set()
+
+
+@watched_or_not
+async def test_a_lambda_refuses_to_stream_a_sync_generator_async(config: MakeConfig) -> None:
+    """A pair streams it from a thread, where a lambda raises TypeError."""
+    feed = Feed()
+
+    assert [chunk async for chunk in Dual(feed.ticks).astream(3, config())] == CHUNKS
+    with pytest.raises(TypeError, match="Cannot stream from a generator function asynchronously"):
+        _ = [chunk async for chunk in RunnableLambda(feed.ticks).astream(3, config())]
+
+
 @each_side
 @watched_or_not
 def test_a_slot_is_held_for_the_life_of_the_stream(side: Side, config: MakeConfig) -> None:
@@ -256,7 +279,7 @@ async def test_a_task_group_inside_a_generator_works(config: MakeConfig) -> None
 
 @watched_or_not
 async def test_a_stream_runs_in_the_task_that_reads_it(config: MakeConfig) -> None:
-    """No task is made for a chunk."""
+    """No task is made for a chunk, where a lambda makes one for each, in which a timeout or a task group is lost."""
 
     @dual
     async def tasks(query: str) -> AsyncIterator[Any]:
@@ -265,6 +288,8 @@ async def test_a_stream_runs_in_the_task_that_reads_it(config: MakeConfig) -> No
         yield asyncio.current_task()
 
     assert [chunk async for chunk in tasks.astream("EUR", config())] == [asyncio.current_task()] * 2
+    theirs = [chunk async for chunk in RunnableLambda(tasks.afunc).astream("EUR", config())]
+    assert asyncio.current_task() not in theirs
 
 
 @watched_or_not
@@ -311,19 +336,27 @@ async def test_an_error_in_the_middle_arrives(side: Side) -> None:
         await anext(astream)
 
 
-async def test_an_early_close_is_reported_alike_on_both_paths() -> None:
-    """Who watches sees the end of a whole stream, and the `GeneratorExit` of one that was closed."""
-    whole, early, awhole, aearly = Watcher(), Watcher(), Watcher(), Watcher()
-    pair = native(Feed())
-    list(pair.stream(2, {"callbacks": [whole]}))
-    with closing(pair.stream(2, {"callbacks": [early]})) as stream:
-        next(stream)
-    _ = [chunk async for chunk in pair.astream(2, {"callbacks": [awhole]})]
-    async with aclosing(pair.astream(2, {"callbacks": [aearly]})) as astream:
-        await anext(astream)
+async def _reported(runnable: Any, *, early: bool) -> tuple[list[Any], list[Any]]:
+    """Return what a watcher is told of the end of a stream, on either path; an early one is closed at once."""
+    sync, async_ = Watcher(), Watcher()
+    with closing(runnable.stream(2, {"callbacks": [sync]})) as stream:
+        list(itertools.islice(stream, 1 if early else None))
+    async with aclosing(runnable.astream(2, {"callbacks": [async_]})) as stream:
+        async for _ in stream:
+            if early:
+                break
+    return sync.ended, async_.ended
 
-    assert whole.ended == awhole.ended == ["0 1 "]
-    assert early.ended == aearly.ended == [GeneratorExit]
+
+async def test_an_early_close_is_reported_alike_on_both_paths() -> None:
+    """Who watches sees the end of a whole stream, and the `GeneratorExit` of one that was closed; a lambda's differ."""
+    feed = Feed()
+    pair, theirs = native(feed), RunnableLambda(feed.ticks, cast("Any", feed.aticks))
+
+    assert await _reported(pair, early=False) == (["0 1 "], ["0 1 "])
+    assert await _reported(pair, early=True) == ([GeneratorExit], [GeneratorExit])
+    sync, async_ = await _reported(theirs, early=True)
+    assert sync != async_
 
 
 async def test_events_show_the_chunks() -> None:
@@ -392,3 +425,25 @@ async def test_a_stream_that_is_dropped_is_closed() -> None:
 
     assert feed.closed.is_set()
     assert pair.limiter.stats().in_flight == 0
+
+
+def _twice(x: Any) -> Any:
+    return [x, x]
+
+
+async def _atwice(x: Any) -> Any:
+    return [x, x]
+
+
+@watched_or_not
+async def test_a_stream_of_nothing_is_none(config: MakeConfig) -> None:
+    """A step behind a generator that yields nothing gets None, as on `invoke`; a lambda raises UnboundLocalError."""
+    pair: Any = Dual(_twice, _atwice)
+    nothing: Any = native(Feed())
+    theirs: Any = RunnableLambda(_twice, _atwice)
+
+    assert (nothing | pair).invoke(0, config()) == [None, None]
+    assert list((nothing | pair).stream(0, config())) == [[None, None]]
+    assert [chunk async for chunk in (nothing | pair).astream(0, config())] == [[None, None]]
+    with pytest.raises(UnboundLocalError):
+        list(theirs.transform(iter([]), config()))
