@@ -1106,16 +1106,16 @@ class TestAdaptive:
         """So many seconds after a congestion the limit is above what hurt, unless each try costs a pause."""
         clock = FakeClock()
         limiter = Limiter(limit=Adaptive(min=1, max=99, start=8), clock=clock)
-        permits = [limiter.enter() for _ in range(8)]
-        permits[0].leave(ServerError(429, {"Retry-After": str(pause)}))
+        permits = [contextvars.Context().run(limiter.enter) for _ in range(8)]
+        permits[0].end(ServerError(429, {"Retry-After": str(pause)}))
         for permit in permits[1:]:
-            permit.leave()
+            permit.end()
         for _ in range(60):
             clock.advance(0.1)
             if clock.now() > pause:
-                permits = [limiter.enter() for _ in range(limiter.stats().limit or 0)]
+                permits = [contextvars.Context().run(limiter.enter) for _ in range(limiter.limits.limit or 0)]
                 for permit in permits:
-                    permit.leave()
+                    permit.end()
 
         assert ((limiter.stats().limit or 0) > 8) is (pause == 0)
 
