@@ -1,6 +1,6 @@
 """A file that remembers what a stream has finished, so that no call is paid for twice.
 
-An SQLite file with one row for each call that has ended: the key of its input, and its output or else its error.
+An SQLite file with one row for each call that has ended: the key of its input, and its output or its error.
 What is recorded is safe from the death of the process at once (a write-ahead log); a power cut may lose the last
 rows, never the file.
 
@@ -30,8 +30,8 @@ __all__ = ["Checkpoint", "Codec", "Row", "fingerprint"]
 
 Codec = Literal["json", "pickle"]
 
-Row = tuple[str | bytes, bytes | str | None, int | None, str | None]
-"""What is recorded of an input: its key, and its encoded output with a checksum or else its error."""
+Row = tuple[str, str | bytes | None, int | str]
+"""What is recorded of an input: its key, encoded output and checksum; of a failure its key, None and the error."""
 
 _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
 _VERSION = 1
@@ -44,7 +44,7 @@ _SEGMENT_KEYS = 100_000
 _INSERTED_AT_ONCE = 100
 """Rows of one statement: each has to fetch Python's lock again, from the event loop, so one for each row is dear."""
 
-_DIGEST_BYTES = 16
+_DIGEST_LENGTH = 32
 
 _WAL_PAGES = 16_000
 """Pages of the write-ahead log before it is worked into the file: with SQLite's own 1,000 it waits for the disk
@@ -52,40 +52,44 @@ _WAL_PAGES = 16_000
 
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE calls (
+CREATE TABLE outputs (
     id INTEGER PRIMARY KEY,
-    key NOT NULL,            -- the text that key= has given, or else a short input itself, or a digest of it
-    output,                  -- as the codec has it; NULL for a failure
-    checksum INTEGER,        -- CRC-32 of key and output: SQLite has none, and a flipped bit would be another output
-    error TEXT               -- of a failure
+    key TEXT NOT NULL,        -- what key= has given, or else a short input itself, or a digest of it
+    output NOT NULL,          -- as the codec has it
+    checksum INTEGER NOT NULL -- CRC-32 of key and output: SQLite has none, and a flipped bit would be another output
 );
-CREATE TABLE segments (segment INTEGER PRIMARY KEY, last_call INTEGER NOT NULL);
+CREATE TABLE failures (id INTEGER PRIMARY KEY, key TEXT NOT NULL, error TEXT NOT NULL);
+CREATE TABLE segments (segment INTEGER PRIMARY KEY, last_output INTEGER NOT NULL);
 CREATE TABLE finished (
     segment INTEGER,
-    key,
-    call INTEGER NOT NULL,   -- the id of a call that has an output
+    key TEXT,
+    id INTEGER NOT NULL,      -- of the output
     PRIMARY KEY (segment, key)
 ) WITHOUT ROWID;
-CREATE VIEW items AS         -- one row for each input; an output counts for more than a later failure
+CREATE VIEW items AS          -- one row for each input; an output counts for more than a later failure
 SELECT key, output, error, attempts FROM (
-    SELECT key, output, error, count(*) AS attempts, max((error IS NULL) << 62 | id) FROM calls GROUP BY key
+    SELECT key, output, error, count(*) AS attempts, max((error IS NULL) << 62 | id) FROM (
+        SELECT id, key, output, NULL AS error FROM outputs UNION ALL SELECT id, key, NULL, error FROM failures
+    ) GROUP BY key
 );
 """
 
 _FIND = """
-SELECT output, checksum FROM calls WHERE id =
-    (SELECT call FROM finished WHERE key = ? AND segment IN (SELECT segment FROM segments) LIMIT 1)
+SELECT output, checksum FROM outputs WHERE id =
+    (SELECT id FROM finished WHERE key = ? AND segment IN (SELECT segment FROM segments) LIMIT 1)
 """
 
-_OTHERS = "SELECT key, id FROM calls WHERE id > ? AND id < ? AND error IS NULL"
+_READ = "SELECT output, checksum FROM outputs WHERE id = ?"
 
-_INSERT = "INSERT INTO calls (key, output, checksum, error) VALUES "
+_OTHERS = "SELECT key, id FROM outputs WHERE id > ? AND id < ?"
 
-_READ = "SELECT output, checksum FROM calls WHERE id = ? AND error IS NULL"
+_INSERT_OUTPUTS = "INSERT INTO outputs (key, output, checksum) VALUES "
+
+_INSERT_FAILURE = "INSERT INTO failures (key, error) VALUES (?, ?)"
 
 _SORT = """
 INSERT OR IGNORE INTO finished
-SELECT ?, key, id FROM calls WHERE id > ? AND id <= ? AND error IS NULL ORDER BY key
+SELECT ?, key, id FROM outputs WHERE id > ? AND id <= ? ORDER BY key
 """
 
 
@@ -97,21 +101,24 @@ class Checkpoint:
         runnable: what the work is called: a file made for another is refused.
         codec: how outputs are kept: `json` refuses what would not come back as it was; `pickle` runs code when it
             is read, so the file must be one's own.
+        has_key: whether inputs are known by what `key=` gives, and not by their fingerprints: what looks alike may
+            not be the same, so a file of the one kind is refused for the other.
 
     Raises:
-        CheckpointError: the file is another runnable's, another program's, damaged, or can't be opened.
+        CheckpointError: the file is another runnable's, has another codec or other keys, is another program's, is
+            damaged, or can't be opened.
     """
 
-    def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec) -> None:
+    def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec, *, has_key: bool = False) -> None:
         self.path = path
         self._encode, self._decode = _CODECS[codec]
-        self._recent: dict[str | bytes, int] = {}
+        self._recent: dict[str, int] = {}
         self._sorted = _Filter()
         with self._explained():
             self._reader = self._connect()
             self._writer = self._connect()
             try:
-                self._set_up(runnable, codec)
+                self._set_up({"runnable": runnable, "codec": codec, "keys": _KEYS[has_key]})
                 self._last_seen = self._sort_anew()
                 self._sorted.update(key for (key,) in self._reader.execute("SELECT key FROM finished"))
             except BaseException:
@@ -123,7 +130,7 @@ class Checkpoint:
         db.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
         return db
 
-    def _set_up(self, runnable: str, codec: Codec) -> None:
+    def _set_up(self, mine: dict[str, str]) -> None:
         db = self._reader
         self._refuse_foreign(db)
         _use_write_ahead_log(db)
@@ -132,14 +139,14 @@ class Checkpoint:
             if not _is_ours(db):  # of two processes that find an empty file one makes the tables
                 for statement in _SCHEMA.split(";\n"):
                     db.execute(statement)
-                db.executemany("INSERT INTO about VALUES (?, ?)", [("runnable", runnable), ("codec", codec)])
+                db.executemany("INSERT INTO about VALUES (?, ?)", mine.items())
                 db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {_VERSION}")
         about = dict(db.execute("SELECT name, value FROM about"))
-        for name, mine in (("runnable", runnable), ("codec", codec)):
-            if about.get(name) != mine:
+        for name, asked in mine.items():
+            if about.get(name) != asked:
                 raise CheckpointError(
-                    f"checkpoint {self.path}: made for {name} {about.get(name)!r}, and this is {mine!r}; "
+                    f"checkpoint {self.path}: made for {name} {about.get(name)!r}, and this is {asked!r}; "
                     "give this work a file of its own"
                 )
         if (found := _only(db, "PRAGMA quick_check(1)")) != "ok":
@@ -171,13 +178,13 @@ class Checkpoint:
         self._writer.close()
         self._reader.close()
 
-    def find(self, key: str | bytes) -> tuple[Any] | None:
+    def find(self, key: str) -> tuple[Any] | None:
         """Return the output of a finished input, in a tuple of one; None if it is not there or has failed."""
-        call = self._recent.get(key)
-        if call is None and not self._sorted.may_have(key):
+        recent = self._recent.get(key)
+        if recent is None and not self._sorted.may_have(key):
             return None
         with self._explained():
-            found = self._reader.execute(*((_FIND, (key,)) if call is None else (_READ, (call,)))).fetchone()
+            found = self._reader.execute(*((_FIND, (key,)) if recent is None else (_READ, (recent,)))).fetchone()
         if found is None:
             return None
         output, checksum = found
@@ -188,17 +195,17 @@ class Checkpoint:
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.path}: can't read back the output of {key!r}: {error}") from error
 
-    def row(self, key: str | bytes, output: Any, error: BaseException | None) -> Row:
+    def row(self, key: str, output: Any, error: BaseException | None) -> Row:
         """Return what to record of an input that has ended.
 
         Raises:
             CheckpointError: the codec can't keep the output.
         """
         if error is not None:
-            return key, None, None, _said(error)
+            return key, None, _said(error)
         try:
             encoded = self._encode(output)
-            return key, encoded, _checksum(key, encoded), None
+            return key, encoded, _checksum(key, encoded)
         except Exception as refused:
             raise CheckpointError(
                 f"checkpoint {self.path}: can't keep an output of type {type(output).__name__} as it is: {refused}; "
@@ -207,52 +214,60 @@ class Checkpoint:
 
     def record(self, rows: Sequence[Row]) -> None:
         """Record inputs that have ended, all or none; they are safe when this returns."""
+        failures = [(key, said) for key, output, said in rows if output is None]
+        outputs = [row for row in rows if row[1] is not None] if failures else rows
         last = self._last_seen
         with self._explained():
             with _transaction(self._writer):
-                for start in range(0, len(rows), _INSERTED_AT_ONCE):
-                    part = rows[start : start + _INSERTED_AT_ONCE]
-                    last = self._writer.execute(_insert(len(part)), [*chain.from_iterable(part)]).lastrowid or last
-            first = last - len(rows) + 1
-            if first > self._last_seen + 1:  # another process has recorded something too
-                self._recent.update(self._writer.execute(_OTHERS, (self._last_seen, first)))
-            self._recent.update(zip((row[0] for row in rows), count(first)))
-            self._last_seen = last
-            if len(self._recent) > _SEGMENT_KEYS:
-                self._sort()
+                for start in range(0, len(outputs), _INSERTED_AT_ONCE):
+                    part = outputs[start : start + _INSERTED_AT_ONCE]
+                    values = [*chain.from_iterable(part)]
+                    last = self._writer.execute(_insert_outputs(len(part)), values).lastrowid or last
+                self._writer.executemany(_INSERT_FAILURE, failures)
+            if outputs:
+                self._take_in([row[0] for row in outputs], last)
+
+    def _take_in(self, keys: list[str], last: int) -> None:
+        """Remember where the outputs of some keys are, the last of them there."""
+        first = last - len(keys) + 1
+        if first > self._last_seen + 1:  # another process has recorded something too
+            self._recent.update(self._writer.execute(_OTHERS, (self._last_seen, first)))
+        self._recent.update(zip(keys, count(first)))
+        self._last_seen = last
+        if len(self._recent) > _SEGMENT_KEYS:
+            self._sort()
 
     def _sort(self) -> None:
         """Make a segment of what was recorded since the last one."""
         with _transaction(self._writer):
-            self._add_segment(self._last_call())
+            self._add_segment(self._last_output())
         self._sorted.update(self._recent)
         self._recent = {}
 
     def _sort_anew(self) -> int:
-        """Make one segment of all, if it is not already; return the last call there is."""
+        """Make one segment of all, if it is not already; return the last output there is."""
         with _transaction(self._writer):
-            last_call = self._last_call()
-            if self._writer.execute("SELECT last_call FROM segments").fetchall() != [(last_call,)]:
+            last_output = self._last_output()
+            if self._writer.execute("SELECT last_output FROM segments").fetchall() != [(last_output,)]:
                 self._writer.execute("DELETE FROM finished")
                 self._writer.execute("DELETE FROM segments")
-                self._add_segment(last_call)
-        return last_call
+                self._add_segment(last_output)
+        return last_output
 
-    def _last_call(self) -> int:
-        last_call: int = _only(self._writer, "SELECT coalesce(max(id), 0) FROM calls")
-        return last_call
+    def _last_output(self) -> int:
+        last_output: int = _only(self._writer, "SELECT coalesce(max(id), 0) FROM outputs")
+        return last_output
 
-    def _add_segment(self, last_call: int) -> None:
-        so_far = "SELECT count(*), coalesce(max(last_call), 0) FROM segments"
+    def _add_segment(self, last_output: int) -> None:
+        so_far = "SELECT count(*), coalesce(max(last_output), 0) FROM segments"
         segment, sorted_to = self._writer.execute(so_far).fetchone()
-        self._writer.execute(_SORT, (segment, sorted_to, last_call))
-        self._writer.execute("INSERT INTO segments VALUES (?, ?)", (segment, last_call))
+        self._writer.execute(_SORT, (segment, sorted_to, last_output))
+        self._writer.execute("INSERT INTO segments VALUES (?, ?)", (segment, last_output))
 
 
-def _checksum(key: str | bytes, output: str | bytes) -> int:
+def _checksum(key: str, output: str | bytes) -> int:
     """Return the CRC-32 of both; a text that UTF-8, and so SQLite, can't write is a `UnicodeEncodeError`."""
-    written = output.encode() if isinstance(output, str) else output
-    return crc32(written, crc32(key.encode() if isinstance(key, str) else key))
+    return crc32((key + output).encode() if isinstance(output, str) else key.encode() + output)
 
 
 def _said(error: BaseException) -> str:
@@ -265,8 +280,8 @@ def _said(error: BaseException) -> str:
 
 
 @cache
-def _insert(rows: int) -> str:
-    return _INSERT + ", ".join(["(?, ?, ?, ?)"] * rows)
+def _insert_outputs(rows: int) -> str:
+    return _INSERT_OUTPUTS + ", ".join(["(?, ?, ?)"] * rows)
 
 
 def _only(db: sqlite3.Connection, query: str) -> Any:
@@ -299,18 +314,20 @@ class _Filter:
     def __init__(self) -> None:
         self._bytes = bytearray(_FILTER_BYTES)
 
-    def update(self, keys: Iterable[str | bytes]) -> None:
+    def update(self, keys: Iterable[str]) -> None:
         """Take in keys."""
         seen = self._bytes
         for number in map(hash, keys):
             seen[number % _FILTER_BYTES] |= _TWO_BITS[number >> 22 & 63]
 
-    def may_have(self, key: str | bytes) -> bool:
+    def may_have(self, key: str) -> bool:
         """Tell whether a key was perhaps taken in."""
         number = hash(key)
         bits = _TWO_BITS[number >> 22 & 63]
         return self._bytes[number % _FILTER_BYTES] & bits == bits
 
+
+_KEYS = {True: "given by key=", False: "made of the inputs"}
 
 _WAY_OUT = "name another path, or delete the file to begin anew"
 _BUSY_WAY_OUT = "another process has it for itself: wait for that, or name another path"
@@ -395,14 +412,16 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any]]] = 
 _WRITTEN_AS_THEY_ARE = frozenset((str, int, float, bool, bytes, type(None)))
 
 
-def fingerprint(value: object) -> bytes:
-    """Return at most 16 bytes that are the same for equal inputs, in every process: short inputs as they are written.
+def fingerprint(value: object) -> str:
+    """Return a text that is the same for equal inputs, in every process: a short input as it is written, or a digest.
 
     Raises:
         TypeError: the input is not made of strings, numbers, bools, None, bytes, lists, tuples and dicts.
     """
-    written = (repr(value) if type(value) in _WRITTEN_AS_THEY_ARE else _canonical(value)).encode()
-    return written if len(written) < _DIGEST_BYTES else hashlib.blake2b(written, digest_size=_DIGEST_BYTES).digest()
+    written = repr(value) if type(value) in _WRITTEN_AS_THEY_ARE else _canonical(value)
+    if len(written) < _DIGEST_LENGTH:
+        return written
+    return hashlib.blake2b(written.encode(), digest_size=_DIGEST_LENGTH // 2).hexdigest()
 
 
 def _canonical(value: object) -> str:

@@ -261,7 +261,9 @@ class _Options:
 
     def checkpoint(self) -> Checkpoint | None:
         """Open the checkpoint, if there is to be one."""
-        return None if self._checkpoint is None else Checkpoint(self._checkpoint, self._work, self._codec)
+        if self._checkpoint is None:
+            return None
+        return Checkpoint(self._checkpoint, self._work, self._codec, has_key=self.key is not None)
 
 
 class _Source:

@@ -31,9 +31,9 @@ class Journal:
         self._checkpoint = checkpoint
         self._key = key
         self._known = known
-        self._keys: dict[int, str | bytes] = {}
-        self._in_flight: set[str | bytes] = set()
-        self._waiting: dict[str | bytes, list[int]] = {}
+        self._keys: dict[int, str] = {}
+        self._in_flight: set[str] = set()
+        self._waiting: dict[str, list[int]] = {}
         self._rows: list[Row] = []
         self._recording = threading.Lock()
         self._pool = ThreadPool(1, "asyncify-checkpoint")
@@ -78,14 +78,14 @@ class Journal:
             await self._pool.call(self.flush, _nothing, Context())
         return self._with_equals(group, keys)
 
-    def note(self, group: list[Ended]) -> list[str | bytes | None]:
+    def note(self, group: list[Ended]) -> list[str | None]:
         """Take down those that were run, to be recorded by the next `flush`; return the key of each."""
         if self._checkpoint is None:
             return []
         refused: CheckpointError | None = None
         keys = [self._keys.pop(index, None) for index, _, _ in group]  # none for one that was not run
         for key, (_, output, error) in zip(keys, group, strict=True):
-            if key is not None and not _is_cancelled(error):
+            if key is not None and (error is None or isinstance(error, Exception)):  # not a cancelled one
                 try:
                     self._rows.append(self._checkpoint.row(key, output, error))
                 except CheckpointError as refusal:  # the others have been paid for as well
@@ -94,7 +94,7 @@ class Journal:
             raise refused
         return keys
 
-    def _with_equals(self, group: list[Ended], keys: list[str | bytes | None]) -> list[Ended]:
+    def _with_equals(self, group: list[Ended], keys: list[str | None]) -> list[Ended]:
         # Only now that they are recorded: until then an equal input has to wait, or it would be run as well.
         self._in_flight.difference_update(keys)
         if not self._waiting:
@@ -116,10 +116,6 @@ class Journal:
 
 def _nothing(error: BaseException | None) -> None:
     pass
-
-
-def _is_cancelled(error: BaseException | None) -> bool:
-    return error is not None and not isinstance(error, Exception)
 
 
 def _checked_key(key: object) -> str:

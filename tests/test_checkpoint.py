@@ -271,11 +271,11 @@ def test_what_ends_while_others_are_being_recorded_is_recorded_too() -> None:
         def __exit__(self, *_: object) -> None:
             recorded.append("closed")
 
-        def find(self, key: bytes) -> None:
+        def find(self, key: str) -> None:
             pass
 
-        def row(self, key: bytes, *_: object) -> str:
-            return key.decode()
+        def row(self, key: str, *_: object) -> str:
+            return key
 
         def record(self, rows: list[str]) -> None:
             is_recording.set()
@@ -427,11 +427,11 @@ def test_fingerprints_are_equal_for_equal_inputs_alone(value: Any, other: Any) -
 
 def test_a_short_input_is_its_own_key() -> None:
     """The file can be read by it; a longer one has a digest, which no short one can look like."""
-    assert fingerprint("tide") == b"'tide'"
-    assert fingerprint([1, None]) == b"[1,None]"
-    assert fingerprint("x" * 13) == b"'xxxxxxxxxxxxx'"
-    assert [len(fingerprint("x" * length)) for length in (12, 13, 14, 1000)] == [14, 15, 16, 16]
-    assert fingerprint("x" * 14) != b"'xxxxxxxxxxxxxx'"
+    assert fingerprint("tide") == "'tide'"
+    assert fingerprint([1, None]) == "[1,None]"
+    assert fingerprint("x" * 29) == f"'{'x' * 29}'"
+    assert [len(fingerprint("x" * length)) for length in (28, 29, 30, 1000)] == [30, 31, 32, 32]
+    assert fingerprint("x" * 30) != f"'{'x' * 30}'"
 
 
 def test_fingerprints_tell_types_apart() -> None:
@@ -605,6 +605,15 @@ def test_a_file_of_another_codec_is_refused(path: Path) -> None:
         list(each(Counted().pair(), [1], checkpoint=path, codec="pickle"))
 
 
+@pytest.mark.parametrize("first", [None, str], ids=["by-input", "by-key"])
+def test_a_file_of_other_keys_is_refused(path: Path, first: Callable[[Any], str] | None) -> None:
+    """The `"1"` that `key=` gives for an input may be another than the 1 that is written so."""
+    list(each(Counted().pair(), [1], checkpoint=path, key=first))
+
+    with pytest.raises(CheckpointError, match=r"keys '.*', and this is '.*'; give this work a file of its own"):
+        list(each(Counted().pair(), [1], checkpoint=path, key=str if first is None else None))
+
+
 def test_a_file_of_another_program_is_refused_and_left_alone(path: Path) -> None:
     """Another program's tables are as they were."""
     with closing(sqlite3.connect(path)) as db:
@@ -649,7 +658,7 @@ def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -
 
 
 @pytest.mark.parametrize("segment_keys", [1, 1000], ids=["sorted", "recent"])
-@pytest.mark.parametrize("output", ["{}", None, 7], ids=repr)
+@pytest.mark.parametrize("output", ["{}", b"{}", 7], ids=repr)
 def test_an_output_that_is_not_what_was_recorded_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, output: object, segment_keys: int
 ) -> None:
@@ -657,7 +666,7 @@ def test_an_output_that_is_not_what_was_recorded_is_refused(
     monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", segment_keys)
     with Checkpoint(path, "work", "json") as checkpoint:
         checkpoint.record([checkpoint.row(key, [], None) for key in ("whole", "damaged")])
-        checkpoint._writer.execute("UPDATE calls SET output = ? WHERE key = 'damaged'", (output,))
+        checkpoint._writer.execute("UPDATE outputs SET output = ? WHERE key = 'damaged'", (output,))
 
         assert checkpoint.find("whole") == ([],)
         with pytest.raises(CheckpointError, match=r"damaged \(the output of 'damaged'\); .*delete the file"):
