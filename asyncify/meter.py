@@ -296,8 +296,7 @@ class Meter:
         window.add(now, cost)
         for longer in self._longer:
             longer.add(now, cost)
-        behind = now - (due if due > ready else ready)
-        self._behind = behind if behind < CATCH_UP else CATCH_UP
+        self._behind = now - (due if due > ready else ready)
         self._next = base + cost * self._interval
         self._last = now
         self._last_cost = cost

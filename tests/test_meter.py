@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncify.meter import CATCH_UP, PERIODS, Limits, Meter, Rate
+from asyncify.meter import CATCH_UP, PERIODS, Limits, Meter, Rate, _Window
 
 EPSILON = 1e-9
 GRAIN = 1 / 1000  # what coarse windows may cost, as a share of their period
@@ -315,10 +315,72 @@ class TestPace:
         """Calls that waited for one slot start evenly once it is free, with nothing to make up for."""
         meter = Meter(limits(limit=1, per_second=10))
         meter.admit(0, 1, 0, "first")
-        assert math.isinf(meter.admit(0.5, 1, 0, "second"))
+        assert math.isinf(meter.admit(0.5, 1, 0.5, "second"))
         meter.release("first")
 
-        assert run(meter, until=1.35, start=1.0) == pytest.approx([1.0, 1.1, 1.2, 1.3])
+        assert meter.admit(1.0, 1, 0.5, "second") == 0
+        meter.release("second")
+        assert meter.admit(1.01, 1, 0.5, "third") == pytest.approx(1.1)
+
+    def test_a_late_wake_is_made_up_for_after_all_slots_were_taken(self) -> None:
+        """That they once were is no reason why a later wake, for a call that needed only its turn, should count."""
+        meter = Meter(limits(limit=1, per_second=10))
+        meter.admit(0, 1, 0, "first")
+        assert math.isinf(meter.admit(0.5, 1, 0.5, "second"))
+        meter.release("first")
+        meter.admit(1.0, 1, 0.5, "second")
+        meter.release("second")
+
+        assert meter.admit(1.115, 1, 1.0, "third") == 0
+        meter.release("third")
+        assert meter.admit(1.2001, 1, 1.0, "fourth") == 0
+
+    def test_a_late_wake_of_the_first_call_is_made_up_for(self) -> None:
+        """The schedule begins when the first call came, not when it was admitted."""
+        meter = Meter(limits(limit=1, per_second=10))
+        meter.admit(0.015, 1, 0, "first")
+        meter.release("first")
+
+        assert meter.admit(0.1, 1, 0, "second") == 0
+
+    def test_a_late_wake_is_made_up_for_beside_a_longer_window(self) -> None:
+        """A window that was open all the time takes nothing off what a late wake may make up for."""
+        meter = Meter(limits(per_second=10, per_minute=100))
+        delays = iter([0.015, 0.0, 0.0, 0.0])
+
+        assert run(meter, until=0.35, late=lambda: next(delays)) == pytest.approx([0, 0.115, 0.2, 0.3])
+
+    def test_one_caller_whose_sleeps_end_late_reaches_the_rate(self) -> None:
+        """Who asks again when the last call was admitted, and so late, is not late for that."""
+        meter = Meter(limits(per_second=5000))
+        now = asked = 0.0
+        admitted = 0
+        while now < 10:
+            if at := meter.admit(now, 1, asked):
+                now = at + 0.001
+            else:
+                admitted += 1
+                asked = now
+
+        assert 0.99 * 50_000 <= admitted <= 50_000 + 1
+
+    def test_lateness_counts_for_as_long_as_it_was(self) -> None:
+        """A call that comes by itself may make up for what the one before it was late, and for no more."""
+        meter = Meter(limits(per_second=100))
+        meter.admit(0, 1, 0)
+        assert meter.admit(0.011, 1, 0) == 0  # due at 0.01, and so the next at 0.02
+        assert meter.admit(0.025, 1, 0.025) == 0
+
+        assert meter.admit(0.026, 1, 0.026) == pytest.approx(0.034)
+
+    def test_lateness_is_forgotten_in_an_idle_time(self) -> None:
+        """Calls that come much later start evenly."""
+        meter = Meter(limits(per_second=50))
+        meter.admit(0, 1, 0)
+        assert meter.admit(0.035, 1, 0) == 0  # due at 0.02
+        assert meter.admit(10, 1, 10) == 0
+
+        assert meter.admit(10.001, 1, 10.001) == pytest.approx(10.02)
 
     def test_a_pause_is_no_lateness(self) -> None:
         """After a pause calls start evenly, however many had been due during it."""
@@ -347,6 +409,16 @@ class TestBurst:
 
         assert starts[:6] == pytest.approx([0, 0, 0, 0, 0.1, 0.2])
         assert max(sum(t <= u < t + 1 - EPSILON for u in starts) for t in starts) == 10
+
+    def test_a_burst_is_no_lateness(self) -> None:
+        """That calls of a burst start before the pace has come to them gives the next burst not one more."""
+        meter = Meter(limits(per_second=1000, burst=10))
+        meter.admit(0, 1, 0)
+        meter.admit(0, 1, 0)
+
+        assert meter.admit(0.01, 1, 0.01) == 0
+
+        assert [meter.admit(0.0101, 1, 0.01) == 0 for _ in range(11)] == [True] * 9 + [False] * 2
 
     def test_idle_time_earns_one_burst(self) -> None:
         """After any idle time as many calls start at once as the burst says, and no more."""
@@ -377,6 +449,43 @@ class TestWindows:
         starts = run(Meter(limits(per_second=0.5)), until=7)
 
         assert starts == pytest.approx([0, 2, 4, 6])
+
+    def test_half_a_call_a_minute_is_one_in_two_minutes(self) -> None:
+        """That holds for a window that sets no pace as well."""
+        meter = Meter(limits(per_second=50, per_minute=0.5))
+        meter.admit(0, 1, 0)
+
+        assert meter.admit(40, 1, 1) == 120
+
+    def test_a_cost_above_new_limits_never_fits(self) -> None:
+        """The answer is infinity, also while others are still in the window."""
+        meter = Meter(limits(per_second=10, burst=10))
+        meter.admit(0, 1, 0)
+        meter.configure(limits(per_second=3))
+
+        assert math.isinf(meter.admit(0.5, 4, 0.5))
+
+    def test_a_trace_of_rounding_waits_for_the_last_admission_and_no_longer(self) -> None:
+        """When the log does not add up to what is used, all of it is free when all of the log has left."""
+        window = _Window(Rate(10, 1.0))
+        window.add(0, 4)
+        window.add(0.2, 2)
+        window.add(0.3, 1)
+        window.used += 1e-6
+
+        assert window.free_at(0.5, 10) == 1.3
+
+    def test_a_correction_leaves_the_window_with_its_admission(self) -> None:
+        """What is corrected is the whole entry, which may hold more than one call: all of it leaves together."""
+        window = _Window(Rate(10, 1.0))
+        window.add(0, 2)
+        window.add(0, 2)
+        window.add(0.5, 3)
+        window.correct(0, -1)
+        assert window.used == 6
+        window.expire(1.0)
+
+        assert window.used == 3
 
     def test_a_rate_under_one_keeps_its_log_when_it_changes(self) -> None:
         """What was admitted at one call in two seconds counts at one call in four."""
