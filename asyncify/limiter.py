@@ -245,4 +245,4 @@ def check_cost(cost: object) -> float:
 
 
 def _percentile(ordered: list[float], share: float) -> float:
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
+    return ordered[int(len(ordered) * share)] if ordered else 0.0

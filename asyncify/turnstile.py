@@ -413,7 +413,6 @@ class Turnstile:
                 try:
                     permit.loop.call_soon_threadsafe(_set_done, ready)
                 except RuntimeError:  # the event loop is closed: nobody is left to start this call
-                    permit.ended = True
                     self._departed.append((permit, _UNUSED))
                     self._must_look = True  # the caller settles; to settle here would nest, once a waiter
 

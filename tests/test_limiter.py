@@ -18,6 +18,7 @@ from langchain_core.messages import AIMessage
 from asyncify.adaptive import Adaptive
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.limiter import Limiter, LimiterStats
+from asyncify.meter import Meter
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
 
@@ -494,6 +495,20 @@ class TestGivingUp:
         assert limiter.stats().waiting == 1
         assert limiter.stats().rejected == 1
 
+    async def test_those_who_have_left_are_not_ahead(self, crowd: Crowd) -> None:
+        """A waiter that gave up is not counted, though its place in the queue may be empty still."""
+        crowd.limiter_of(limit=1)
+        await crowd.come_all("ab")
+        gone = await crowd.come("c", timeout=1)
+        await crowd.come("d")
+        crowd.clock.advance(1)
+        await until(lambda: gone.over)
+        late = await crowd.come("e", timeout=1)
+        crowd.clock.advance(1)
+        await until(lambda: late.over)
+
+        assert "; 2 calls were ahead of it" in str(late.error)
+
     async def test_the_limiters_own_timeout_is_the_default(self, crowd: Crowd) -> None:
         """A call that names no timeout has the limiter's; one that names its own has that."""
         crowd.limiter_of(limit=1, timeout=1)
@@ -598,7 +613,49 @@ class TestGivingUp:
             for permit in inside:
                 permit.end()
 
-        assert (limiter.stats().waiting, limiter.stats().in_flight) == (0, 0)
+        stats = limiter.stats()
+        assert (stats.waiting, stats.in_flight) == (0, 0)
+
+    @pytest.mark.parametrize("limit", [1, Adaptive(min=1, max=1)], ids=["fixed", "adaptive"])
+    def test_who_leaves_before_the_next_has_queued_lets_it_in(
+        self, monkeypatch: pytest.MonkeyPatch, limit: int | Adaptive
+    ) -> None:
+        """Who leaves just after the slot was asked for sees no queue, so the one who queues looks again."""
+        limiter = Limiter(limit=limit)
+        permit = limiter.enter()
+        admit = Meter.admit
+
+        def racing(*args: Any) -> float:
+            at = admit(*args)
+            permit.end()
+            return at
+
+        monkeypatch.setattr(Meter, "admit", racing)
+        waiting = Permit(limiter, 1, 1)
+        limiter._admit(waiting)
+
+        assert waiting.at is not None
+
+    def test_who_leaves_while_another_queues_lets_the_next_in(self) -> None:
+        """The other has the lock, and looks once more after letting go of it."""
+        inside: list[Permit] = []
+
+        class Meddling(FakeClock):
+            """A clock on which a call ends when somebody looks at it."""
+
+            def now(self) -> float:
+                while inside:
+                    inside.pop().end()
+                return super().now()
+
+        limiter = Limiter(limit=1, clock=Meddling())
+        permit = limiter.enter()
+        first, second = Permit(limiter, 1, 1), Permit(limiter, 1, 1)
+        limiter._admit(first)
+        inside.append(permit)
+        limiter._admit(second)
+
+        assert first.at is not None
 
     async def test_a_cancelled_waiter_gives_its_place_back(self) -> None:
         """Those behind it move up, and neither its place nor its timer is left."""
@@ -921,6 +978,17 @@ class TestPause:
 
         assert crowd.order == ["a", "b"]
 
+    def test_a_pause_that_nobody_waits_for_counts_from_the_refusal(self, clock: FakeClock) -> None:
+        """That is noted when the call fails, and not when the next one comes."""
+        limiter = Limiter(limit=3, clock=clock)
+        limiter.enter().leave(ServerError(429, {"Retry-After": "5"}))
+        clock.advance(3)
+        waiting = Permit(limiter, 1, 1)
+        assert not limiter._admit(waiting)
+        clock.advance(2)
+
+        assert waiting.at == 5
+
     async def test_a_pause_counts_from_the_refusal(self, crowd: Crowd) -> None:
         """When nobody was there to hear of it, it is over all the same when its time has passed."""
         crowd.limiter_of(limit=3)
@@ -1027,6 +1095,22 @@ class TestResize:
         assert repr(limiter) == "<Limiter 20 per second, 50 per minute, 0 waiting>"
         assert limiter.limits.burst == 1
 
+    async def test_one_who_does_not_wait_yet_keeps_nobody_from_being_woken(self) -> None:
+        """Of two who are let in at once the first has queued and not begun to wait: it sees that by itself."""
+        limiter = Limiter(limit=2)
+        inside = [contextvars.Context().run(limiter.enter) for _ in range(2)]
+        early = Permit(limiter, 1, 1)
+        limiter._admit(early)
+        waiting = asyncio.create_task(limiter.aenter(), context=contextvars.Context())
+        await until(lambda: limiter.stats().waiting == 2)
+        with limiter._lock:
+            for permit in inside:
+                permit.end()
+        limiter.stats()
+
+        assert early.at is not None
+        (await asyncio.wait_for(waiting, SAFETY_NET)).leave()
+
     async def test_a_refused_change_keeps_nobody_waiting(self) -> None:
         """Who leaves just when a change of the limits is refused lets the next one in."""
         limiter = Limiter(limit=1)
@@ -1110,7 +1194,7 @@ class TestAdaptive:
         permits[0].end(ServerError(429, {"Retry-After": str(pause)}))
         for permit in permits[1:]:
             permit.end()
-        for _ in range(60):
+        for _ in range(80):
             clock.advance(0.1)
             if clock.now() > pause:
                 permits = [contextvars.Context().run(limiter.enter) for _ in range(limiter.limits.limit or 0)]
@@ -1183,6 +1267,26 @@ class TestStats:
         limiter.enter().leave()
 
         assert limiter.stats() == LimiterStats(0, 0, 1002, 0, 1, 0.0, 0.0, 0.0)
+
+    def test_the_oldest_of_the_last_thousand_counts_and_the_one_before_it_does_not(self) -> None:
+        """The 99th percentile of a thousand is the longest wait but nine: here the shortest of ten that count."""
+        limiter = Limiter(limit=1)
+        limiter._waits.extend((number, 12.0 - number) for number in range(1, 12))
+        limiter._admitted = 1001
+
+        assert limiter.stats().wait_p99 == 1
+
+    def test_no_more_than_a_thousand_waits_are_kept(self) -> None:
+        """A limiter that is always busy keeps no more of them than it will ever look at."""
+        limiter = Limiter(limit=1)
+        permit = limiter.enter()
+        for _ in range(1005):
+            waiting = Permit(limiter, 1, 1)
+            limiter._admit(waiting)
+            permit.end()
+            permit = waiting
+
+        assert len(limiter._waits) == 1000
 
     async def test_percentiles_of_the_last_thousand(self) -> None:
         """The 50th, 95th and 99th of a hundred waits; and of a thousand, to the very call."""

@@ -93,11 +93,11 @@ print(limiter)
     def test_a_child_keeps_the_calls_that_it_is_inside_of(self) -> None:
         """A fork inside a call runs on inside it, and gives the slot back in its own process."""
         program = """
-limiter = Limiter(limit=2)
+limiter, another = Limiter(limit=2), Limiter(limit=2)
 other = contextvars.Context().run(limiter.enter)
 
 def check():
-    assert limiter.stats().in_flight == 1, limiter
+    assert (limiter.stats().in_flight, another.stats().in_flight) == (1, 0), limiter
     limiter.__exit__(None, None, None)
     assert limiter.stats().in_flight == 0
 
