@@ -303,6 +303,9 @@ def make_gate(
     """
     if key is not None and not callable(key):
         raise TypeError(f"key={key!r}: must be a function of the input, as in key=lambda query: query.tenant")
+    for name, function in (("key", key), ("cost", cost)):
+        if callable(function):
+            _check_takes_input(name, function)
     if timeout is not None:
         check_positive("timeout", timeout, "timeout=30")
     made: Limiter | KeyedLimiter | ForeignLimiter
@@ -320,6 +323,19 @@ def make_gate(
     if cost is not None or timeout is not None:
         _check_usable(made, cost)
     return Gate(made, 1 if cost is None else cost, timeout)
+
+
+def _check_takes_input(name: str, function: Function) -> None:
+    signature = signature_of(function)
+    if signature is None:
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}={describe(function)}: is called with one argument, the input, and takes {signature}; the input of "
+            f'a function of several parameters is a mapping, as in {name}=lambda call: call["size"]'
+        ) from error
 
 
 def _check_usable(

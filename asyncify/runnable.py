@@ -163,6 +163,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Give the pair the name, docs, signature and colour of a function, a limit, a way to make a side."""
         if wears is not None:
             functools.update_wrapper(self, wears, updated=())
+            self.__isabstractmethod__: bool = getattr(wears, "__isabstractmethod__", False)
             self._is_async_def = is_async(wears)
             own_name = getattr(wears, "__name__", "<lambda>")
             if own_name != "<lambda>" and self._arguments[2] is None:
@@ -670,7 +671,7 @@ class _Bound(Dual[Any, Any]):
     def __init__(self, pair: AnyDual, receiver: object) -> None:  # the pair has been looked at already
         self._pair = pair
         self._receiver = receiver
-        self.name = pair.name
+        self.name = pair.get_name()  # a lambda's has no attribute of that name
         self._on_stub = None
         self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def

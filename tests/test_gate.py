@@ -241,6 +241,12 @@ class TestArguments:
         ("arguments", "error", "message"),
         [
             ({"key": "tenant", "limit": 1}, TypeError, r"^key='tenant': must be a function of the input"),
+            (
+                {"key": lambda desk, query: query, "limit": 1},
+                TypeError,
+                r"^key=.*lambda.* with one argument, the input, and takes \(desk, query\); .*key=lambda call: call",
+            ),
+            ({"cost": lambda: 1, "per_second": 1}, TypeError, r"^cost=.*one argument, the input, and takes \(\); "),
             ({"timeout": 0, "limit": 1}, ValueError, r"^timeout=0: must be above 0 and finite, as in timeout=30$"),
             ({"cost": -1, "per_second": 1}, ValueError, r"^cost=-1: must be finite and not negative$"),
             ({"cost": True, "per_second": 1}, TypeError, r"^cost=True: must be a number$"),

@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -188,6 +189,51 @@ def test_each_access_gives_an_equal_pair(owner: Callable[[str], Any]) -> None:
     assert hash(fx.fetch) == hash(fx.fetch)
     assert fx.fetch != other.fetch
     assert isinstance(fx.fetch, Dual)
+
+
+async def test_a_lambda_binds_too() -> None:
+    """A pair of a lambda, which has no name but its attribute's, is a method like any other."""
+
+    class Desk:
+        double = dual(lambda self, amount: 2 * amount)
+
+    assert Desk().double.invoke(3) == 6
+    assert await Desk().double.ainvoke(3) == 6
+
+
+class Inside(ABC):
+    """An abstract class with `abstractmethod` under `dual`."""
+
+    @dual
+    @abstractmethod
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+
+
+class Outside(ABC):
+    """An abstract class with `abstractmethod` over `dual`."""
+
+    @abstractmethod
+    @dual
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+
+
+class Real(Inside, Outside):
+    """What overrides them."""
+
+    @dual
+    def fetch(self, query: str) -> str:
+        return query
+
+
+def test_a_pair_may_be_abstract() -> None:
+    """A class that does not override it can't be instantiated."""
+    for base in (Inside, Outside):
+        with pytest.raises(TypeError, match="abstract"):
+            base()  # type: ignore[abstract]
+
+    assert Real().fetch.invoke("EUR") == "EUR"
 
 
 def test_a_pair_keeps_no_instance_alive() -> None:
