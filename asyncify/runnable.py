@@ -517,9 +517,8 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             yield from self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
             return
         received, run = Sum(), None
-        inputs = received.of(input)
+        inputs = started(received.of(input))  # the run before this one starts first, and outside this one's context
         if self._live.sync.shape.takes_run_manager or observed(config):
-            inputs = started(inputs)  # the run before this one is to start first
             child, run = start_run(config, self.get_name())
         else:
             child = quiet_config(config, is_async=False)
@@ -534,9 +533,8 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
                 yield chunk
             return
         received, run = Sum(), None
-        inputs = received.aof(input)
+        inputs = await astarted(received.aof(input))  # the run before this one starts first, and outside its context
         if self._live.async_.shape.takes_run_manager or observed(config):
-            inputs = await astarted(inputs)  # the run before this one is to start first
             child, run = await astart_run(config, self.get_name())
         else:
             child = quiet_config(config, is_async=True)

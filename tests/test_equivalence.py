@@ -171,6 +171,7 @@ class Tree:
     make: Make
     is_async: bool = False
     threads: bool = True  # the loop that skips time does not wait for those of a bridge
+    streams: bool = False
     watchers: list[Any] = field(default_factory=list)
     seen: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -301,6 +302,9 @@ class Tree:
         return self._runnable(place, sides, sync, async_)
 
     def _generate(self, place: str, sides: str, count: int) -> Any:
+        if self.streams:  # where a lambda raises: behind a generator of nothing, and for a sync one on the async path
+            sides, count = "both", max(count, 1)
+
         def sync(x: int, by: int = 1) -> Iterator[int]:
             self._note(place, x, by)
             yield from range(x, x + count)
@@ -438,29 +442,35 @@ INPUTS = (1, 0)
 """A tree runs twice, for what a run leaves behind may show in the next."""
 
 
-def _run(make: Make, spec: Spec, config: RunnableConfig, *, observed: bool) -> Outcome:
-    tree = Tree(make, watchers=[Watcher()])
+def _run(make: Make, spec: Spec, config: RunnableConfig, *, observed: bool, streams: bool = False) -> Outcome:
+    tree = Tree(make, streams=streams, watchers=[Watcher()])
     runnable, given = tree.build(spec), _with(config, tree, observed=observed)
     mark.set("the caller's")
     results: list[Any] = []
     for value in INPUTS:
         try:
-            results.append(runnable.invoke(value, given))
+            results.append(list(runnable.stream(value, given)) if streams else runnable.invoke(value, given))
         except (Exception, Abort) as error:  # noqa: BLE001  (it is compared)
             results.append(_shown_error(error))
     return _outcome(tree, spec, results, given, 0)
 
 
-async def _arun(make: Make, spec: Spec, config: RunnableConfig, *, observed: bool) -> Outcome:
+async def _all_of(runnable: Runnable[Any, Any], value: Any, config: RunnableConfig) -> list[Any]:
+    return [chunk async for chunk in runnable.astream(value, config)]
+
+
+async def _arun(make: Make, spec: Spec, config: RunnableConfig, *, observed: bool, streams: bool = False) -> Outcome:
     races = "dict" in repr(spec) or "wait" in repr(spec)
-    tree = Tree(make, is_async=True, threads=not races, watchers=[Watcher(), AsyncWatcher()])
+    tree = Tree(make, is_async=True, threads=not races, streams=streams, watchers=[Watcher(), AsyncWatcher()])
     runnable, given = tree.build(spec), _with(config, tree, observed=observed)
     mark.set("the caller's")
     results: list[Any] = []
     for value in INPUTS:
         try:
             async with asyncio.timeout(TOO_LONG / 2 if races else None):
-                results.append(await runnable.ainvoke(value, given))
+                results.append(
+                    await _all_of(runnable, value, given) if streams else await runnable.ainvoke(value, given)
+                )
         except (Exception, Abort) as error:  # noqa: BLE001  (it is compared)
             results.append(_shown_error(error))
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -507,10 +517,9 @@ LEAVES: Any = st.one_of(
 )
 
 
-def _grow(trees: Any) -> Any:
+def _grow_in_line(trees: Any) -> Any:
     return st.one_of(
         st.tuples(st.just("pipe"), st.lists(trees, min_size=2, max_size=3)),
-        st.tuples(st.just("dict"), st.lists(trees, min_size=1, max_size=2)),
         st.tuples(st.just("retry"), trees),
         st.tuples(st.just("fall_back"), trees, trees),
         st.tuples(st.just("configured"), trees, INNER_CONFIGS),
@@ -521,7 +530,13 @@ def _grow(trees: Any) -> Any:
     )
 
 
+def _grow(trees: Any) -> Any:
+    return _grow_in_line(trees) | st.tuples(st.just("dict"), st.lists(trees, min_size=1, max_size=2))
+
+
 TREES: Any = st.recursive(LEAVES, _grow, max_leaves=6)
+STREAMED_TREES: Any = st.recursive(LEAVES, _grow_in_line, max_leaves=6)
+"""No dict: the chunks of its branches come as their threads end, and what is behind an error stays open."""
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
@@ -544,4 +559,29 @@ def test_a_tree_of_pairs_is_a_tree_of_lambdas_async(*, spec: Spec, config: Runna
     ours = _run_skipping(_arun(make_pair, spec, config, observed=observed))
 
     assert ours == _run_skipping(_arun(make_lambda, spec, config, observed=observed))
+    assert ours.left_running == 0
+
+
+@pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(spec=STREAMED_TREES, config=CONFIGS)
+def test_a_tree_of_pairs_streams_as_a_tree_of_lambdas(*, spec: Spec, config: RunnableConfig, observed: bool) -> None:
+    """The chunks of a stream, and all that is seen, are the same."""
+
+    def run(make: Make) -> Outcome:
+        return copy_context().run(_run, make, spec, config, observed=observed, streams=True)
+
+    assert run(make_pair) == run(make_lambda)
+
+
+@pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(spec=STREAMED_TREES, config=CONFIGS)
+def test_a_tree_of_pairs_streams_as_a_tree_of_lambdas_async(
+    *, spec: Spec, config: RunnableConfig, observed: bool
+) -> None:
+    """The async twin, after which no task is left."""
+    ours = _run_skipping(_arun(make_pair, spec, config, observed=observed, streams=True))
+
+    assert ours == _run_skipping(_arun(make_lambda, spec, config, observed=observed, streams=True))
     assert ours.left_running == 0

@@ -292,6 +292,27 @@ async def test_a_stream_runs_in_the_task_that_reads_it(config: MakeConfig) -> No
     assert asyncio.current_task() not in theirs
 
 
+async def test_a_step_of_a_stream_does_not_see_the_config_of_the_next() -> None:
+    """The second step asks for the first one's chunks, but not from inside its own run."""
+    seen: list[tuple[str, Any]] = []
+
+    @dual
+    def first(value: int, config: RunnableConfig) -> int:
+        seen.append(("first", config.get("max_concurrency")))
+        return value
+
+    @dual
+    def second(value: int, config: RunnableConfig) -> int:
+        seen.append(("second", config.get("max_concurrency")))
+        return value
+
+    pipe = first | second.with_config(max_concurrency=3)
+
+    assert list(pipe.stream(1)) == [1]
+    assert [chunk async for chunk in pipe.astream(1)] == [1]
+    assert seen == [("first", None), ("second", 3)] * 2
+
+
 @watched_or_not
 async def test_what_a_stream_writes_to_a_context_stays_there(config: MakeConfig) -> None:
     """A context variable lives from chunk to chunk, and does not leak to the reader."""
