@@ -75,17 +75,17 @@ def uncontended() -> Case:
             Side("rate: pyrate-limiter", acquire_pyrate),
         ],
         reference="Semaphore and aiolimiter",
-        rounds=15,
-        inner=2000,
+        rounds=51,
+        inner=600,
     )
 
 
 # Many at the gate
 
 
-async def admission(make: Callable[[], Gate], waiting: int) -> float:
-    """Return the seconds that one of so many tasks takes from its first step, through a single slot, to its end."""
-    gate, free = make(), asyncio.Event()
+async def admission(make: Callable[[int], Gate], waiting: int, slots: int = 1) -> float:
+    """Return the seconds that one of so many tasks takes from its first step, through one of the slots, to its end."""
+    gate, free = make(slots), asyncio.Event()
 
     async def hold() -> None:
         async with gate:
@@ -95,31 +95,31 @@ async def admission(make: Callable[[], Gate], waiting: int) -> float:
         async with gate:
             pass
 
-    holder = asyncio.create_task(hold())
-    await asyncio.sleep(0)  # it is inside
+    holders = [asyncio.create_task(hold()) for _ in range(slots)]
+    await asyncio.sleep(0)  # they are inside
     start = time.perf_counter()
     tasks = [asyncio.create_task(call()) for _ in range(waiting)]
     await asyncio.sleep(0)  # all of them come and wait
     free.set()
-    await asyncio.gather(holder, *tasks)
+    await asyncio.gather(*holders, *tasks)
     return (time.perf_counter() - start) / waiting
 
 
-ONE_SLOT: dict[str, Callable[[], Gate]] = {
-    "asyncio.Semaphore": lambda: asyncio.Semaphore(1),
-    OURS: lambda: Limiter(limit=1),
-    "aiologic": lambda: aiologic.Semaphore(1),
-    "anyio": lambda: anyio.CapacityLimiter(1),
+GATES: dict[str, Callable[[int], Gate]] = {
+    "asyncio.Semaphore": asyncio.Semaphore,
+    OURS: lambda slots: Limiter(limit=slots),
+    "aiologic": aiologic.Semaphore,
+    "anyio": anyio.CapacityLimiter,
 }
 
 
-def contended(waiting: int) -> Case:
+def contended(waiting: int, slots: int = 1) -> Case:
     """Compare what an admission costs while so many tasks wait."""
     return Case(
-        f"An admission, {waiting:,} tasks waiting",
+        f"An admission, {waiting:,} tasks waiting for {'one slot' if slots == 1 else f'{slots:,} slots'}",
         sides=[
-            Side(name, partial(admission, make, waiting), target=NO_DEARER if name == OURS else None)
-            for name, make in ONE_SLOT.items()
+            Side(name, partial(admission, make, waiting, slots), target=NO_DEARER if name == OURS else None)
+            for name, make in GATES.items()
         ],
         reference="asyncio.Semaphore",
         gauge=Gauge.RETURNED,
@@ -134,7 +134,7 @@ def growth(waiting: Sequence[int]) -> Case:
     return Case(
         f"An admission by {OURS}, more and more waiting",
         sides=[
-            Side(name, partial(admission, ONE_SLOT[OURS], number), target=None if name == few else NO_GROWTH)
+            Side(name, partial(admission, GATES[OURS], number), target=None if name == few else NO_GROWTH)
             for name, number in zip([few, *more], waiting, strict=True)
         ],
         reference=few,
@@ -277,6 +277,8 @@ def benchmark(*, quick: bool) -> Sequence[Case]:
         uncontended(),
         contended(20_000),
         contended(100_000),
+        contended(20_000, slots=100),
+        contended(20_000, slots=1_000),
         growth((1_000, 20_000, 100_000)),
         under_load(50, 99, 4),
         under_load(500, 99, 4),
