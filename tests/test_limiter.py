@@ -1095,6 +1095,16 @@ class TestResize:
         assert repr(limiter) == "<Limiter 20 per second, 50 per minute, 0 waiting>"
         assert limiter.limits.burst == 1
 
+    def test_who_leaves_gives_its_own_slot_back(self) -> None:
+        """Those who are still inside are the others, also where each end is learnt from."""
+        limiter = Limiter(limit=Adaptive(min=1, max=20, start=20))
+        permits = [contextvars.Context().run(limiter.enter) for _ in range(20)]
+        for permit in permits[:10]:
+            permit.end()
+        limiter.stats()
+
+        assert limiter._meter.inside == set(permits[10:])
+
     async def test_one_who_does_not_wait_yet_keeps_nobody_from_being_woken(self) -> None:
         """Of two who are let in at once the first has queued and not begun to wait: it sees that by itself."""
         limiter = Limiter(limit=2)
@@ -1185,8 +1195,8 @@ class TestAdaptive:
 
             assert limiter.stats().limit == 2
 
-    @pytest.mark.parametrize("pause", [0, 2])
-    def test_a_refusal_that_pauses_puts_the_next_try_off(self, pause: int) -> None:
+    @pytest.mark.parametrize(("pause", "seconds"), [(0, 6), (2, 8)])
+    def test_a_refusal_that_pauses_puts_the_next_try_off(self, pause: int, seconds: int) -> None:
         """So many seconds after a congestion the limit is above what hurt, unless each try costs a pause."""
         clock = FakeClock()
         limiter = Limiter(limit=Adaptive(min=1, max=99, start=8), clock=clock)
@@ -1194,7 +1204,7 @@ class TestAdaptive:
         permits[0].end(ServerError(429, {"Retry-After": str(pause)}))
         for permit in permits[1:]:
             permit.end()
-        for _ in range(80):
+        for _ in range(10 * seconds):
             clock.advance(0.1)
             if clock.now() > pause:
                 permits = [contextvars.Context().run(limiter.enter) for _ in range(limiter.limits.limit or 0)]

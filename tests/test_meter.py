@@ -478,12 +478,12 @@ class TestWindows:
     def test_a_correction_leaves_the_window_with_its_admission(self) -> None:
         """What is corrected is the whole entry, which may hold more than one call: all of it leaves together."""
         window = _Window(Rate(10, 1.0))
-        window.add(0, 2)
-        window.add(0, 2)
-        window.add(0.5, 3)
-        window.correct(0, -1)
+        window.add(100, 2)
+        window.add(100, 2)
+        window.add(100.5, 3)
+        window.correct(100, -1)
         assert window.used == 6
-        window.expire(1.0)
+        window.expire(101)
 
         assert window.used == 3
 
@@ -739,6 +739,14 @@ class TestIdle:
 
         assert not meter.is_idle(idle_at - 0.001)
         assert meter.is_idle(idle_at)
+
+    def test_rates_that_were_taken_away_count_no_longer(self) -> None:
+        """What was admitted under them keeps the place of the next call, and nothing else."""
+        meter = Meter(limits(per_second=10))
+        meter.admit(5, 1, 5)
+        meter.configure(limits(limit=1))
+
+        assert meter.is_idle(5.2)
 
     def test_a_debt_to_the_pace_is_not_idle(self) -> None:
         """A cost that was corrected far upwards counts for as long as it delays the next call."""
