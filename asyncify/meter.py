@@ -280,8 +280,8 @@ class Meter:
         at = now if window.used + cost <= window.amount else window.free_at(now, cost)
         opens = self._longer_free_at(now, cost) if self._longer else now
         ready = self._open_since if self._open_since > since else since
-        if ready > now >= opens:  # a longer window has opened before its time, by a correction or by new limits
-            ready = self._open_since = now
+        if ready > opens:  # a longer window opens before its time, by a correction or by new limits
+            ready = self._open_since = opens
         if self._behind:
             if ready - self._last > CATCH_UP:
                 self._behind = 0.0

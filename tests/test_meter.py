@@ -646,6 +646,15 @@ class TestConfigure:
 
         assert run(meter, until=2.15, start=2) == pytest.approx([2, 2.1])
 
+    def test_a_longer_window_that_becomes_shorter_is_waited_for_no_longer(self) -> None:
+        """Who waits for the hour to pass waits for the minute when that is the longer window now."""
+        meter = Meter(limits(per_minute=1, per_hour=1))
+        meter.admit(0, 1, 0)
+        assert meter.admit(0, 1, 0) == 3600
+        meter.configure(limits(per_second=1, per_minute=1))
+
+        assert meter.admit(0, 1, 0) == 60
+
     def test_rates_that_were_taken_away_may_come_back(self) -> None:
         """A meter without rates admits by slots alone, and later by the pace again."""
         meter = Meter(limits(limit=9, per_second=1))
