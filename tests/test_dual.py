@@ -365,6 +365,21 @@ def test_a_second_side_that_does_not_fit_is_refused() -> None:
     assert registry[f"{__name__}.{fetch.__qualname__}"].async_ == "bridged"
 
 
+def test_a_second_side_that_does_not_fit_is_refused_from_async() -> None:
+    """The sync twin."""
+
+    @dual
+    async def fetch(query: str) -> str:
+        return await fetch_async(query)
+
+    def other(text: str) -> str:
+        return text
+
+    with pytest.raises(PairError, match=r"fetch.sync: the two sides take different parameters"):
+        fetch.sync(other)  # type: ignore[arg-type]
+    assert registry[f"{__name__}.{fetch.__qualname__}"].sync == "bridged"
+
+
 def test_a_limit_on_the_decorated_side_is_the_limit_of_the_pair() -> None:
     """`@concurrency` below `@dual` limits the pair, which takes the place of the limited function."""
 

@@ -289,6 +289,7 @@ def test_the_input_schema_of_one_value_is_its_type() -> None:
     """With one required parameter the schema is that of the value, as LangChain makes it."""
     assert fetch.get_input_jsonschema() == RunnableLambda(fetch.func).get_input_jsonschema() | {"title": "fetch_input"}
     assert repeat.get_input_jsonschema()["type"] == "string"
+    assert repeat.input_schema.model_json_schema() == repeat.get_input_jsonschema()
     assert fetch.get_output_jsonschema()["type"] == "string"
 
 

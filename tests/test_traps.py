@@ -1,6 +1,7 @@
 """The traps that a pair's callers are told of: each as the documentation shows it, and the corrected version."""
 
 import asyncio
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -319,6 +320,13 @@ async def test_a_pair_can_be_told_to_be_silent(clock, make):
     assert pair.invoke(1) == 1
 
 
+async def test_a_pair_of_a_limited_function_is_not_silent():
+    """Nobody has told either decorator to be."""
+    pair = dual(concurrency(limit=5)(fetch), name="limited")
+
+    assert [message.category for message in await told(pair.abatch(list(range(10))))] == [BridgedWarning]
+
+
 async def test_two_sides_can_be_told_to_be_silent():
     """`warn=False` holds for a pair of two functions as well."""
     pair = dual(sync=fetch, async_=fetch_async, warn=False, name="both")
@@ -334,6 +342,8 @@ def test_a_sync_batch_of_an_async_function_runs_at_once():
     inside = 0
     most = 0
     all_in = asyncio.Event()
+    threads: list[int] = []
+    before = threading.active_count()
 
     @concurrency(limit=200)
     async def fetch(query: int) -> int:
@@ -341,6 +351,7 @@ def test_a_sync_batch_of_an_async_function_runs_at_once():
         inside += 1
         most = max(most, inside)
         if inside == 200:
+            threads.append(threading.active_count())
             all_in.set()
         await all_in.wait()
         inside -= 1
@@ -348,6 +359,7 @@ def test_a_sync_batch_of_an_async_function_runs_at_once():
 
     assert fetch.batch(list(range(200))) == list(range(200))
     assert most == 200
+    assert threads[0] <= before + 1  # the background loop's
 
 
 def test_a_sync_batch_of_an_async_function_keeps_to_max_concurrency():
