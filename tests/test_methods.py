@@ -191,6 +191,12 @@ def test_each_access_gives_an_equal_pair(owner: Callable[[str], Any]) -> None:
     assert isinstance(fx.fetch, Dual)
 
 
+async def test_the_sides_of_a_bound_pair_are_bound() -> None:
+    """`func` and `afunc` are the methods themselves, without the limit."""
+    assert Plain("fx").fetch.func("EUR") == "sync fx EUR"
+    assert await Plain("fx").fetch.afunc("EUR") == "async fx EUR"
+
+
 async def test_a_lambda_binds_too() -> None:
     """A pair of a lambda, which has no name but its attribute's, is a method like any other."""
 
@@ -199,6 +205,17 @@ async def test_a_lambda_binds_too() -> None:
 
     assert Desk().double.invoke(3) == 6
     assert await Desk().double.ainvoke(3) == 6
+    assert Desk().double.__qualname__ == Desk.double.__qualname__ == f"{Desk.__qualname__}.double"
+
+
+def test_a_bound_pair_is_not_bound_again() -> None:
+    """As an attribute of another class it stays the method of its own instance."""
+    fx = Plain("fx")
+
+    class Other:
+        fetch = fx.fetch
+
+    assert Other().fetch.invoke("EUR") == "sync fx EUR"
 
 
 class Inside(ABC):
