@@ -4,9 +4,9 @@ An SQLite file with one row for each call that has ended: the key of its input, 
 What is recorded is safe from the death of the process at once (a write-ahead log); a power cut may lose the last
 rows, never the file.
 
-Rows are only ever appended. What finds the output of a key is a list of keys beside them, in segments that are each
-sorted by themselves, as in a log-structured merge-tree (P. O'Neil and others, Acta Informatica 33:4, 1996): most keys
-are random, and an index over all of them would be written anew, nearly all of it, with every few thousand rows.
+Rows are only ever appended. What finds the row of a key is a table in memory, made anew from the file when that is
+opened: most keys are random, and an index in the file would be written anew, nearly all of it, with every few
+thousand rows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import hashlib
 import json
 import pickle
 import sqlite3
+from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain, count
+from itertools import chain
 from os import PathLike
 from time import monotonic, sleep
 from typing import Any, Literal, Self
@@ -34,12 +35,12 @@ Row = tuple[str, str | bytes | None, int | str]
 """What is recorded of an input: its key, encoded output and checksum; of a failure its key, None and the error."""
 
 _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
-_VERSION = 2
+_VERSION = 3
 _BUSY_SECONDS = 60.0
 _RETRY_SECONDS = 0.01
 
-_SEGMENT_KEYS = 100_000
-"""Keys kept in memory before they are sorted into a segment: some 13 MB."""
+_READ_AT_ONCE = 10_000
+"""Keys in memory while a file is read."""
 
 _INSERTED_AT_ONCE = 100
 """Rows of one statement: each has to fetch Python's lock again, from the event loop, so one for each row is dear."""
@@ -59,13 +60,6 @@ CREATE TABLE outputs (
     checksum INTEGER NOT NULL -- CRC-32 of key and output: SQLite has none, and a flipped bit would be another output
 );
 CREATE TABLE failures (id INTEGER PRIMARY KEY, key TEXT NOT NULL, error TEXT NOT NULL);
-CREATE TABLE segments (segment INTEGER PRIMARY KEY, last_output INTEGER NOT NULL);
-CREATE TABLE finished (
-    segment INTEGER,
-    key TEXT,
-    id INTEGER NOT NULL,      -- of the output
-    PRIMARY KEY (segment, key)
-) WITHOUT ROWID;
 CREATE VIEW items AS          -- one row for each input; an output counts for more than a later failure
 SELECT key, output, error, attempts FROM (
     SELECT key, output, error, count(*) AS attempts, max((error IS NULL) << 62 | id) FROM (
@@ -74,23 +68,13 @@ SELECT key, output, error, attempts FROM (
 );
 """
 
-_FIND = """
-SELECT output, checksum FROM outputs WHERE id =
-    (SELECT id FROM finished WHERE key = ? AND segment IN (SELECT segment FROM segments) LIMIT 1)
-"""
+_READ = "SELECT key, output, checksum FROM outputs WHERE id = ?"
 
-_READ = "SELECT output, checksum FROM outputs WHERE id = ?"
-
-_OTHERS = "SELECT key, id FROM outputs WHERE id > ? AND id < ?"
+_KEYS_BETWEEN = "SELECT key, id FROM outputs WHERE id > ? AND id < ?"
 
 _INSERT_OUTPUTS = "INSERT INTO outputs (key, output, checksum) VALUES "
 
 _INSERT_FAILURE = "INSERT INTO failures (key, error) VALUES (?, ?)"
-
-_SORT = """
-INSERT OR IGNORE INTO finished
-SELECT ?, key, id FROM outputs WHERE id > ? AND id <= ? ORDER BY key
-"""
 
 
 class Checkpoint:
@@ -112,15 +96,14 @@ class Checkpoint:
     def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec, *, has_key: bool = False) -> None:
         self.path = path
         self._encode, self._decode = _CODECS[codec]
-        self._recent: dict[str, int] = {}
-        self._sorted = _Filter()
+        self._ids = _Ids()
         with self._explained():
             self._reader = self._connect()
             self._writer = self._connect()
             try:
                 self._set_up({"runnable": runnable, "codec": codec, "keys": _KEYS[has_key]})
-                self._last_seen = self._sort_anew()
-                self._sorted.update(key for (key,) in self._reader.execute("SELECT key FROM finished"))
+                self._last_seen: int = _only(self._reader, "SELECT coalesce(max(id), 0) FROM outputs")
+                self._learn(self._reader, 0, self._last_seen + 1)
             except BaseException:
                 self.__exit__()
                 raise
@@ -180,18 +163,22 @@ class Checkpoint:
 
     def find(self, key: str) -> tuple[Any] | None:
         """Return the output of a finished input, in a tuple of one; None if it is not there or has failed."""
-        recent = self._recent.get(key)
-        if recent is None and not self._sorted.may_have(key):
-            return None
-        with self._explained():
-            found = self._reader.execute(*((_FIND, (key,)) if recent is None else (_READ, (recent,)))).fetchone()
-        if found is None:
-            return None
-        output, checksum = found
-        if not isinstance(output, (str, bytes)) or _checksum(key, output) != checksum:
-            raise CheckpointError(f"checkpoint {self.path}: damaged (the output of {key!r}); {_WAY_OUT}")
+        for id_ in self._ids.find(key):
+            with self._explained():
+                found, output, checksum = self._reader.execute(_READ, (id_,)).fetchone() or (key, None, 0)
+            if (
+                not isinstance(found, str)
+                or not isinstance(output, (str, bytes))
+                or _checksum(found, output) != checksum
+            ):
+                raise CheckpointError(f"checkpoint {self.path}: damaged (the output of {key!r}); {_WAY_OUT}")
+            if found == key:
+                return (self._decoded(key, output),)
+        return None
+
+    def _decoded(self, key: str, output: str | bytes) -> Any:
         try:
-            return (self._decode(output),)
+            return self._decode(output)
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.path}: can't read back the output of {key!r}: {error}") from error
 
@@ -231,38 +218,15 @@ class Checkpoint:
         """Remember where the outputs of some keys are, the last of them there."""
         first = last - len(keys) + 1
         if first > self._last_seen + 1:  # another process has recorded something too
-            self._recent.update(self._writer.execute(_OTHERS, (self._last_seen, first)))
-        self._recent.update(zip(keys, count(first)))
+            self._learn(self._writer, self._last_seen, first)
+        self._ids.add(keys, range(first, last + 1))
         self._last_seen = last
-        if len(self._recent) > _SEGMENT_KEYS:
-            self._sort()
 
-    def _sort(self) -> None:
-        """Make a segment of what was recorded since the last one."""
-        with _transaction(self._writer):
-            self._add_segment(self._last_output())
-        self._sorted.update(self._recent)
-        self._recent = {}
-
-    def _sort_anew(self) -> int:
-        """Make one segment of all, if it is not already; return the last output there is."""
-        with _transaction(self._writer):
-            last_output = self._last_output()
-            if self._writer.execute("SELECT last_output FROM segments").fetchall() != [(last_output,)]:
-                self._writer.execute("DELETE FROM finished")
-                self._writer.execute("DELETE FROM segments")
-                self._add_segment(last_output)
-        return last_output
-
-    def _last_output(self) -> int:
-        last_output: int = _only(self._writer, "SELECT coalesce(max(id), 0) FROM outputs")
-        return last_output
-
-    def _add_segment(self, last_output: int) -> None:
-        so_far = "SELECT count(*), coalesce(max(last_output), 0) FROM segments"
-        segment, sorted_to = self._writer.execute(so_far).fetchone()
-        self._writer.execute(_SORT, (segment, sorted_to, last_output))
-        self._writer.execute("INSERT INTO segments VALUES (?, ?)", (segment, last_output))
+    def _learn(self, db: sqlite3.Connection, after: int, before: int) -> None:
+        """Remember where the outputs are that lie between two places in the file."""
+        rows = db.execute(_KEYS_BETWEEN, (after, before))
+        while part := rows.fetchmany(_READ_AT_ONCE):
+            self._ids.add(*zip(*part, strict=True))
 
 
 def _checksum(key: str, output: str | bytes) -> int:
@@ -300,31 +264,58 @@ def _transaction(db: sqlite3.Connection) -> Generator[None]:
     db.execute("COMMIT")
 
 
-_FILTER_BYTES = 1 << 22
-_TWO_BITS = [1 << one | 1 << two for one in range(8) for two in range(8)]
+class _Ids:
+    """Which ids may be those of a key: a hash table with linear probing, in 8 bytes a slot.
 
-
-class _Filter:
-    """A Bloom filter with two bits of one byte for each key: what it has not seen needs no look-up.
-
-    (B. H. Bloom, CACM 13:7, 1970.) After a million keys it takes one new key in 64 for a seen one, after ten million
-    one in four; then a look-up finds nothing.
+    (D. E. Knuth, The Art of Computer Programming, vol. 3, section 6.4, algorithm L.) A slot holds 32 bits of the key's
+    hash and the id, and not the key, so an id that is found is another key's once in four thousand million. Half of
+    the slots or more are free: a key takes 16 to 32 bytes, a fifth of what it would in a dict.
     """
 
     def __init__(self) -> None:
-        self._bytes = bytearray(_FILTER_BYTES)
+        self._slots = _free_slots(_FIRST_SLOTS)
+        self._used = 0
 
-    def update(self, keys: Iterable[str]) -> None:
-        """Take in keys."""
-        seen = self._bytes
-        for number in map(hash, keys):
-            seen[number % _FILTER_BYTES] |= _TWO_BITS[number >> 22 & 63]
+    def add(self, keys: Sequence[str], ids: Iterable[int]) -> None:
+        """Take in keys, each with its id."""
+        self._used += len(keys)
+        needed = 1 << (2 * self._used - 1).bit_length()
+        if needed > len(self._slots):
+            larger = _free_slots(needed)
+            _put(larger, filter(None, self._slots))
+            self._slots = larger
+        _put(self._slots, ((hash(key) & _LOW) << 32 | id_ for key, id_ in zip(keys, ids, strict=True)))
 
-    def may_have(self, key: str) -> bool:
-        """Tell whether a key was perhaps taken in."""
-        number = hash(key)
-        bits = _TWO_BITS[number >> 22 & 63]
-        return self._bytes[number % _FILTER_BYTES] & bits == bits
+    def find(self, key: str) -> tuple[int, ...]:
+        """Return the ids that may be those of a key: none, if it was not taken in."""
+        slots = self._slots  # another thread may put a larger table in its place
+        last = len(slots) - 1
+        hashed = hash(key) & _LOW
+        place = hashed & last
+        found: tuple[int, ...] = ()
+        while entry := slots[place]:
+            if entry >> 32 == hashed:
+                found += (entry & _LOW,)
+            place = (place + 1) & last
+        return found
+
+
+_FIRST_SLOTS = 1024
+_LOW = (1 << 32) - 1
+
+
+def _free_slots(number: int) -> array[int]:
+    return array("Q", bytes(8 * number))
+
+
+def _put(slots: array[int], entries: Iterable[int]) -> None:
+    """Put each entry into the first free slot from its own on."""
+    last = len(slots) - 1
+    for entry in entries:
+        place = entry >> 32 & last
+        while slots[place]:
+            place = (place + 1) & last
+        slots[place] = entry
 
 
 _KEYS = {True: "given by key=", False: "made of the inputs"}

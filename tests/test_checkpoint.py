@@ -213,9 +213,12 @@ def test_a_failure_never_takes_the_place_of_an_output(path: Path) -> None:
     assert found == (1,)
 
 
-def test_an_output_is_found_before_and_after_its_key_is_sorted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every few keys are sorted into a segment, and all into one when the file is opened again."""
-    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", 7)
+def test_an_output_is_found_while_the_file_grows_and_when_it_is_opened_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What finds the rows is made larger again and again, and made anew when a file is opened, a part at a time."""
+    monkeypatch.setattr(checkpoint_module, "_FIRST_SLOTS", 2)
+    monkeypatch.setattr(checkpoint_module, "_READ_AT_ONCE", 3)
     with Checkpoint(path, "work", "json") as checkpoint:
         for number in range(20):
             checkpoint.record([checkpoint.row(str(number), number, None)])
@@ -226,6 +229,26 @@ def test_an_output_is_found_before_and_after_its_key_is_sorted(path: Path, monke
             ]
     with Checkpoint(path, "work", "json") as checkpoint:
         assert [checkpoint.find(str(key)) for key in range(21)] == [*((key,) for key in range(20)), None]
+
+
+@settings(deadline=None)
+@given(hashes=st.lists(st.integers(0, 40), max_size=30), bits=st.sampled_from([1, 3, 32, 61]))
+def test_keys_whose_hashes_are_alike_are_told_apart(
+    tmp_path_factory: pytest.TempPathFactory, hashes: list[int], bits: int
+) -> None:
+    """However many keys share a hash, or the part of it that is kept, each finds its own output alone."""
+    hash_of = {f"key {number}": hashed << bits | hashed for number, hashed in enumerate(hashes)}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Checkpoint(tmp_path_factory.mktemp("alike") / "run.sqlite", "work", "json") as checkpoint,
+    ):
+        patch.setattr(checkpoint_module, "hash", lambda key: hash_of.get(key, 1), raising=False)
+        for key in hash_of:
+            assert checkpoint.find(key) is None
+            checkpoint.record([checkpoint.row(key, key, None)])
+
+        assert [checkpoint.find(key) for key in hash_of] == [(key,) for key in hash_of]
+        assert checkpoint.find("none of them") is None
 
 
 def test_many_outputs_are_recorded_at_once(path: Path) -> None:
@@ -242,12 +265,8 @@ def test_many_outputs_are_recorded_at_once(path: Path) -> None:
     assert found == [(number,) if number % 7 else None for number in numbers]
 
 
-@pytest.mark.parametrize("segment_keys", [1, 1000])
-def test_one_process_learns_what_another_has_recorded(
-    path: Path, monkeypatch: pytest.MonkeyPatch, segment_keys: int
-) -> None:
+def test_one_process_learns_what_another_has_recorded(path: Path) -> None:
     """It looks for news when it records something itself, and takes nobody's output for another's."""
-    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", segment_keys)
     with Checkpoint(path, "work", "json") as one, Checkpoint(path, "work", "json") as other:
         for number in range(0, 10, 2):
             one.record([one.row(f"{number}", number, None), one.row(f"{number} failed", None, LookupError())])
@@ -657,16 +676,23 @@ def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -
     assert sum(counted.calls.values()) == before
 
 
-@pytest.mark.parametrize("segment_keys", [1, 1000], ids=["sorted", "recent"])
-@pytest.mark.parametrize("output", ["{}", b"{}", 7], ids=repr)
-def test_an_output_that_is_not_what_was_recorded_is_refused(
-    path: Path, monkeypatch: pytest.MonkeyPatch, output: object, segment_keys: int
-) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        """UPDATE outputs SET output = '{}' WHERE key = 'damaged'""",
+        """UPDATE outputs SET output = x'7b7d' WHERE key = 'damaged'""",
+        """UPDATE outputs SET output = 7 WHERE key = 'damaged'""",
+        """UPDATE outputs SET checksum = 7 WHERE key = 'damaged'""",
+        """UPDATE outputs SET key = x'7b7d' WHERE key = 'damaged'""",
+        """UPDATE outputs SET key = 'damagee' WHERE key = 'damaged'""",
+        """DELETE FROM outputs WHERE key = 'damaged'""",
+    ],
+)
+def test_an_output_that_is_not_what_was_recorded_is_refused(path: Path, damage: str) -> None:
     """A flipped bit that leaves the file an SQLite file makes no other output of it."""
-    monkeypatch.setattr(checkpoint_module, "_SEGMENT_KEYS", segment_keys)
     with Checkpoint(path, "work", "json") as checkpoint:
         checkpoint.record([checkpoint.row(key, [], None) for key in ("whole", "damaged")])
-        checkpoint._writer.execute("UPDATE outputs SET output = ? WHERE key = 'damaged'", (output,))
+        checkpoint._writer.execute(damage)
 
         assert checkpoint.find("whole") == ([],)
         with pytest.raises(CheckpointError, match=r"damaged \(the output of 'damaged'\); .*delete the file"):
@@ -678,7 +704,6 @@ def test_a_flipped_bit_never_makes_another_output(path: Path) -> None:
     outputs = {f"question {number}": f"answer {number}" for number in range(40)}
     with Checkpoint(path, "work", "json") as checkpoint:
         checkpoint.record([checkpoint.row(key, output, None) for key, output in outputs.items()])
-    Checkpoint(path, "work", "json").__exit__()  # which sorts the keys
     whole = path.read_bytes()
     ends: Counter[str] = Counter()
     for place in range(0, len(whole), 97):
@@ -776,7 +801,6 @@ def work(way: str, directory: str, inputs: int, last_call: int | None = None) ->
 
     number = itertools.count()
     pair: Pair = Dual(call, call_async, name="work")
-    checkpoint_module._SEGMENT_KEYS = 30  # so that a process dies in the middle of that too
     options: Any = {"checkpoint": f"{directory}/run.sqlite", "window": WINDOW, "ordered": False}
     if way == "aeach":
         asyncio.run(stream())
