@@ -17,7 +17,6 @@ from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import aclosing
 from inspect import isasyncgen
 from itertools import islice
 from typing import Any, Self
@@ -45,8 +44,9 @@ Ended = tuple[int, Any, BaseException | None]
 Width = Callable[[], float]
 """How many items may be in flight, asked again and again, as a limit may be resized meanwhile."""
 
-_STRIDE = 100
-"""Tasks made before the event loop gets a turn: unbounded items that end at once never pile up, and 100 ran fastest."""
+_SHORTEST_STRIDE, _LONGEST_STRIDE = 100, 1000
+"""Tasks made before the event loop gets a turn: as many as are alive, so that unbounded items that end at once never
+pile up, and those that wait have all begun before the first of them must be looked after again."""
 
 
 def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:
@@ -185,9 +185,9 @@ class Tasks:
                 if room <= 0:
                     await self._room_made.wait()
                     continue
-                stride = int(min(room, _STRIDE))
-                stop = index + stride
-                for value in islice(values, stride):
+                stride = min(max(len(self._alive), _SHORTEST_STRIDE), _LONGEST_STRIDE)
+                stop = index + int(min(room, stride))
+                for value in islice(values, stop - index):
                     self._run(index, value)
                     index += 1
                 if index < stop:
@@ -380,10 +380,10 @@ async def agather(
 ) -> list[Any]:
     """Return the outputs of all items, in order; the first error cancels the rest."""
     outputs: list[Any] = [None] * len(inputs)
-    completed = aas_completed(start, inputs, width, return_exceptions=return_exceptions)
-    async with aclosing(completed):
-        async for index, output in completed:
-            outputs[index] = output
+    async with Tasks(start, inputs, width) as fan:
+        while group := await fan.take():
+            for ended in group:
+                outputs[ended[0]] = outcome(ended, return_exceptions=return_exceptions)
     return outputs
 
 
