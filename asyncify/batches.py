@@ -69,11 +69,11 @@ class Items:
 
     def start(self, index: int, value: Any) -> asyncio.Task[Any]:
         """Start one input in a task of its own, with a copy of the context in which this object was made."""
+        if self._aquiet is not None:
+            return self._context.run(self._aquiet.start_unobserved, value, self._shared_by(index), self._kwargs)
         return self._context.run(self._start, index, value)
 
     def _start(self, index: int, value: Any) -> asyncio.Task[Any]:
-        if self._aquiet is not None:
-            return self._aquiet.start_unobserved(value, self._shared_by(index), self._kwargs)
         config = self._config_of(index)
         if self._ours is not None and not self._is_one_for_all and self._is_quiet(config):
             return self._ours.start_unobserved(value, config, self._kwargs)
