@@ -396,8 +396,11 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         child = quiet_config(config, is_async=False)
         context = context_of(child)
-        args, kwargs = _arguments(entry, value, child, kwargs)
-        output = context.run(entry.run, *args, **kwargs)
+        if entry.shape.takes_input_alone:
+            output = context.run(entry.run, value, **kwargs)
+        else:
+            args, kwargs = _arguments(entry, value, child, kwargs)
+            output = context.run(entry.run, *args, **kwargs)
         if _is_runnable(output):
             return context.run(self._hand_on, output, value, child)
         return output
@@ -413,11 +416,14 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         context = context_of(child)
         if awaited and innermost.get() is not None:
             hand_over(held_by_this_task(), context)
-        return asyncio.create_task(self._arun(entry, value, child, kwargs), context=context)
+        return asyncio.get_running_loop().create_task(self._arun(entry, value, child, kwargs), context=context)
 
     async def _arun(self, entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = _arguments(entry, value, config, kwargs)
-        output = await entry.run(*args, **kwargs)
+        if entry.shape.takes_input_alone:
+            output = await entry.run(value, **kwargs)
+        else:
+            args, kwargs = _arguments(entry, value, config, kwargs)
+            output = await entry.run(*args, **kwargs)
         if _is_runnable(output):
             return await output.ainvoke(value, self._one_deeper(config, value))
         return output
@@ -818,8 +824,12 @@ def _arguments(
     return args, kwargs
 
 
+_NO_RUNNABLES = frozenset((type(None), bool, bytes, dict, float, int, list, str, tuple))
+"""Types of most outputs: to ask an abstract class whether it knows them takes seven times as long."""
+
+
 def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
-    return isinstance(output, Runnable)
+    return type(output) not in _NO_RUNNABLES and isinstance(output, Runnable)
 
 
 def _is_stub_of(candidate: object, fn: Function) -> bool:

@@ -230,10 +230,12 @@ class _AsyncQuietManager(_MadeLate, AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
 
+_new: Callable[[type], Any] = object.__new__  # a manager's own __init__ would make what is hardly ever looked at
+
+
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
     """Return the config that an unobserved run hands to what runs inside it."""
-    kind = _AsyncQuietManager if is_async else _QuietManager
-    manager = kind.__new__(kind)
+    manager = _new(_AsyncQuietManager if is_async else _QuietManager)
     if not config and var_child_runnable_config.get() is None:
         return {
             "tags": [],
@@ -265,8 +267,7 @@ def config_of_steps(config: RunnableConfig | None) -> RunnableConfig | None:
 
 def recoloured(config: RunnableConfig, *, is_async: bool) -> RunnableConfig:
     """Return a copy of a quiet config for a function of this colour: an async one gets an async manager."""
-    kind = _AsyncQuietManager if is_async else _QuietManager
-    manager = kind.__new__(kind)
+    manager = _new(_AsyncQuietManager if is_async else _QuietManager)
     quiet = config.get("callbacks")
     for name in _MADE_LATE:
         value: Any = getattr(quiet, name)

@@ -186,6 +186,7 @@ class Shape:
     required: tuple[str, ...]
     positional_only: tuple[str, ...]
     has_parameters: bool
+    takes_input_alone: bool
 
     def arguments(
         self, fn: Callable[..., Any], value: Any, kwargs: Mapping[str, Any]
@@ -219,16 +220,16 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
     parameters = list(signature.parameters.values()) if signature is not None else []
     own = [parameter for parameter in parameters if parameter.name not in INJECTED]
     named = {parameter.name for parameter in parameters if parameter.kind in _NAMED}
+    required = tuple(
+        parameter.name for parameter in own if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
+    )
     return Shape(
         is_async=is_async(fn),
         is_generator=is_generator(fn),
         takes_config="config" in named,
         takes_run_manager="run_manager" in named,
-        required=tuple(
-            parameter.name
-            for parameter in own
-            if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
-        ),
+        required=required,
         positional_only=tuple(p.name for p in own if p.kind is Parameter.POSITIONAL_ONLY),
         has_parameters=bool(own) or signature is None,
+        takes_input_alone=len(required) <= 1 and named.isdisjoint(INJECTED),
     )
