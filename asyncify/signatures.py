@@ -176,7 +176,8 @@ def has_empty_body(fn: Callable[..., Any]) -> bool:
 class Shape:
     """How a function takes its input and what it gives back, looked up once.
 
-    `required` are the names of the parameters that have no default, without those that LangChain injects.
+    `required` are the names of the parameters that have no default, without those that LangChain injects;
+    `takes_input_alone` says that a call needs nothing but the input: neither spread over parameters, nor a config.
     """
 
     is_async: bool
