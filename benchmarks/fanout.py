@@ -149,9 +149,10 @@ def abatch_at_once(calls: int) -> Case:
     return Case(
         name=f"abatch of {calls:,} calls that return at once",
         reference="raw asyncio.gather",
+        rounds=15,
         sides=[
             Side("raw asyncio.gather", partial(gathered, at_once_async, calls)),
-            Side(f"gather with Semaphore({WINDOW})", partial(by_semaphore, at_once_async, calls)),
+            Side(f"gather with Semaphore({WINDOW})", partial(by_semaphore, at_once_async, calls), rounds=5),
             Side("aiometer", partial(by_aiometer, at_once_async, calls, None), rounds=2),
             Side(f"aiostream, {WINDOW} at once", partial(by_aiostream, at_once_async, calls), rounds=2),
             Side("RunnableLambda(f, afunc=g).abatch", partial(abatch, upstream_quick, calls), rounds=3),
@@ -171,6 +172,7 @@ def abatch_of_naps(calls: int) -> Case:
     return Case(
         name=f"abatch of {calls:,} calls of 0.1 s",
         reference="raw asyncio.gather",
+        rounds=15,
         sides=[
             Side("raw asyncio.gather", partial(gathered, nap, calls)),
             Side("aiometer", partial(by_aiometer, nap, calls, None), rounds=2),
