@@ -270,6 +270,43 @@ async def test_tasks_are_made_as_slots_come_free() -> None:
     assert max(alive) <= 5 + 5 + 2
 
 
+async def test_unbounded_items_that_end_at_once_never_pile_up() -> None:
+    """Of 3,000 inputs some hundreds are alive at any moment."""
+    alive: list[int] = []
+
+    async def watched(value: int) -> int:
+        if value % 50 == 0:
+            alive.append(len(asyncio.all_tasks()))
+        return value
+
+    await Pair(times_ten, watched, name="watched").abatch(list(range(3000)), {"max_concurrency": 10_000})
+
+    assert max(alive) <= 300
+
+
+async def test_unbounded_items_that_wait_have_soon_all_begun() -> None:
+    """3,000 of them within a dozen turns of the event loop, so that none waits for another's answer to be handled."""
+    may_end = asyncio.Event()
+    begun = 0
+
+    async def wait(value: int) -> int:
+        nonlocal begun
+        begun += 1
+        await may_end.wait()
+        return value
+
+    batch = asyncio.create_task(
+        Pair(times_ten, wait, name="wait").abatch(list(range(3000)), {"max_concurrency": 10_000})
+    )
+    for _ in range(12):
+        await asyncio.sleep(0)
+    seen = begun
+    may_end.set()
+
+    assert await batch == list(range(3000))
+    assert seen == 3000
+
+
 async def test_an_unobserved_item_is_one_task() -> None:
     """Beside the items' own tasks there are the caller's and the one that starts them."""
     alive: list[int] = []
