@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import Parameter, Signature
 from types import CodeType
 from typing import Any, Literal, cast
@@ -187,7 +187,12 @@ class Shape:
     required: tuple[str, ...]
     positional_only: tuple[str, ...]
     has_parameters: bool
-    takes_input_alone: bool
+    takes_input_alone: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out what follows from the rest."""
+        takes_input_alone = len(self.required) <= 1 and not (self.takes_config or self.takes_run_manager)
+        object.__setattr__(self, "takes_input_alone", takes_input_alone)
 
     def arguments(
         self, fn: Callable[..., Any], value: Any, kwargs: Mapping[str, Any]
@@ -221,16 +226,16 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
     parameters = list(signature.parameters.values()) if signature is not None else []
     own = [parameter for parameter in parameters if parameter.name not in INJECTED]
     named = {parameter.name for parameter in parameters if parameter.kind in _NAMED}
-    required = tuple(
-        parameter.name for parameter in own if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
-    )
     return Shape(
         is_async=is_async(fn),
         is_generator=is_generator(fn),
         takes_config="config" in named,
         takes_run_manager="run_manager" in named,
-        required=required,
+        required=tuple(
+            parameter.name
+            for parameter in own
+            if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
+        ),
         positional_only=tuple(p.name for p in own if p.kind is Parameter.POSITIONAL_ONLY),
         has_parameters=bool(own) or signature is None,
-        takes_input_alone=len(required) <= 1 and named.isdisjoint(INJECTED),
     )
