@@ -1,11 +1,13 @@
 """What holds for all tests."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from asyncify import traps
+from asyncify.testing import FakeClock
+from tests.crowd import Crowd, TaskCall, ThreadCall
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,3 +19,17 @@ def unhurried() -> Iterator[None]:
     before, traps._HELD_SECONDS = traps._HELD_SECONDS, math.inf
     yield
     traps._HELD_SECONDS = before
+
+
+@pytest.fixture(params=[ThreadCall, TaskCall], ids=["threads", "tasks"])
+async def crowd(request: pytest.FixtureRequest) -> AsyncIterator[Crowd]:
+    """A crowd of threads, then a crowd of tasks: the same behaviour on both paths."""
+    crowd = Crowd(request.param)
+    yield crowd
+    await crowd.disperse()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """A clock for a limiter."""
+    return FakeClock()

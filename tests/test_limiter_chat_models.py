@@ -1,0 +1,89 @@
+"""A limiter as the `rate_limiter=` of LangChain's chat models."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+
+from asyncify.limiter import Limiter, LimiterStats
+from asyncify.testing import FakeClock
+from tests.crowd import SAFETY_NET, until
+
+
+def replies() -> Iterator[AIMessage]:
+    """Yield what the model is to answer, for ever."""
+    while True:
+        yield AIMessage("ok")
+
+
+class TestChatModels:
+    def test_a_chat_model_takes_it_as_its_rate_limiter(self, clock: FakeClock) -> None:
+        """A model and the functions beside it draw from one budget."""
+        limiter = Limiter(limit=1, per_minute=2, burst=2, clock=clock)
+        model = GenericFakeChatModel(messages=replies(), rate_limiter=limiter)
+        with limiter:
+            assert model.invoke("hi").content == "ok"
+
+        assert not limiter.acquire(blocking=False)
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_chat_model_takes_it_as_its_rate_limiter_async(self, clock: FakeClock) -> None:
+        """A model and the functions beside it draw from one budget."""
+        limiter = Limiter(limit=1, per_minute=2, burst=2, clock=clock)
+        model = GenericFakeChatModel(messages=replies(), rate_limiter=limiter)
+        async with limiter:
+            assert (await model.ainvoke("hi")).content == "ok"
+
+        assert not await limiter.aacquire(blocking=False)
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_chat_model_waits_for_the_rate(self, clock: FakeClock) -> None:
+        """Two calls of the model start as far apart as the limiter says."""
+        limiter = Limiter(per_second=10, clock=clock)
+        model = GenericFakeChatModel(messages=replies(), rate_limiter=limiter)
+        await model.ainvoke("hi")
+        second = asyncio.create_task(model.ainvoke("hi"))
+        await until(lambda: limiter.stats().waiting == 1)
+        clock.advance(0.1)
+
+        assert (await second).content == "ok"
+
+    def test_by_default_it_waits(self, clock: FakeClock) -> None:
+        """`acquire` comes back when the rate is there, and takes no slot."""
+        limiter = Limiter(limit=1, per_second=1, clock=clock)
+        assert limiter.acquire(blocking=False)
+        assert limiter.stats().in_flight == 0
+        came: list[bool] = []
+        thread = threading.Thread(target=lambda: came.append(limiter.acquire()))
+        thread.start()
+        while not limiter.stats().waiting and thread.is_alive():
+            thread.join(0.001)
+        clock.advance(1)
+        thread.join(SAFETY_NET)
+
+        assert came == [True]
+        assert limiter.stats() == LimiterStats(0, 0, 2, 0, 1, 1.0, 1.0, 1.0)
+
+    async def test_by_default_it_waits_async(self, clock: FakeClock) -> None:
+        """`aacquire` comes back when the rate is there, and takes no slot."""
+        limiter = Limiter(limit=1, per_second=1, clock=clock)
+        assert await limiter.aacquire(blocking=False)
+        assert limiter.stats().in_flight == 0
+        task = asyncio.create_task(limiter.aacquire())
+        await until(lambda: limiter.stats().waiting == 1 or task.done())
+        clock.advance(1)
+
+        assert await task
+        assert limiter.stats() == LimiterStats(0, 0, 2, 0, 1, 1.0, 1.0, 1.0)
+
+    def test_without_blocking_it_says_whether_it_was_there(self, clock: FakeClock) -> None:
+        """A refused try is counted, costs nothing and is not queued."""
+        limiter = Limiter(per_second=1, clock=clock)
+
+        assert [limiter.acquire(blocking=False) for _ in range(4)] == [True, False, False, False]
+        assert limiter.stats().rejected == 3
+        assert limiter.stats().waiting == 0
+        clock.advance(1)
+        assert limiter.acquire(blocking=True)

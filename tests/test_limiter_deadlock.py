@@ -1,0 +1,245 @@
+"""When a limiter can tell that a wait would never end, for threads and for tasks."""
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asyncify.errors import DeadlockError, LimitTimeout
+from asyncify.limiter import Limiter
+from asyncify.testing import FakeClock
+from tests.crowd import SAFETY_NET, until
+
+
+class TestDeadlock:
+    def test_nested_in_a_thread(self) -> None:
+        """A call that waits for the slot that it holds is told so, and the limiter is as it was."""
+        limiter = Limiter(limit=1, per_second=1, name="quotes", clock=FakeClock())
+        with limiter:
+            assert not limiter.acquire(blocking=False)
+            with pytest.raises(DeadlockError) as caught:
+                limiter.enter()
+
+        assert str(caught.value) == (
+            "limiter quotes: all 1 slots are held by calls that wait for a slot of this very limiter, so none can "
+            "ever come free. Give the inner function a limiter of its own, or call its unlimited .func or .afunc."
+        )
+        assert limiter.stats().in_flight == 0
+        assert limiter.stats().waiting == 0
+        assert limiter.stats().rejected == 2
+
+    async def test_nested_in_a_task(self) -> None:
+        """A call that waits for the slot that it holds is told so, and the limiter is as it was."""
+        limiter = Limiter(limit=1)
+        async with limiter:
+            with pytest.raises(DeadlockError, match=r"^limiter: all 1 slots are held by calls that wait"):
+                await limiter.aenter()
+
+        assert limiter.stats().in_flight == 0
+        assert limiter.stats().waiting == 0
+
+    async def test_a_sync_wait_inside_an_async_call(self) -> None:
+        """A task that holds the slot and then waits with its whole loop is certain to wait for ever."""
+        limiter = Limiter(limit=1)
+        async with limiter:
+            with pytest.raises(DeadlockError):
+                limiter.enter()
+
+        assert limiter.stats().in_flight == 0
+
+    async def test_two_slots_nested_twice(self) -> None:
+        """Two tasks that each hold one of two slots and wait for another: the second to wait is told."""
+        limiter = Limiter(limit=2)
+        both_in = asyncio.Barrier(2)
+
+        async def nest() -> str:
+            async with limiter:
+                await both_in.wait()
+                async with limiter:
+                    return "in"
+
+        results = await asyncio.gather(nest(), nest(), return_exceptions=True)
+
+        assert [type(result) for result in results if result != "in"] == [DeadlockError]
+        assert "in" in results
+
+    def test_one_thread_nested_three_deep(self) -> None:
+        """Two slots that one thread holds are held by one who waits."""
+        limiter = Limiter(limit=2)
+
+        with limiter, limiter, pytest.raises(DeadlockError):
+            limiter.enter()
+
+        assert limiter.stats().in_flight == 0
+
+    async def test_nesting_with_a_slot_to_spare_is_no_deadlock(self) -> None:
+        """While another call holds a slot and may end, a nested one waits for it."""
+        limiter = Limiter(limit=2)
+        other = contextvars.Context().run(limiter.enter)
+
+        async def nest() -> str:
+            async with limiter, limiter:
+                return "in"
+
+        task = asyncio.create_task(nest())
+        await until(lambda: limiter.stats().waiting == 1)
+        other.end()
+
+        assert await task == "in"
+
+    async def test_a_slot_of_another_limiter_is_no_proof(self) -> None:
+        """A call inside one limiter may wait for another whose slots will come free."""
+        outer, inner = Limiter(limit=1), Limiter(limit=1)
+        other = contextvars.Context().run(inner.enter)
+
+        async def nest() -> str:
+            async with outer, inner:
+                return "in"
+
+        task = asyncio.create_task(nest())
+        await until(lambda: inner.stats().waiting == 1)
+        other.end()
+
+        assert await task == "in"
+
+    async def test_a_wait_that_is_over_is_no_proof(self) -> None:
+        """A call that had nested, and is now about to end, is no longer counted among those that wait."""
+        limiter = Limiter(limit=2)
+        nested, go_on = asyncio.Event(), asyncio.Event()
+        other = contextvars.Context().run(limiter.enter)
+
+        async def first() -> None:
+            async with limiter:
+                async with limiter:
+                    pass
+                nested.set()
+                await go_on.wait()
+
+        async def second() -> str:
+            async with limiter, limiter:
+                return "in"
+
+        tasks = [asyncio.create_task(first())]
+        await until(lambda: limiter.stats().waiting == 1)
+        other.end()
+        await nested.wait()
+        tasks.append(asyncio.create_task(second()))  # type: ignore[arg-type]  # another kind of result
+        await until(lambda: limiter.stats().waiting == 1 or tasks[1].done())
+        go_on.set()
+
+        assert (await asyncio.gather(*tasks))[1] == "in"
+
+    async def test_a_background_task_is_no_proof(self) -> None:
+        """A task that has inherited the context of a call may outlive it: it waits, and gets the slot."""
+        limiter = Limiter(limit=1)
+
+        async def inside() -> str:
+            async with limiter:
+                return "in"
+
+        async with limiter:
+            task = asyncio.create_task(inside())
+            await until(lambda: limiter.stats().waiting == 1)
+
+        assert await task == "in"
+
+    def test_a_background_thread_is_no_proof(self) -> None:
+        """A thread that has inherited the context of a call may outlive it: it waits, and gets the slot."""
+        limiter = Limiter(limit=1)
+        outcome: list[str] = []
+
+        def inside() -> None:
+            with limiter:
+                outcome.append("in")
+
+        with limiter:
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(inside,))
+            thread.start()
+            while not limiter.stats().waiting:
+                thread.join(0.001)
+        thread.join(SAFETY_NET)
+
+        assert outcome == ["in"]
+
+    async def test_a_waiter_that_will_time_out_is_no_proof(self) -> None:
+        """Its call will end, so another that nests waits for that and is not told of a deadlock."""
+        clock = FakeClock()
+        limiter = Limiter(limit=2, clock=clock)
+
+        async def nest(timeout: float | None) -> str:
+            async with limiter:
+                await both_in.wait()
+                permit = await limiter.aenter(timeout=timeout)
+                permit.leave()
+                return "in"
+
+        both_in = asyncio.Barrier(2)
+        patient = asyncio.create_task(nest(None))
+        impatient = asyncio.create_task(nest(1))  # the last to come to the barrier is the first to go on
+        await until(lambda: limiter.stats().waiting == 2)
+        clock.advance(1)
+
+        with pytest.raises(LimitTimeout):
+            await impatient
+        assert await patient == "in"
+
+    async def test_a_call_that_waits_for_the_rate_alone_is_no_proof(self) -> None:
+        """It will get the rate and end, so another that nests is not told of a deadlock."""
+        clock = FakeClock()
+        limiter = Limiter(limit=2, per_second=10, clock=clock)
+
+        async def hold(then: Callable[[], Any]) -> str:
+            async with limiter:
+                await both_in.wait()
+                permit = await then()
+                permit.leave()
+                return "in"
+
+        both_in = asyncio.Barrier(2)
+        nested = asyncio.create_task(hold(limiter.aenter))
+        rate = asyncio.create_task(hold(lambda: limiter.aenter(slots=0)))
+        await asyncio.sleep(0)
+        clock.advance(0.1)
+        await until(lambda: limiter.stats().waiting == 2)
+        clock.advance(0.1)
+        assert await rate == "in"
+        clock.advance(0.1)
+
+        assert await nested == "in"
+
+    async def test_one_call_counted_twice_is_no_proof(self) -> None:
+        """Two waits that keep the same call from ending leave the other slot out of the count."""
+        limiter = Limiter(limit=2)
+        other = contextvars.Context().run(limiter.enter)
+        told: list[type] = []
+
+        async def stop_the_loop() -> None:
+            await until(lambda: limiter.stats().waiting == 1)
+            try:
+                limiter.enter(timeout=0.01)
+            except (DeadlockError, LimitTimeout) as error:
+                told.append(type(error))
+            other.end()
+
+        async with limiter:
+            blocker = asyncio.create_task(stop_the_loop())
+            nested = await limiter.aenter()
+            nested.leave()
+            await blocker
+
+        assert told == [LimitTimeout]
+
+    async def test_the_rate_inside_a_call_while_others_wait_for_slots(self, clock: FakeClock) -> None:
+        """A call that holds the only slot gets the rate, past those who wait for that slot."""
+        limiter = Limiter(limit=1, per_second=10, clock=clock)
+        async with limiter:
+            waiting = asyncio.get_running_loop().create_task(limiter.aenter(), context=contextvars.Context())
+            await until(lambda: limiter.stats().waiting == 1)
+            clock.advance(0.1)
+            assert await limiter.aacquire()
+        clock.advance(0.1)
+
+        (await waiting).leave()
