@@ -22,7 +22,7 @@ from functools import cache
 from itertools import chain
 from os import PathLike
 from time import monotonic, sleep
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 from zlib import crc32
 
 from asyncify.errors import CheckpointError
@@ -44,6 +44,9 @@ _READ_AT_ONCE = 10_000
 
 _INSERTED_AT_ONCE = 100
 """Rows of one statement: each has to fetch Python's lock again, from the event loop, so one for each row is dear."""
+
+_LARGEST = 200_000_000
+"""Characters or bytes of an output: SQLite keeps 1,000,000,000 bytes in a row, and a character may take four."""
 
 _DIGEST_LENGTH = 32
 
@@ -192,6 +195,7 @@ class Checkpoint:
             return key, None, _said(error)
         try:
             encoded = self._encode(output)
+            _check_length(encoded)
             return key, encoded, _checksum(key, encoded)
         except Exception as refused:
             raise CheckpointError(
@@ -227,6 +231,11 @@ class Checkpoint:
         rows = db.execute(_KEYS_BETWEEN, (after, before))
         while part := rows.fetchmany(_READ_AT_ONCE):
             self._ids.add(*zip(*part, strict=True))
+
+
+def _check_length(encoded: str | bytes) -> None:
+    if len(encoded) > _LARGEST:
+        raise ValueError(f"it is {len(encoded):,} long, and {_LARGEST:,} is the most")
 
 
 def _checksum(key: str, output: str | bytes) -> int:
@@ -400,7 +409,8 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any]]] = 
 }
 
 
-_WRITTEN_AS_THEY_ARE = frozenset((str, int, float, bool, bytes, type(None)))
+_WRITTEN_AS_THEY_ARE = frozenset((str, float, bool, bytes, type(None)))
+_LONG_BITS = 2000  # Python may refuse to write longer ones in decimal digits
 
 
 def fingerprint(value: object) -> str:
@@ -409,7 +419,7 @@ def fingerprint(value: object) -> str:
     Raises:
         TypeError: the input is not made of strings, numbers, bools, None, bytes, lists, tuples and dicts.
     """
-    written = repr(value) if type(value) in _WRITTEN_AS_THEY_ARE else _canonical(value)
+    written = _canonical(value)
     if len(written) < _DIGEST_LENGTH:
         return written
     return hashlib.blake2b(written.encode(), digest_size=_DIGEST_LENGTH // 2).hexdigest()
@@ -418,6 +428,9 @@ def fingerprint(value: object) -> str:
 def _canonical(value: object) -> str:
     """Write a value so that two of different type or content never look alike."""
     kind = type(value)
+    if kind is int:
+        number = cast("int", value)
+        return repr(number) if number.bit_length() < _LONG_BITS else hex(number)
     if kind in _WRITTEN_AS_THEY_ARE:
         return repr(value)
     if kind is list or kind is tuple:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
 from inspect import isasyncgen
 from itertools import islice
+from time import monotonic
 from typing import Any, Self
 
 from asyncify.bridge import ThreadPool
@@ -44,9 +45,12 @@ Ended = tuple[int, Any, BaseException | None]
 Width = Callable[[], float]
 """How many items may be in flight, asked again and again, as a limit may be resized meanwhile."""
 
-_SHORTEST_STRIDE, _LONGEST_STRIDE = 100, 1000
-"""Tasks made before the event loop gets a turn: as many as are alive, so that unbounded items that end at once never
-pile up, and those that wait have all begun before the first of them must be looked after again."""
+_STRIDE = 100
+"""Tasks made before the event loop gets a turn, or as many as are alive: unbounded items that end at once never pile
+up, and those that wait have all begun before the first of them must be looked after again."""
+
+_STRIDE_SECONDS = 0.02
+"""Longer than that a stride never holds the event loop up: the source may be slow."""
 
 
 def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:
@@ -107,7 +111,7 @@ class Tasks:
         start: Callable[[int, Any], asyncio.Task[Any] | None],
         source: Iterable[Any] | AsyncIterable[Any],
         width: Width,
-        window: float = math.inf,
+        window: Width = lambda: math.inf,
     ) -> None:
         self._start = start
         self._source = source
@@ -116,6 +120,7 @@ class Tasks:
         self._held = 0
         self._alive: dict[asyncio.Task[Any], int] = {}
         self._ended: deque[Ended] = deque()
+        self._is_left = False
         self._room_made = _Signal()
         self._news = _Signal()
 
@@ -131,6 +136,7 @@ class Tasks:
     async def __aexit__(self, *_: object) -> None:
         """Cancel what is still in flight and wait for its end, however often this wait is itself cancelled."""
         interrupted: asyncio.CancelledError | None = None
+        self._is_left = True
         self._feeder.cancel()
         for task in self._alive:
             task.cancel()
@@ -174,7 +180,7 @@ class Tasks:
         self._room_made.set()
 
     def _room(self) -> float:
-        return min(self._width() - len(self._alive), self._window - self._held)
+        return min(self._width() - len(self._alive), self._window() - self._held)
 
     async def _feed(self, source: Iterable[Any]) -> None:
         values = iter(source)
@@ -185,13 +191,16 @@ class Tasks:
                 if room <= 0:
                     await self._room_made.wait()
                     continue
-                stride = min(max(len(self._alive), _SHORTEST_STRIDE), _LONGEST_STRIDE)
-                stop = index + int(min(room, stride))
+                stop = index + int(min(room, max(len(self._alive), _STRIDE)))
+                until = monotonic() + _STRIDE_SECONDS
                 for value in islice(values, stop - index):
                     self._run(index, value)
                     index += 1
-                if index < stop:
-                    return
+                    if monotonic() > until:
+                        break
+                else:
+                    if index < stop:
+                        return
                 await asyncio.sleep(0)
         finally:
             if isinstance(values, Generator):
@@ -207,6 +216,8 @@ class Tasks:
                 try:
                     value = await anext(values)
                 except StopAsyncIteration:
+                    return
+                if self._is_left:  # the source has swallowed the cancellation
                     return
                 self._run(index, value)
                 index += 1
@@ -370,8 +381,11 @@ def gather(
     if len(inputs) == 1:
         return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)]  # needs no thread
     outputs: list[Any] = [None] * len(inputs)
-    for index, output in as_completed(call, inputs, width, name=name, return_exceptions=return_exceptions):
-        outputs[index] = output
+    with Threads(call, width, name=name, return_exceptions=return_exceptions) as fan:
+        fan.run(enumerate(inputs))
+        while group := fan.take():
+            for ended in group:
+                outputs[ended[0]] = outcome(ended, return_exceptions=return_exceptions)
     return outputs
 
 

@@ -7,21 +7,36 @@ those that a checkpoint has and records the others, and a line gives the results
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sized
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+    Sized,
+)
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
-from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import get_config_list
+from langchain_core.runnables.base import (
+    Runnable,
+    RunnableBindingBase,
+    RunnableParallel,
+    RunnableSequence,
+)
+from langchain_core.runnables.config import RunnableConfig, get_config_list
 
 from asyncify.batches import Items, checked_count
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
-from asyncify.fanout import Blocking, Ended, Tasks, Threads, outcome
+from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
@@ -253,7 +268,7 @@ class _Options:
         return self._items_of()
 
     def window(self, items: Items) -> float:
-        """Return how many inputs may be in flight or waiting to be yielded."""
+        """Return how many inputs may be in flight or waiting to be yielded, as things stand now."""
         if self._asked_window is not None:
             return self._asked_window
         bound = items.bound()
@@ -292,11 +307,15 @@ class _Source:
             self.is_done = True
             return []
         except Exception as error:  # noqa: BLE001  (it is raised when its turn comes)
-            self.is_done = True
-            self._error = error
+            self.fail(error)
             return []
         self._read += 1
         return [(self._read - 1, value)]
+
+    def fail(self, error: Exception) -> None:
+        """End the source with an error, which is raised when its turn comes."""
+        self.is_done = True
+        self._error = error
 
     def raise_error(self) -> None:
         """Raise what has ended the source, if it was an error."""
@@ -308,23 +327,28 @@ def _drive(
     options: _Options, inputs: Iterable[Any], via: str, *, ordered: bool, return_exceptions: bool
 ) -> Generator[Any]:
     items = options.items()
-    window = options.window(items)
+    window = partial(options.window, items)
     line = _Line(ordered=ordered)
     held = 0
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(options.checkpoint(), options.key, line.put))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total))
         fan = _fan(via, items, window, options.name, return_exceptions=return_exceptions)
-        stack.callback(lambda: journal.note(fan.take_at_once()))  # what has ended is recorded, whatever ends this
+        stack.callback(lambda: journal.note_last(fan.take_at_once()))
         stack.enter_context(fan)
         source = stack.enter_context(_Source(inputs))
         while True:
-            if held < window and not source.is_done:
+            if held < window() and not source.is_done:
                 for index, value in source.read():
+                    try:
+                        must_run = journal.must_run(index, value)
+                    except Exception as error:  # noqa: BLE001  (it is raised when its turn comes)
+                        source.fail(error)
+                        break
                     held += 1
-                    if journal.must_run(index, value):
+                    if must_run:
                         fan.run([(index, value)])
-            must_wait = not line.is_ready() and (held >= window or source.is_done)
+            must_wait = not line.is_ready() and (held >= window() or source.is_done)
             for ended in journal.settle(fan.take() if must_wait else fan.take_at_once()):
                 line.put(ended)
             if (result := line.pop()) is not None:
@@ -337,11 +361,11 @@ def _drive(
                 return
 
 
-def _fan(via: str, items: Items, window: float, name: str, *, return_exceptions: bool) -> Blocking:
+def _fan(via: str, items: Items, window: Width, name: str, *, return_exceptions: bool) -> Blocking:
     if via == "async":
-        return LoopTasks(items.start, lambda: min(window, items.tasks()))
+        return LoopTasks(items.start, lambda: min(window(), items.tasks()))
     return Threads(
-        items.call, lambda: min(window, items.bound() or window), name=name, return_exceptions=return_exceptions
+        items.call, lambda: min(window(), items.bound() or math.inf), name=name, return_exceptions=return_exceptions
     )
 
 
@@ -358,11 +382,11 @@ async def _adrive(
     def start(index: int, value: Any) -> asyncio.Task[Any] | None:
         return items.start(index, value) if journal.must_run(index, value) else None
 
-    fan = Tasks(start, inputs, items.tasks, options.window(items))
+    fan = Tasks(start, inputs, items.tasks, partial(options.window, items))
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(Journal(await _opened(options), options.key, fan.settle))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total))
-        stack.callback(lambda: journal.note(fan.take_at_once()))  # what has ended is recorded, whatever ends this
+        stack.callback(lambda: journal.note_last(fan.take_at_once()))
         await stack.enter_async_context(fan)
         while group := await fan.take():
             for ended in await journal.asettle(group):
@@ -399,18 +423,37 @@ def _check_runnable(runnable: object) -> None:
         )
 
 
-def _work_of(runnable: Any) -> str:
-    """Name the work that a runnable does, so that a checkpoint can tell it from other work: all its steps, by name."""
-    if steps := getattr(runnable, "steps", None):
-        return " | ".join(map(_work_of, steps))
-    if branches := getattr(runnable, "steps__", None):
-        return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in branches.items()) + "}"
-    if (bound := getattr(runnable, "bound", None)) is not None:
-        kwargs: dict[str, Any] = getattr(runnable, "kwargs", {})
-        arguments = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(kwargs.items()))
-        return f"{_work_of(bound)}({arguments})" if arguments else _work_of(bound)
-    name: str = runnable.get_name()
-    return name
+def _work_of(runnable: object) -> str:
+    """Name the work that a runnable does, so that a checkpoint can tell it from other work: all its parts, by name.
+
+    A binding looks like what it binds, whose attributes it hands on: so its class is asked, not its attributes.
+    """
+    its: Any = runnable
+    if isinstance(runnable, RunnableBindingBase):
+        given = {**its.config.get("configurable", {}), **its.kwargs}
+        arguments = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(given.items()))
+        return f"{_work_of(its.bound)}({arguments})" if arguments else _work_of(its.bound)
+    if isinstance(runnable, RunnableSequence):
+        return " | ".join(map(_work_of, its.steps))
+    if isinstance(runnable, RunnableParallel):
+        return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in its.steps__.items()) + "}"
+    name: str = its.get_name()
+    parts = ", ".join(map(_work_of, _parts_of(runnable)))
+    return f"{name}({parts})" if parts else name
+
+
+def _parts_of(runnable: object) -> Iterator[Any]:
+    """Yield the runnables in the fields of another one: what is mapped, the fallbacks, the branches."""
+    kind: Any = type(runnable)
+    found: list[Any] = [getattr(runnable, field, None) for field in getattr(kind, "model_fields", ())]
+    while found:
+        value = found.pop(0)
+        if isinstance(value, Runnable):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            found[:0] = cast("Sequence[Any]", value)
+        elif isinstance(value, dict):
+            found[:0] = value.values()
 
 
 def _shown(value: object) -> str:

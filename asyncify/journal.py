@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from typing import Any, Self
 
@@ -94,6 +95,14 @@ class Journal:
             raise refused
         return keys
 
+    def note_last(self, group: list[Ended]) -> None:
+        """Take down those that have ended by the time that the stream is left, whatever it is left for.
+
+        What can't be kept is lost with it: to say so would hide the reason.
+        """
+        with suppress(CheckpointError):
+            self.note(group)
+
     def _with_equals(self, group: list[Ended], keys: list[str | None]) -> list[Ended]:
         # Only now that they are recorded: until then an equal input has to wait, or it would be run as well.
         self._in_flight.difference_update(keys)
@@ -102,8 +111,13 @@ class Journal:
         settled = list(group)
         for key, (_, output, error) in zip(keys, group, strict=True):
             if key is not None:
-                settled.extend((index, output, error) for index in self._waiting.pop(key, ()))
+                settled.extend((index, self._again(key, output, error), error) for index in self._waiting.pop(key, ()))
         return settled
+
+    def _again(self, key: str, output: Any, error: BaseException | None) -> Any:
+        """Return an output as the file has it: an object of its own, as it would be in a later run."""
+        found = None if error is not None or self._checkpoint is None else self._checkpoint.find(key)
+        return output if found is None else found[0]
 
     def flush(self) -> None:
         """Record what was taken down, and wait for what another thread is just recording."""
@@ -125,4 +139,4 @@ def _checked_key(key: object) -> str:
         key.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"key= must return a string that UTF-8 can write, and it returned {key!r}") from error
-    return key
+    return str.__str__(key)  # of a subclass, which may do something else when it is added to

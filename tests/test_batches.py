@@ -284,8 +284,9 @@ async def test_unbounded_items_that_end_at_once_never_pile_up() -> None:
     assert max(alive) <= 300
 
 
-async def test_unbounded_items_that_wait_have_soon_all_begun() -> None:
+async def test_unbounded_items_that_wait_have_soon_all_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """3,000 of them within a dozen turns of the event loop, so that none waits for another's answer to be handled."""
+    monkeypatch.setattr(fanout, "_STRIDE_SECONDS", 60)
     may_end = asyncio.Event()
     begun = 0
 
@@ -305,6 +306,39 @@ async def test_unbounded_items_that_wait_have_soon_all_begun() -> None:
 
     assert await batch == list(range(3000))
     assert seen == 3000
+
+
+async def test_a_source_that_takes_its_time_never_holds_the_event_loop_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stride ends when its time is up, however many inputs there is room for; none is lost."""
+    now = itertools.count()
+    monkeypatch.setattr(fanout, "monotonic", lambda: next(now) / 1000)
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    outputs = await Pair(times_ten, times_ten_async).abatch(list(range(1000)), {"max_concurrency": 10_000})
+    counting.cancel()
+
+    assert outputs == [value * 10 for value in range(1000)]
+    assert turns >= 1000 / 20
+
+
+def test_a_stop_iteration_is_raised_as_itself() -> None:
+    """A batch of several does as a batch of one does."""
+
+    def stop(value: int) -> int:
+        raise StopIteration(value)
+
+    for inputs in ([1], [1, 2]):
+        with pytest.raises(StopIteration):
+            Pair(stop).batch(inputs)
 
 
 async def test_an_unobserved_item_is_one_task() -> None:

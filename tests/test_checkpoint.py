@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableBranch, RunnableLambda, RunnablePassthrough
 
 from asyncify import CheckpointError, Dual, aeach, each, flow
 from asyncify import checkpoint as checkpoint_module
@@ -535,6 +536,98 @@ def test_any_error_can_be_recorded(way: str, path: Path, error: Exception, says:
     assert recorded == [(None,), (None,), (None,), (says,)]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_inputs_have_outputs_of_their_own(way: str, path: Path) -> None:
+    """What one is changed to is not seen in the other, as it is not in a later run either."""
+    outputs = collect(way, Counted(lambda value: {"value": value}).pair(), ["a", "a", "b"], checkpoint=path)
+    outputs[0]["row"] = 0
+
+    assert outputs == [{"value": "a", "row": 0}, {"value": "a"}, {"value": "b"}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_key_is_raised_in_its_place(way: str, path: Path) -> None:
+    """The results of all inputs before it are yielded first."""
+
+    def key(value: int) -> str:
+        if value == 3:
+            raise LookupError("no id")
+        return str(value)
+
+    def call(value: int) -> int:
+        time.sleep(0.01)
+        return value
+
+    async def call_async(value: int) -> int:
+        await asyncio.sleep(0.01)
+        return value
+
+    done: list[int] = []
+    pair: Pair = Dual(call, call_async, name="call")
+    with pytest.raises(LookupError, match="no id"):
+        collect(way, pair, range(5), checkpoint=path, key=key, progress=lambda told: done.append(told.done))
+
+    assert done == [1, 2, 3]
+
+
+async def test_what_can_not_be_kept_does_not_hide_why_a_stream_was_left(path: Path) -> None:
+    """A call that answers its cancellation with what JSON can't keep is lost, not the error that ended the stream."""
+
+    async def call(value: int) -> Any:
+        if value == 0:
+            raise LookupError("first")
+        try:
+            await asyncio.sleep(SAFETY_NET)
+        except asyncio.CancelledError:
+            return (value,)
+
+    with pytest.raises(LookupError, match="first"):
+        async for _ in aeach(Pair(lambda value: value, call, name="call"), [0, 1], checkpoint=path):
+            pass
+
+
+def test_an_output_that_no_row_can_hold_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no other with it, and nobody is told to delete the file."""
+    monkeypatch.setattr(checkpoint_module, "_LARGEST", 10)
+    counted = Counted(lambda value: "x" * value)
+
+    with pytest.raises(CheckpointError, match="it is 22 long, and 10 is the most; write codec"):
+        list(each(counted.pair(), [1, 20, 2], checkpoint=path, ordered=False))
+    with closing(sqlite3.connect(path)) as db:
+        recorded = db.execute("SELECT output FROM outputs").fetchall()
+
+    assert ('"x"',) in recorded
+
+
+class Escaping(str):
+    """A text that escapes what is added to it, as templates have it."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> "Escaping":
+        return Escaping(str.__add__(self, other.replace('"', "&quot;")))
+
+
+def test_a_key_of_a_subclass_is_the_text_that_it_is(path: Path) -> None:
+    """What the subclass does when it is added to changes nothing."""
+    counted = Counted()
+    for _ in range(2):
+        assert list(each(counted.pair(), ["a"], checkpoint=path, key=Escaping)) == ["a" * 10]
+
+    assert counted.calls == {"a": 1}
+
+
+def test_a_very_long_number_is_known_again(path: Path) -> None:
+    """Python writes no more than 4,300 digits."""
+    counted = Counted(lambda _: 1)
+    numbers = [10**5000, 10**5000 + 1, -(10**5000), [10**5000]]
+    for _ in range(2):
+        assert list(each(Pair(counted.__call__, name="long"), numbers[:3], checkpoint=path)) == [1, 1, 1]
+
+    assert set(counted.calls.values()) == {1}
+    assert len({fingerprint(number) for number in numbers}) == 4
+
+
 def test_a_key_that_can_not_be_written_is_refused(path: Path) -> None:
     """The message says what `key=` returned."""
     with pytest.raises(ValueError, match=r"UTF-8 can write, and it returned '.ud83d'"):
@@ -614,6 +707,52 @@ def test_a_file_of_other_bound_arguments_is_refused(path: Path) -> None:
         list(each(pair.bind(currency="JPY", rate=object()) | other, [1], checkpoint=path))
     for currency in ("USD", "JPY"):
         assert f"price(currency='{currency}', rate=object) | other" in str(refused.value)
+
+
+def suffixed(value: str, suffix: str = "") -> str:
+    """Return a text with something behind it."""
+    return value + suffix
+
+
+def upper(value: str) -> str:
+    """Return a text in capitals."""
+    return value.upper()
+
+
+def failing(value: str) -> str:
+    """Raise."""
+    raise LookupError(value)
+
+
+def branched(then: Pair) -> RunnableBranch[Any, Any]:
+    """Return a branch."""
+    return RunnableBranch((bool, then), same)
+
+
+ends, raises, same = Dual(suffixed), Dual(failing), Dual(str, name="same")
+theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((ends | same).bind(suffix="1"), (ends | same).bind(suffix="2")),
+        (theirs.bind(suffix="1"), theirs.bind(suffix="2")),
+        (same, same.map()),
+        (raises.with_fallbacks([same]), raises.with_fallbacks([Dual(upper)])),
+        (branched(same), branched(Dual(upper))),
+        (RunnablePassthrough.assign(a=same), RunnablePassthrough.assign(a=Dual(upper))),
+        (same.with_config(configurable={"to": "EUR"}), same.with_config(configurable={"to": "USD"})),
+    ],
+    ids=["pipe.bind", "theirs.bind", "map", "fallbacks", "branch", "assign", "configurable"],
+)
+def test_a_file_of_work_with_other_parts_is_refused(path: Path, one: Any, other: Any) -> None:
+    """Whatever a runnable is made of, its parts tell it from another of the same kind."""
+    Checkpoint(path, flow._work_of(one), "json").__exit__()
+    Checkpoint(path, flow._work_of(one), "json").__exit__()
+
+    with pytest.raises(CheckpointError, match="this is"):
+        Checkpoint(path, flow._work_of(other), "json")
 
 
 def test_a_file_of_another_codec_is_refused(path: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -253,6 +254,31 @@ def test_an_error_in_the_source_comes_after_the_results_before_it(way: str, orde
     assert done == list(range(1, 8))
 
 
+async def test_a_source_that_swallows_its_cancellation_is_left_at_once() -> None:
+    """What it gives then is not called, and it is asked for no more."""
+    started: list[int] = []
+    asked = 0
+
+    async def source() -> AsyncIterator[int]:
+        nonlocal asked
+        for value in itertools.count():
+            asked += 1
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0 if value == 0 else SAFETY_NET)
+            yield value
+
+    async def call(value: int) -> int:
+        started.append(value)
+        return value
+
+    async with asyncio.timeout(SAFETY_NET / 2), aclosing(aeach(Pair(same, call, name="call"), source())) as results:
+        async for _ in results:
+            break
+
+    assert started == [0]
+    assert asked == 2
+
+
 async def test_results_come_out_while_an_async_source_waits() -> None:
     """The source gives its second input only when the result of the first has been seen."""
     seen = asyncio.Event()
@@ -353,6 +379,38 @@ def test_the_limit_of_a_pair_gives_the_window(way: str) -> None:
     collect(way, concurrency(limit=4)(pair), range(40))
 
     assert seen.peak == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_window_grows_with_the_limit(way: str) -> None:
+    """A limit that is raised during a run lets more calls in, as an adaptive one has to be."""
+    all_in = threading.Barrier(8)
+    inside = 0
+    all_in_async: asyncio.Event | None = None
+
+    def call(value: int) -> int:
+        if value:
+            all_in.wait(SAFETY_NET)
+        else:
+            limited.limiter.resize(limit=8)
+        return value
+
+    async def call_async(value: int) -> int:
+        nonlocal inside, all_in_async
+        all_in_async = all_in_async or asyncio.Event()
+        if not value:
+            limited.limiter.resize(limit=8)
+            return value
+        inside += 1
+        if inside == 8:
+            all_in_async.set()
+        async with asyncio.timeout(SAFETY_NET):
+            await all_in_async.wait()
+        return value
+
+    limited: Any = concurrency(limit=1)(Pair(call, call_async, name="call"))
+
+    assert collect(way, limited, range(9)) == list(range(9))
 
 
 @pytest.mark.parametrize("way", WAYS)
