@@ -19,7 +19,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
 from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
-from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair
+from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair, unbound
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
@@ -276,14 +276,16 @@ def concurrency(
         raise type(error)(f"@concurrency{_on_function(sys._getframe(1))}: {error}") from None
 
     def decorate(fn: Function, /) -> Any:
-        if is_pair(fn):
-            if fn.gate is not None:
+        pair = unbound(fn)
+        if is_pair(pair):
+            if pair.gate is not None:
                 raise PairError(
-                    f"@concurrency: {describe(fn)} has a limit already ({fn.gate.limiter!r}); give both in one place, "
-                    "as in @concurrency(limit=10, per_second=50)"
+                    f"@concurrency: {describe(pair)} has a limit already ({pair.gate.limiter!r}); give both in one "
+                    "place, as in @concurrency(limit=10, per_second=50)"
                 )
-            fn.furnish(gate=new_gate(), warn=warn)
-            return fn
+            _copy_binding(fn, pair)
+            pair.furnish(gate=new_gate(), warn=warn)
+            return pair
         return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=new_gate(), warn=warn)
 
     return decorate
@@ -318,7 +320,7 @@ def _make_pair(
     the new pair, which takes its place in the registry if it is the one decorated.
     """
     gate = gate or gate_of(sync, async_)
-    warn = warn is not False and all(side.warns for side in (sync, async_) if is_pair(side))
+    warn = warn is not False and all(given.warns for side in (sync, async_) if side and is_pair(given := unbound(side)))
     plain_sync = None if sync is None else function_of(sync, "sync")
     plain_async = None if async_ is None else function_of(async_, "async")
     fn = function_of(decorated)
@@ -333,7 +335,8 @@ def _make_pair(
     pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
     _copy_binding(decorated, pair)
-    registry.add(pair, fn, name, instead_of=decorated if is_pair(decorated) else None)
+    former = unbound(decorated)
+    registry.add(pair, fn, name, instead_of=former if is_pair(former) else None)
     pair.pickle_by_reference()
     watch_class_body()
     return pair
@@ -358,8 +361,9 @@ def _copy_binding(decorated: object, pair: AnyDual) -> None:
 
 
 def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
-    registry.add(pair, stub, name, instead_of=pair)
-    pair.furnish(wears=stub)
+    _copy_binding(stub, pair)
+    registry.add(pair, unbound(stub), name, instead_of=pair)
+    pair.furnish(wears=unbound(stub))
 
 
 def _check_options(name: object, bridge: object) -> None:

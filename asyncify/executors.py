@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from asyncify.errors import BridgeError, PairError
 from asyncify.signatures import Shape, describe
@@ -27,8 +27,8 @@ Function = Callable[..., Any]
 
 _PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurrency")
 
-_WAYS = ("", ".func", ".__wrapped__", ".__func__")
-"""From what a name means to the function itself: it, the side of a pair, what a wrapper or a static method wraps."""
+_WAYS = ("", ".func", ".__wrapped__")
+"""From what a name means to the function itself: it, the side of a pair, what a wrapper wraps."""
 
 
 def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
@@ -74,6 +74,8 @@ class Ticket:
         found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
         for name in self.path.split("."):
             found = inspect.getattr_static(found, name, None)
+            if isinstance(found, (classmethod, staticmethod)):
+                found = cast("staticmethod[..., Any]", found).__func__
         return found
 
 

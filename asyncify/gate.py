@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from inspect import Signature
+from inspect import Parameter, Signature
 from typing import Any, Protocol
 
 from aiolimiter import AsyncLimiter
@@ -21,7 +21,7 @@ from asyncify.background import BackgroundLoop
 from asyncify.limiter import Limiter, check_cost
 from asyncify.meter import Limits, check_positive
 from asyncify.permits import Permit, permits
-from asyncify.signatures import describe, shape_of, signature_of
+from asyncify.signatures import describe, signature_of, sole_input
 from asyncify.turnstile import check_affordable
 
 __all__ = ["ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
@@ -218,8 +218,14 @@ class Pass(Protocol):
         ...
 
 
-def _only_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _one_argument(only: Parameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args and only.kind is not Parameter.KEYWORD_ONLY:
+        return args[0]
+    return kwargs.get(only.name, None if only.default is Parameter.empty else only.default)
 
 
 def _all_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
@@ -242,17 +248,20 @@ class Gate:
     cost: float | Callable[[Any], float] = 1
     timeout: float | None = None
     _title: str = ""
-    _input: Callable[[tuple[Any, ...], dict[str, Any]], Any] = _only_argument
+    _input: Callable[[tuple[Any, ...], dict[str, Any]], Any] = _first_argument
 
     def before(self, fn: Function) -> Gate:
         """Return this gate for the calls of `fn`, whose arguments make the input of `cost` and `key`.
 
-        The input is the one argument of a function that needs one, and else a mapping of all arguments by name.
+        The input is the argument of a function that has one, or needs one, and else a mapping of all arguments by
+        name; of a method always that, with its instance or class in it.
         """
         signature = signature_of(fn)
-        if signature is not None and len(shape_of(fn).required) > 1:
-            return dataclasses.replace(self, _title=describe(fn), _input=partial(_all_arguments, signature))
-        return dataclasses.replace(self, _title=describe(fn))
+        if signature is None:
+            return dataclasses.replace(self, _title=describe(fn))
+        only = sole_input(fn)
+        make_input = partial(_all_arguments, signature) if only is None else partial(_one_argument, only)
+        return dataclasses.replace(self, _title=describe(fn), _input=make_input)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         """Wait in this thread until the call may start."""

@@ -31,14 +31,16 @@ def watch_class_body() -> None:
 
     `classmethod` offers no hook of its own: up to Python 3.12 it asks what it wraps to bind itself, which serves.
     """
-    frame = None if _CLASSMETHOD_ASKS else _calling_frame()
-    if frame is not None and "__qualname__" in frame.f_locals and not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+    frame = None if _CLASSMETHOD_ASKS else _class_body()
+    if frame is not None:
         frame.f_locals.setdefault(_NAME, _ClassMethods())
 
 
-def _calling_frame() -> FrameType | None:
-    """Return the innermost frame that is not this package's."""
+def _class_body() -> FrameType | None:
+    """Return the frame of the class body that is being run, perhaps through functions that it calls as decorators."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("asyncify."):
+    while frame is not None and frame.f_code.co_name != "<module>":
+        if "__qualname__" in frame.f_locals and not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            return frame
         frame = frame.f_back
-    return frame
+    return None

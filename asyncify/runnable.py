@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -48,7 +49,7 @@ from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_
 from asyncify.streams import Sum, astart_run, astarted, astream_run, fold, start_run, started, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
-__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair"]
+__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "unbound"]
 
 Input = TypeVar("Input", default=Any)
 Output = TypeVar("Output", default=Any)
@@ -130,7 +131,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
         super().__init__(func, afunc, name)
-        self._arguments = (func, afunc, name)
+        self._is_named = name is not None
         self._gate: Gate | None = None
         self._bridge: Bridge = "thread"
         self._warn = True
@@ -166,7 +167,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             self.__isabstractmethod__: bool = getattr(wears, "__isabstractmethod__", False)
             self._is_async_def = is_async(wears)
             own_name = getattr(wears, "__name__", "<lambda>")
-            if own_name != "<lambda>" and self._arguments[2] is None:
+            if own_name != "<lambda>" and not self._is_named:
                 self.name = own_name
         self._gate = gate or self._gate
         self._bridge = bridge or self._bridge
@@ -301,7 +302,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if on_stub is None or kwargs or len(args) != 1 or not _is_stub_of(args[0], self._entries.sync.fn):
             self._on_stub = None
             return False
-        if not has_empty_body(args[0]):
+        if not has_empty_body(unbound(args[0])):
             raise PairError(
                 f"{describe(args[0])} has a body, and so have the sync and the async side: which of the three should "
                 "run? Leave only a docstring, or drop one of sync= and async_="
@@ -664,9 +665,28 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     def __reduce__(self) -> Any:
         """Pickle a decorated pair by its module and name, any other by its functions."""
-        if not self._by_reference:
-            return Dual, self._arguments
-        return _global_name(self)
+        if self._by_reference:
+            return _global_name(self)
+        if self._gate is not None:
+            raise pickle.PicklingError(
+                f"{describe(self)} has a limit, which holds in one process, so it can't be pickled; decorate a "
+                "function at the top of a module, which is pickled by its name, or limit the pair where it arrives"
+            )
+        sync, async_ = getattr(self, "func", None), getattr(self, "afunc", None)
+        return type(self), (sync or async_, async_ if sync else None, getattr(self, "name", None))
+
+    def __copy__(self) -> Self:
+        """Return a decorated pair itself, as of a function; of any other a copy, under the same limit."""
+        if self._by_reference:
+            return self
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), _told=set(self._told))
+        made.set_fakes(self._fakes)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Do the same: functions are not copied, and a limit is one wherever it stands."""
+        return copy.copy(self)
 
 
 class _Bound(Dual[Any, Any]):
@@ -685,6 +705,20 @@ class _Bound(Dual[Any, Any]):
             self.func = MethodType(pair.func, receiver)
         if hasattr(pair, "afunc"):
             self.afunc = MethodType(pair.afunc, receiver)
+
+    @property
+    def unbound(self) -> AnyDual:
+        """The pair that was bound."""
+        return self._pair
+
+    @property
+    def is_of_class(self) -> bool:
+        """Whether it is bound to a class, and not to an instance."""
+        return self._pair.binding == "class"
+
+    @property
+    def _warn(self) -> bool:  # type: ignore[override]
+        return self._pair._warn
 
     @property
     def _live(self) -> Entries:  # type: ignore[override]
@@ -723,13 +757,24 @@ class _Bound(Dual[Any, Any]):
         raise PairError(f"{describe(self)} is bound to {self._receiver!r}; decorate it in its class")
 
     def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
-        """Refuse: a fake stands in for the method of the class."""
+        """Fake a class's method; refuse an instance's, as a fake stands in for the method of the class."""
+        if self.is_of_class:
+            return self._pair.set_fakes(fakes)
         name = self.__qualname__
         raise TypeError(f"{name} is bound to {self._receiver!r}; override it in its class: override({name}, ...)")
 
     def __reduce__(self) -> Any:
         """Pickle as a method does: by its instance and its name."""
         return getattr, (self._receiver, self.__qualname__.rpartition(".")[2])
+
+    def __copy__(self) -> Self:
+        """Return the pair itself, as of a method."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the method of a copy of its instance."""
+        get, (receiver, name) = self.__reduce__()
+        return get(copy.deepcopy(receiver, memo), name)
 
 
 @functools.cache
@@ -755,8 +800,7 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
     Raises:
         PairError: it is a pair with both sides.
     """
-    if isinstance(side, (classmethod, staticmethod)):
-        return cast("staticmethod[..., Any]", side).__func__
+    side = unbound(side)
     if not is_pair(side):
         return side
     if colour is None and hasattr(side, "func") and hasattr(side, "afunc"):
@@ -766,13 +810,20 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
     return side.func if hasattr(side, "func") else side.afunc
 
 
+def unbound(side: Function) -> Function:
+    """Return what a class or static method wraps, and what a class's pair was before it was bound; else the side."""
+    if isinstance(side, (classmethod, staticmethod)):
+        return cast("staticmethod[..., Any]", side).__func__
+    return side.unbound if isinstance(side, _Bound) and side.is_of_class else side
+
+
 def gate_of(*sides: Function | None) -> Gate | None:
     """Return the limit that the sides bring along.
 
     Raises:
         PairError: they bring different ones.
     """
-    pairs = [side for side in sides if is_pair(side) and side.gate is not None]
+    pairs = [pair for side in sides if side and is_pair(pair := unbound(side)) and pair.gate is not None]
     gates = [pair.gate for pair in pairs]
     if any(gate != gates[0] for gate in gates):
         raise PairError(
@@ -832,7 +883,8 @@ def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
     return type(output) not in _NO_RUNNABLES and isinstance(output, Runnable)
 
 
-def _is_stub_of(candidate: object, fn: Function) -> bool:
+def _is_stub_of(candidate: Any, fn: Function) -> bool:
+    candidate = unbound(candidate)
     return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter
 from types import FrameType
 from typing import Any, TypeGuard, get_type_hints
@@ -21,7 +22,7 @@ from typing_extensions import is_typeddict
 
 from asyncify.errors import PairError
 from asyncify.runs import RESERVED
-from asyncify.signatures import INJECTED, describe, shape_of, signature_of
+from asyncify.signatures import INJECTED, describe, plain, shape_of, signature_of
 
 __all__ = [
     "asks_for_tool",
@@ -90,8 +91,9 @@ def keys_schema(fn: Function, name: str, own: type[BaseModel]) -> type[BaseModel
 
 
 def description_of(fn: Function, name: str) -> str:
-    """Return what a model is told of the function: its docs, or else its name."""
-    return inspect.getdoc(fn) or name
+    """Return what a model is told of the function: its docs, or else its name; of a partial, its function's."""
+    written: Function = plain(fn) if inspect.isroutine(plain(fn)) and type(fn) is partial else fn
+    return inspect.getdoc(written) or name
 
 
 def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
@@ -130,7 +132,7 @@ def _parameters(fn: Function) -> list[Parameter]:
 
 def _hints(fn: Function) -> dict[str, Any]:
     try:
-        return get_type_hints(inspect.unwrap(fn), include_extras=True)
+        return get_type_hints(plain(inspect.unwrap(fn)), include_extras=True)
     except (NameError, TypeError):  # a name that only a type checker knows; an object that has no annotations
         return {}
 

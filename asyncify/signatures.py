@@ -23,9 +23,11 @@ __all__ = [
     "has_empty_body",
     "is_async",
     "is_generator",
+    "plain",
     "same_parameters",
     "shape_of",
     "signature_of",
+    "sole_input",
 ]
 
 INJECTED = ("config", "run_manager")
@@ -33,7 +35,7 @@ _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
-def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
+def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return what decides the colour: the function in a partial, or the `__call__` of an object."""
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -46,13 +48,13 @@ def _plain(fn: Callable[..., Any]) -> Callable[..., Any]:
 def is_async(fn: Callable[..., Any]) -> bool:
     """Tell whether calling `fn` gives a coroutine or an async generator."""
     # The object itself is asked first: a mock says what it is, and its `__call__` does not.
-    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (fn, _plain(fn)))
+    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (fn, plain(fn)))
 
 
 def is_generator(fn: Callable[..., Any]) -> bool:
     """Tell whether calling `fn` gives a generator, of either colour."""
-    plain = _plain(fn)
-    return inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain)
+    written = plain(fn)
+    return inspect.isgeneratorfunction(written) or inspect.isasyncgenfunction(written)
 
 
 def signature_of(fn: Callable[..., Any]) -> Signature | None:
@@ -65,16 +67,27 @@ def signature_of(fn: Callable[..., Any]) -> Signature | None:
 
 def code_of(fn: Callable[..., Any]) -> CodeType | None:
     """Return the code that stands in the source for this callable, or None for a builtin."""
-    code: object = getattr(_plain(inspect.unwrap(fn)), "__code__", None)
+    code: object = getattr(plain(inspect.unwrap(fn)), "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
 def describe(fn: Callable[..., Any]) -> str:
     """Name a function for an error message: its qualified name, its file and its line."""
-    plain = _plain(inspect.unwrap(fn))
-    name = f"{plain.__module__}.{plain.__qualname__}" if hasattr(plain, "__qualname__") else repr(fn)
+    written = plain(inspect.unwrap(fn))
+    named = hasattr(written, "__qualname__") and hasattr(written, "__module__")  # a builtin type's method has no module
+    name = f"{written.__module__}.{written.__qualname__}" if named else repr(fn)
     code = code_of(fn)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
+
+
+def sole_input(fn: Callable[..., Any]) -> Parameter | None:
+    """Return the parameter of a function that has one, or needs one: beside it, a method has its instance or class."""
+    signature = signature_of(fn)
+    own = [p for p in signature.parameters.values() if p.name not in INJECTED] if signature is not None else []
+    needed = [p for p in own if p.default is Parameter.empty and p.kind not in _VARIADIC]
+    is_method = bool(own) and own[0].name in ("self", "cls")
+    candidates = needed or own
+    return candidates[0] if len(candidates) == 1 and not (is_method and len(own) > 1) else None
 
 
 def same_parameters(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
@@ -126,9 +139,9 @@ def check_pair(sync: Callable[..., Any], async_: Callable[..., Any], where: str)
     check_side(sync, "sync", where)
     check_side(async_, "async", where)
     if is_generator(sync) != is_generator(async_):
-        generator, plain = (sync, async_) if is_generator(sync) else (async_, sync)
+        generator, other = (sync, async_) if is_generator(sync) else (async_, sync)
         raise PairError(
-            f"{where}: {describe(generator)} is a generator and {describe(plain)} is not; both must yield, or neither"
+            f"{where}: {describe(generator)} is a generator and {describe(other)} is not; both must yield, or neither"
         )
     if not same_parameters(sync, async_):
         raise PairError(
@@ -217,7 +230,12 @@ class Shape:
                 f"it has {', '.join(map(str, given)) or 'nothing'}"
             )
         spread: dict[str, Any] = {**given, **kwargs}
-        return tuple(spread.pop(name) for name in self.positional_only if name in spread), spread
+        by_place = [name for name in self.positional_only if name in spread]
+        if by_place != list(self.positional_only[: len(by_place)]):  # one that is left out has its default
+            parameters = inspect.signature(fn).parameters
+            by_place = list(self.positional_only[: self.positional_only.index(by_place[-1]) + 1])
+            spread = {name: parameters[name].default for name in by_place} | spread
+        return tuple(spread.pop(name) for name in by_place), spread
 
 
 def shape_of(fn: Callable[..., Any]) -> Shape:

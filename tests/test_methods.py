@@ -1,6 +1,7 @@
 """Pairs in classes: they bind like the methods they were, and all instances share one limit."""
 
 import asyncio
+import copy
 import functools
 import gc
 import inspect
@@ -492,3 +493,197 @@ def test_a_bound_pair_can_not_be_decorated() -> None:
     """The error says to decorate it in its class."""
     with pytest.raises(PairError, match=r"Plain.fetch .* is bound to .*; decorate it in its class"):
         concurrency(limit=1)(Plain().fetch)
+
+
+# --- class and static methods in the midst of decorators, copies, and what `key=` is given ---
+
+
+async def afetch(cls: Any, query: str) -> str:
+    """Fetch by the loop."""
+    await asyncio.sleep(0)
+    return f"async {cls.__name__} {query}"
+
+
+async def afetch_static(query: str) -> str:
+    """Fetch by the loop."""
+    await asyncio.sleep(0)
+    return f"async {query}"
+
+
+def limited_pair(fn: Any) -> Any:
+    """Decorate as a user's own decorator might."""
+    return concurrency(limit=2)(dual(fn))
+
+
+class Between:
+    """Class and static methods between the decorators, or over them, in every order."""
+
+    @concurrency(limit=2)
+    @classmethod
+    @dual(async_=afetch)
+    def under_limit(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+    @dual(async_=afetch)
+    @classmethod
+    @concurrency(limit=2)
+    def over_limit(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+    @concurrency(limit=2)
+    @staticmethod
+    @dual(async_=afetch_static)
+    def static_under_limit(query: str) -> str:
+        """Fetch."""
+        return f"sync {query}"
+
+    @dual(async_=afetch_static)
+    @staticmethod
+    @concurrency(limit=2)
+    def static_over_limit(query: str) -> str:
+        """Fetch."""
+        return f"sync {query}"
+
+    @classmethod
+    @limited_pair
+    def by_own_decorator(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+
+class Derived(Between):
+    """A class that overrides one side of a class method."""
+
+    @classmethod
+    @dual(sync=Between.under_limit)
+    async def under_limit(cls, query: str) -> str:  # type: ignore[override]  # it has the other colour
+        """Fetch anew."""
+        return f"derived {cls.__name__} {query}"
+
+
+@pytest.mark.parametrize(
+    ("pair", "sync", "async_"),
+    [
+        (Between.under_limit, "sync Between x", "async Between x"),
+        (Between.over_limit, "sync Between x", "async Between x"),
+        (Between.static_under_limit, "sync x", "async x"),
+        (Between.static_over_limit, "sync x", "async x"),
+        (Between.by_own_decorator, "sync Between x", "sync Between x"),
+        (Between().under_limit, "sync Between x", "async Between x"),
+        (Derived.under_limit, "sync Derived x", "derived Derived x"),
+        (Derived.over_limit, "sync Derived x", "async Derived x"),
+    ],
+    ids=["under", "over", "static-under", "static-over", "own", "instance", "override", "inherited"],
+)
+async def test_a_class_method_in_the_midst_of_decorators_loses_nothing(pair: Any, sync: str, async_: str) -> None:
+    """Both sides are there, and the limit."""
+    assert pair.invoke("x") == pair.call("x") == sync
+    assert await pair.ainvoke("x") == await pair.acall("x") == async_
+    assert pair.limiter.limits.limit == 2
+
+
+def test_a_class_method_is_faked_where_it_is_looked_up() -> None:
+    """What is bound to a class stands for the one pair that there is."""
+    with registry.override(Between.under_limit, lambda _cls, query: f"fake {query}"):
+        assert Between.under_limit.invoke("x") == Derived.over_limit.invoke("x").replace("sync Derived", "fake")
+
+    assert Between.under_limit.invoke("x") == "sync Between x"
+
+
+def fetch_sync(query: str) -> str:
+    """Fetch."""
+    return f"sync {query}"
+
+
+class Stubs:
+    """Stubs that are class or static methods."""
+
+    @dual(sync=fetch_sync, async_=afetch_static)
+    @staticmethod
+    def static(query: str) -> str:
+        """Named and documented here."""
+        raise NotImplementedError
+
+    @dual(sync=lambda cls, query: f"sync {cls.__name__} {query}", async_=afetch)
+    @classmethod
+    def of_class(cls, query: str) -> str:
+        """Named and documented here."""
+        raise NotImplementedError
+
+
+def test_a_stub_may_be_a_class_or_static_method() -> None:
+    """It is decorated, not called, and binds as it says."""
+    stubs: Any = Stubs
+    assert stubs.static.invoke("x") == stubs().static("x") == "sync x"
+    assert stubs.of_class.invoke("x") == stubs().of_class("x") == "sync Stubs x"
+    assert Stubs.static.__doc__ == "Named and documented here."
+
+
+def test_a_bound_pair_may_be_a_side() -> None:
+    """As a bound method may."""
+    made: Any = dual(sync=Plain("desk").fetch, async_=afetch_static)
+
+    assert made.invoke("x") == "sync desk x"
+    assert Plain().fetch.warns
+
+
+def seen_by_key(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what `key=` is given for a call."""
+    seen: list[Any] = []
+
+    def key(given: Any) -> str:
+        seen.append(given)
+        return "key"
+
+    concurrency(limit=1, key=key)(fn).call(*args, **kwargs)
+    return seen[0]
+
+
+def embed(text: str, model: str = "m") -> None:
+    """Take one argument that is needed, and one that is not."""
+
+
+def optional(text: str = "t", model: str = "m") -> None:
+    """Take two that are not."""
+
+
+def one_optional(text: str = "t") -> None:
+    """Take one that is not."""
+
+
+def named_only(model: str = "m", *, text: str) -> None:
+    """Take one that is needed by name."""
+
+
+class Desk:
+    """A method of which nothing is needed but its instance."""
+
+    def quotes(self, count: int = 10) -> None:
+        """Take one argument that is not needed."""
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "kwargs", "given"),
+    [
+        (embed, ("hello",), {}, "hello"),
+        (embed, (), {"model": "x", "text": "hello"}, "hello"),
+        (optional, (), {"model": "x"}, {"text": "t", "model": "x"}),
+        (one_optional, (), {}, "t"),
+        (one_optional, ("x",), {}, "x"),
+        (named_only, ("x",), {"text": "hello"}, "hello"),
+        (Desk.quotes, (1, 3), {}, {"self": 1, "count": 3}),
+    ],
+)
+def test_key_is_given_the_argument_that_is_needed_or_all(fn: Any, args: Any, kwargs: Any, given: Any) -> None:
+    """However the call is written; of a method always all, so that it can look at the instance."""
+    assert seen_by_key(fn, *args, **kwargs) == given
+
+
+async def test_a_method_of_a_builtin_type_takes_a_limit() -> None:
+    """Even one that says of no module that it is its own."""
+    pair: Any = concurrency(limit=2)(str.strip)
+
+    assert pair.invoke(" x ") == await pair.ainvoke(" x ") == "x"
+    assert copy.copy(pair) == pair

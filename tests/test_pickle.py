@@ -6,11 +6,13 @@ import inspect
 import multiprocessing
 import os
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableLambda
 
 from asyncify import Dual, concurrency, dual
 
@@ -175,3 +177,79 @@ async def test_a_partial_of_a_pair_calls_it() -> None:
     assert functools.partial(convert.call, rate=2)(3) == 6
     assert await functools.partial(convert.acall, 2)(3) == 6
     assert str(inspect.signature(functools.partial(convert, 2))) == "(rate: float) -> float"
+
+
+# --- copies ---
+
+
+def local_pair() -> Any:
+    """Return a decorated pair that no module holds."""
+
+    @concurrency(limit=2)
+    @dual
+    def local(query: str) -> str:
+        return query
+
+    return local
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_decorated_pair_is_copied_as_a_function_is(copied: Callable[[Any], Any]) -> None:
+    """It is itself, whether a module holds it or not, in a pipe as well."""
+    pair = local_pair()
+
+    assert copied(pair) is pair
+    assert copy.deepcopy(pair | RunnableLambda(str)).invoke("x") == "x"
+    assert asdict(Holder(pair)) == {"pair": pair}
+
+
+@dataclass
+class Holder:
+    """A dataclass that has a pair."""
+
+    pair: Any
+
+
+class Named(Dual[Any, Any]):
+    """A kind of pair of somebody's own."""
+
+
+def upper(query: str) -> str:
+    """Return a text in capitals."""
+    return query.upper()
+
+
+async def aupper(query: str) -> str:
+    """Return a text in capitals, by the loop."""
+    return f"async {query.upper()}"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+async def test_a_copy_of_a_drop_in_has_all_that_it_has(copied: Callable[[Any], Any]) -> None:
+    """Its class, its name, both sides, the limit; what is done to the one later is not done to the other."""
+    pair: Any = concurrency(limit=2)(Named(upper))
+    pair.async_(aupper)
+    pair.name = "renamed"
+    made = copied(pair)
+    pair.name = "again"
+
+    assert (type(made), made.name, made.limiter) == (Named, "renamed", pair.limiter)
+    assert made.invoke("x") == "X"
+    assert await made.ainvoke("x") == "async X"
+
+
+async def test_a_drop_in_is_pickled_with_its_class_both_sides_and_name() -> None:
+    """A side that was written later, too."""
+    pair: Any = Named(upper)
+    pair.async_(aupper)
+    pair.name = "renamed"
+    made = pickle.loads(pickle.dumps(pair))  # noqa: S301  (our own)
+
+    assert (type(made), made.name) == (Named, "renamed")
+    assert (made.invoke("x"), await made.ainvoke("x")) == ("X", "async X")
+
+
+def test_a_drop_in_with_a_limit_is_not_pickled_without_it() -> None:
+    """The message says what to write."""
+    with pytest.raises(pickle.PicklingError, match="has a limit, which holds in one process"):
+        pickle.dumps(concurrency(limit=2)(Dual(str.upper)))
