@@ -258,7 +258,8 @@ def _called_like(fake: Entries, own: Entries) -> Entries:
 
 
 def _one_called_like(fake: Entry, own: Entry) -> Entry:
-    shape = dataclasses.replace(fake.shape, required=own.shape.required, positional_only=own.shape.positional_only)
+    names = {name: getattr(own.shape, name) for name in ("required", "positional_only", "keyword_only")}
+    shape = dataclasses.replace(fake.shape, **names)
     return dataclasses.replace(fake, shape=shape)
 
 

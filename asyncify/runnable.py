@@ -42,6 +42,7 @@ from asyncify.schemas import (
     keys_schema,
     parameters_schema,
     resolved_input,
+    schema_of_types,
     tool_of,
     tool_schema,
 )
@@ -630,7 +631,8 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         A drop-in, `Dual(func)`, has the arguments that a `RunnableLambda` would have, if its input is a mapping whose
         keys are known, as those of a `TypedDict` are.
         """
-        if args_schema is not None or arg_types is not None:
+        is_told = args_schema is not None or arg_types is not None
+        if is_told and not self._by_reference:
             return super().as_tool(args_schema, name=name, description=description, arg_types=arg_types)
         return tool_of(
             self,
@@ -638,6 +640,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             name=name or self.get_name(),
             description=description,
             keys=self._keys_schema(),
+            schema=args_schema if arg_types is None else schema_of_types(self.get_name("Input"), arg_types),
         )
 
     # --- identity ---
@@ -867,9 +870,7 @@ def _arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the function's arguments on an unobserved run."""
     shape = entry.shape
-    args: tuple[Any, ...] = (value,)
-    if len(shape.required) > 1:
-        args, kwargs = shape.arguments(entry.fn, value, kwargs)
+    args, kwargs = shape.arguments(entry.fn, value, kwargs)
     if shape.takes_config:
         kwargs = {**kwargs, "config": recoloured(config, is_async=shape.is_async)}
     return args, kwargs

@@ -30,6 +30,7 @@ __all__ = [
     "from_tool",
     "is_from_tool",
     "parameters_schema",
+    "schema_of_types",
     "tool_of",
     "tool_schema",
 ]
@@ -96,6 +97,12 @@ def description_of(fn: Function, name: str) -> str:
     return inspect.getdoc(written) or name
 
 
+def schema_of_types(name: str, types: dict[str, type]) -> type[BaseModel]:
+    """Return a model with a required field of each type."""
+    fields: dict[str, Any] = {field: (kind, ...) for field, kind in types.items()}
+    return create_model(name, **fields)
+
+
 def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
     """Return a model whose fields are the function's parameters, with their types and defaults."""
     hints = _hints(fn)
@@ -144,8 +151,12 @@ def tool_of(
     name: str,
     description: str | None,
     keys: type[BaseModel] | None,
+    schema: type[BaseModel] | None,
 ) -> BaseTool:
-    """Return a tool that calls the runnable, on either path, with the function's parameters or its input's keys."""
+    """Return a tool that calls the runnable, on either path, with the function's parameters or its input's keys.
+
+    `schema` describes the parameters otherwise than the function does.
+    """
     if keys is None:
         _check_names(fn)
 
@@ -167,7 +178,7 @@ def tool_of(
         arun,
         name=name,
         description=description or description_of(fn, name),
-        args_schema=keys or parameters_schema(fn, name),
+        args_schema=schema or keys or parameters_schema(fn, name),
     )
 
 

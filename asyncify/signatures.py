@@ -199,12 +199,14 @@ class Shape:
     takes_run_manager: bool
     required: tuple[str, ...]
     positional_only: tuple[str, ...]
+    keyword_only: tuple[str, ...]
     has_parameters: bool
     takes_input_alone: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Work out what follows from the rest."""
-        takes_input_alone = len(self.required) <= 1 and not (self.takes_config or self.takes_run_manager)
+        is_spread = len(self.required) > 1 or any(name in self.keyword_only for name in self.required)
+        takes_input_alone = not (is_spread or self.takes_config or self.takes_run_manager)
         object.__setattr__(self, "takes_input_alone", takes_input_alone)
 
     def arguments(
@@ -217,6 +219,10 @@ class Shape:
         """
         missing = [name for name in self.required if name not in kwargs]
         if len(missing) <= 1:
+            name = missing[0] if missing else ""
+            by_name = name in self.keyword_only or name in self.required[1:]  # the others before it are in `kwargs`
+            if by_name and name not in self.positional_only:
+                return (), {name: value, **kwargs}
             return (value,), dict(kwargs)
         if not isinstance(value, Mapping):
             raise TypeError(
@@ -255,5 +261,6 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
             if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
         ),
         positional_only=tuple(p.name for p in own if p.kind is Parameter.POSITIONAL_ONLY),
+        keyword_only=tuple(p.name for p in own if p.kind is Parameter.KEYWORD_ONLY),
         has_parameters=bool(own) or signature is None,
     )

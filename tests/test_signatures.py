@@ -224,9 +224,35 @@ def test_a_bound_keyword_leaves_one_parameter() -> None:
     assert shape_of(_two).arguments(_two, 1.5, {"rate": 2}) == ((1.5,), {"rate": 2})
 
 
+def test_a_keyword_that_is_bound_keeps_its_place() -> None:
+    """The input goes where it belongs, though that is not the first."""
+    assert shape_of(_two).arguments(_two, 1.5, {"amount": 2}) == ((), {"amount": 2, "rate": 1.5})
+
+
+def _named(digits: int = 2, *, amount: float) -> float:
+    return round(amount, digits)
+
+
+def test_a_parameter_that_has_no_place_takes_the_value_by_name() -> None:
+    """Where it is the one that is needed."""
+    assert shape_of(_named).arguments(_named, 1.5, {}) == ((), {"amount": 1.5})
+
+
 def test_positional_only_parameters_are_spread_by_position() -> None:
     """A parameter that has no keyword is still found in the mapping by its name."""
     assert shape_of(_positional).arguments(_positional, {"rate": 2, "amount": 1}, {}) == ((1, 2), {})
+
+
+def _with_defaults(amount: float, rate: float, fee: float = 3, digits: int = 4, /) -> float:
+    return round(amount * rate - fee, digits)
+
+
+def test_a_positional_only_parameter_that_is_left_out_keeps_its_place() -> None:
+    """It has its default, and the one behind it is not put there."""
+    shape = shape_of(_with_defaults)
+
+    assert shape.arguments(_with_defaults, {"amount": 1, "rate": 2, "digits": 9}, {}) == ((1, 2, 3, 9), {})
+    assert shape.arguments(_with_defaults, {"amount": 1, "rate": 2}, {}) == ((1, 2), {})
 
 
 @pytest.mark.parametrize(

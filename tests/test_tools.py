@@ -1,5 +1,6 @@
 """Pairs as tools, as schemas and in graphs."""
 
+import functools
 from typing import Annotated, Any
 
 import pytest
@@ -315,3 +316,47 @@ def test_a_graph_shows_a_pair_by_name() -> None:
     assert "convert(convert)" in drawn
     assert "convert_input" in drawn
     assert "convert_input --> convert;" in drawn
+
+
+def times_rate(rate: float, amount: float, digits: int = 2) -> float:
+    """Convert an amount."""
+    return round(rate * amount, digits)
+
+
+def test_the_tool_of_a_partial_has_the_types_and_the_docs_of_its_function() -> None:
+    """What is given already is no argument of it."""
+    made = dual(functools.partial(times_rate, 2.0), name="twice").as_tool()
+
+    assert made.description == "Convert an amount."
+    assert {name: field["type"] for name, field in made.args.items()} == {"amount": "number", "digits": "integer"}
+    assert made.invoke({"amount": "1.5"}) == 3.0
+
+
+async def test_the_tool_of_a_function_that_takes_its_argument_by_name_alone() -> None:
+    """It is called as it wants to be, on both paths, and so is the pair."""
+
+    @dual
+    def shout(*, text: str) -> str:
+        """Say it aloud."""
+        return text.upper()
+
+    for made in (shout.as_tool(), tool(shout)):
+        assert made.invoke({"text": "a"}) == await made.ainvoke({"text": "a"}) == "A"
+    assert shout.invoke("a") == await shout.ainvoke("a") == "A"
+    assert shout.batch(["a", "b"]) == ["A", "B"]
+
+
+class Described(BaseModel):
+    """What a model is told instead."""
+
+    query: str = Field(description="what to fetch")
+
+
+@pytest.mark.parametrize("told", [{"args_schema": Described}, {"arg_types": {"query": str}}], ids=str)
+async def test_a_tool_whose_arguments_are_described_otherwise_takes_them_as_before(told: Any) -> None:
+    """The function still gets its arguments, not a mapping of them."""
+    made = fetch.as_tool(**told)
+
+    assert made.invoke({"query": "EUR"}) == "sync EUR"
+    assert await made.ainvoke({"query": "EUR"}) == "async EUR"
+    assert made.args["query"]["type"] == "string"
