@@ -96,6 +96,22 @@ def count_calls(directory: str) -> None:
     os.close(descriptor)
 
 
+class Scores:
+    """Static and class methods that leave the process."""
+
+    @staticmethod
+    @dual(bridge=engine)
+    def static(text: str) -> tuple[str, int]:
+        """Return the text and the process."""
+        return text, os.getpid()
+
+    @classmethod
+    @dual(bridge=engine)
+    def of_class(cls, text: str) -> tuple[str, int]:
+        """Return the class's name with the text, and the process."""
+        return f"{cls.__name__} {text}", os.getpid()
+
+
 def processes() -> Iterator[Executor]:
     """Start the processes of the standard library."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -129,6 +145,15 @@ def remote(request: pytest.FixtureRequest) -> Iterator[Executor]:
         list(started)
         engine.engine = None
         gc.collect()
+
+
+async def test_static_and_class_methods_run_in_another_process(remote):
+    """They are found by the name of the class, under what wraps them."""
+    static, its_process = await Scores.static.ainvoke("abc")
+    of_class, other_process = await Scores.of_class.ainvoke("abc")
+
+    assert (static, of_class) == ("abc", "Scores abc")
+    assert os.getpid() not in (its_process, other_process)
 
 
 async def test_a_call_runs_in_another_process(remote):
