@@ -14,7 +14,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Executor
 from contextlib import aclosing, closing
-from types import MethodType
+from types import MethodType, new_class
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, overload
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
@@ -263,7 +263,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Bind like the function that it was: an equal pair on each access, under the one limit."""
         if self.binding == "nothing" or (self.binding == "instance" and instance is None):
             return self
-        return _Bound(self, instance if self.binding == "instance" else owner or type(instance))
+        return _bound_kind(type(self))(self, instance if self.binding == "instance" else owner or type(instance))
 
     # --- the second side, written later ---
 
@@ -744,6 +744,11 @@ class _Bound(Dual[Any, Any]):
         """A bound pair is not bound again."""
         return "nothing"
 
+    @property
+    def deps(self) -> list[Runnable[Any, Any]]:
+        """Those of the pair: LangChain would keep what they are looked up for, and the instance with it, for good."""
+        return self._pair.deps
+
     def _bind(self, entries: Entries) -> Entries:
         sync, async_ = entries.sync, entries.async_
         return Entries(
@@ -778,6 +783,12 @@ class _Bound(Dual[Any, Any]):
         """Return the method of a copy of its instance."""
         get, (receiver, name) = self.__reduce__()
         return get(copy.deepcopy(receiver, memo), name)
+
+
+@functools.cache
+def _bound_kind(kind: type[AnyDual]) -> type[_Bound]:
+    """Return the class of what is bound of a pair: with what a subclass of `Dual` makes of the methods."""
+    return _Bound if kind is Dual else cast("type[_Bound]", new_class(f"Bound{kind.__name__}", (_Bound, kind)))
 
 
 @functools.cache

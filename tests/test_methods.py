@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import pytest
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import BaseModel, ConfigDict
 
 from asyncify import Dual, PairError, concurrency, dual, registry
@@ -687,3 +687,39 @@ async def test_a_method_of_a_builtin_type_takes_a_limit() -> None:
 
     assert pair.invoke(" x ") == await pair.ainvoke(" x ") == "x"
     assert copy.copy(pair) == pair
+
+
+class Shouted(Dual[Any, Any]):
+    """A kind of pair of somebody's own."""
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Do as a pair does, and shout."""
+        return f"{super().invoke(input, config, **kwargs)}!"
+
+
+class Market:
+    """A class with a pair of that kind."""
+
+    shout = Shouted(lambda self, query: query)
+
+
+def test_a_kind_of_pair_stays_of_that_kind_when_it_binds() -> None:
+    """What it makes of a method holds, in a pipe and in a batch as well."""
+    shout: Any = Market().shout
+
+    assert shout.invoke("x") == "x!"
+    assert isinstance(shout, Shouted)
+    assert (shout | RunnableLambda(str)).invoke("x") == "x!"
+    assert shout.batch(["x", "y"]) == ["x!", "y!"]
+    assert type(Market().shout) is type(shout)
+
+
+def test_a_graph_of_a_bound_pair_keeps_no_instance_alive() -> None:
+    """LangChain remembers what it has looked a function's runnables up for."""
+    desk = Plain()
+    instance = weakref.ref(desk)
+    desk.fetch.get_graph().draw_mermaid()
+    del desk
+    gc.collect()
+
+    assert instance() is None
