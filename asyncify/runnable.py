@@ -745,7 +745,7 @@ class _Bound(Dual[Any, Any]):
         return "nothing"
 
     @property
-    def deps(self) -> list[Runnable[Any, Any]]:
+    def deps(self) -> list[Runnable[Any, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Those of the pair: LangChain would keep what they are looked up for, and the instance with it, for good."""
         return self._pair.deps
 
