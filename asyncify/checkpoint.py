@@ -195,7 +195,6 @@ class Checkpoint:
             return key, None, _said(error)
         try:
             encoded = self._encode(output)
-            _check_length(encoded)
             return key, encoded, _checksum(key, encoded)
         except Exception as refused:
             raise CheckpointError(
@@ -233,13 +232,10 @@ class Checkpoint:
             self._ids.add(*zip(*part, strict=True))
 
 
-def _check_length(encoded: str | bytes) -> None:
-    if len(encoded) > _LARGEST:
-        raise ValueError(f"it is {len(encoded):,} long, and {_LARGEST:,} is the most")
-
-
 def _checksum(key: str, output: str | bytes) -> int:
-    """Return the CRC-32 of both; a text that UTF-8, and so SQLite, can't write is a `UnicodeEncodeError`."""
+    """Return the CRC-32 of both; what SQLite can't keep is a ValueError: a text that UTF-8 can't write, or too much."""
+    if len(output) > _LARGEST:
+        raise ValueError(f"it is {len(output):,} long, and {_LARGEST:,} is the most")
     return crc32((key + output).encode() if isinstance(output, str) else key.encode() + output)
 
 
@@ -411,6 +407,7 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any]]] = 
 
 _WRITTEN_AS_THEY_ARE = frozenset((str, float, bool, bytes, type(None)))
 _LONG_BITS = 2000  # Python may refuse to write longer ones in decimal digits
+_SHORT_INT = 10**18
 
 
 def fingerprint(value: object) -> str:
@@ -419,6 +416,8 @@ def fingerprint(value: object) -> str:
     Raises:
         TypeError: the input is not made of strings, numbers, bools, None, bytes, lists, tuples and dicts.
     """
+    if type(value) is int and -_SHORT_INT < value < _SHORT_INT:  # what `_canonical` would do, without a call
+        return repr(value)
     written = _canonical(value)
     if len(written) < _DIGEST_LENGTH:
         return written
