@@ -17,7 +17,7 @@ import pickle
 import sqlite3
 from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from itertools import chain
 from os import PathLike
@@ -227,9 +227,9 @@ class Checkpoint:
 
     def _learn(self, db: sqlite3.Connection, after: int, before: int) -> None:
         """Remember where the outputs are that lie between two places in the file."""
-        rows = db.execute(_KEYS_BETWEEN, (after, before))
-        while part := rows.fetchmany(_READ_AT_ONCE):
-            self._ids.add(*zip(*part, strict=True))
+        with closing(db.execute(_KEYS_BETWEEN, (after, before))) as rows:  # an open one would keep the file open
+            while part := rows.fetchmany(_READ_AT_ONCE):
+                self._ids.add(*zip(*part, strict=True))
 
 
 def _checksum(key: str, output: str | bytes) -> int:

@@ -169,7 +169,8 @@ class LimiterMachine(RuleBasedStateMachine):
 
     def check_pace(self, at: float, interval: float, burst: int) -> None:
         due = 0.0
-        by_time = sorted(self.started, key=lambda waiter: (waiter.admitted_at, waiter.number))
+        # Of those admitted at one moment, one that costs nothing may have passed others that waited for a slot.
+        by_time = sorted(self.started, key=lambda waiter: (waiter.admitted_at, waiter.cost, waiter.number))
         for earlier in reversed(by_time[:-1]):
             due += earlier.cost * interval
             assert earlier.admitted_at is not None
