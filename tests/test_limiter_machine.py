@@ -1,6 +1,7 @@
 """The real limiter under a fake clock, through every sequence of events that hypothesis can think of."""
 
 import asyncio
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -29,6 +30,25 @@ class Waiter:
         self.ended = False
 
 
+class Observed(Limiter):
+    """The limiter, which tells in what order it has admitted: at one moment it may admit several."""
+
+    def __init__(self, **given: Any) -> None:
+        self.order: list[Permit] = []
+        super().__init__(**given)
+
+    def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
+        admitted = super()._admit(permit, queue=queue)
+        if admitted:
+            self.order.append(permit)
+        return admitted
+
+    def _pump(self, now: float) -> list[Permit]:
+        granted = super()._pump(now)
+        self.order.extend(granted)
+        return granted
+
+
 class LimiterMachine(RuleBasedStateMachine):
     """Calls come, wait, are cancelled, time out, run and end; limits change and time passes."""
 
@@ -44,7 +64,7 @@ class LimiterMachine(RuleBasedStateMachine):
         rate = per_second or per_minute
         self.loop = asyncio.new_event_loop()
         self.clock = FakeClock()
-        self.limiter = Limiter(
+        self.limiter = Observed(
             limit=limit,
             per_second=per_second,
             per_minute=per_minute,
@@ -140,12 +160,15 @@ class LimiterMachine(RuleBasedStateMachine):
         for _ in range(4):
             self.loop.call_soon(self.loop.stop)
             self.loop.run_forever()
-        for waiter in self.calls:
-            if waiter.task.done() and not waiter.task.cancelled() and waiter not in self.started:
-                if waiter.task.exception() is None:
-                    self.check_admission(waiter, waiter.task.result())
-                else:
-                    self.check_timeout(waiter)
+        done = [waiter for waiter in self.calls if waiter.task.done() and not waiter.task.cancelled()]
+        new = [waiter for waiter in done if waiter.task.exception() is None and waiter not in self.started]
+        for waiter in new:
+            self.check_admission(waiter, waiter.task.result())
+        for waiter in new:
+            self.check_pace(waiter)
+        for waiter in done:
+            if waiter.task.exception() is not None:
+                self.check_timeout(waiter)
 
     def check_timeout(self, waiter: Waiter) -> None:
         assert isinstance(waiter.task.exception(), LimitTimeout)
@@ -164,17 +187,20 @@ class LimiterMachine(RuleBasedStateMachine):
         for rate in limits.rates:
             times = [(waiter.admitted_at or 0.0, waiter.cost) for waiter in self.started]
             assert sum(cost for at, cost in times if at <= permit.at < at + rate.period) <= rate.amount + EPSILON
-        if limits.rates:
-            self.check_pace(permit.at, limits.rates[0].period / limits.rates[0].amount, limits.burst)
 
-    def check_pace(self, at: float, interval: float, burst: int) -> None:
+    def check_pace(self, waiter: Waiter) -> None:
+        limits = self.limiter.limits
+        if not limits.rates:
+            return
+        interval = limits.rates[0].period / limits.rates[0].amount
+        in_order = sorted(self.started, key=lambda other: self.limiter.order.index(other.task.result()))
         due = 0.0
-        # Of those admitted at one moment, one that costs nothing may have passed others that waited for a slot.
-        by_time = sorted(self.started, key=lambda waiter: (waiter.admitted_at, waiter.cost, waiter.number))
-        for earlier in reversed(by_time[:-1]):
+        for earlier in reversed(in_order[: in_order.index(waiter)]):
             due += earlier.cost * interval
+            assert waiter.admitted_at is not None
             assert earlier.admitted_at is not None
-            assert at - earlier.admitted_at >= due - CATCH_UP - (burst - 1) * interval - EPSILON
+            passed = waiter.admitted_at - earlier.admitted_at
+            assert passed >= due - CATCH_UP - (limits.burst - 1) * interval - EPSILON
 
     def teardown(self) -> None:
         if not hasattr(self, "loop"):
