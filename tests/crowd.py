@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
@@ -21,27 +21,26 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.0005)
 
 
-class Call(Protocol):
+class Call:
     """One call through a limiter, on a thread or in a task."""
 
-    name: str
-    admitted: bool
-    over: bool
-    error: BaseException | None
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """End the call, with the error that it raises."""
-        ...
-
-
-class ThreadCall:
-    def __init__(self, crowd: "Crowd", name: str, **how: Any) -> None:
+    def __init__(self, crowd: "Crowd", name: str, end: threading.Event | asyncio.Event, how: dict[str, Any]) -> None:
         self.name = name
         self.admitted = self.over = False
         self.error: BaseException | None = None
-        self._crowd, self._how = crowd, how
-        self._end = threading.Event()
+        self._crowd, self._how, self._end = crowd, how, end
         self._raises: BaseException | None = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the call, with the error that it raises."""
+        self._raises = error
+        self._end.set()
+
+
+class ThreadCall(Call):
+    def __init__(self, crowd: "Crowd", name: str, **how: Any) -> None:
+        self._ends = threading.Event()
+        super().__init__(crowd, name, self._ends, how)
         self._thread = threading.Thread(target=contextvars.Context().run, args=(self._run,), daemon=True)
         self._thread.start()
 
@@ -49,40 +48,28 @@ class ThreadCall:
         try:
             permit = self._crowd.limiter.enter(**self._how)
             self._crowd.admitted(self)
-            self._end.wait(SAFETY_NET)
+            self._ends.wait(SAFETY_NET)
             permit.leave(self._raises)
         except BaseException as error:  # noqa: BLE001  (the test looks at it)
             self.error = error
         self.over = True
 
-    def finish(self, error: BaseException | None = None) -> None:
-        self._raises = error
-        self._end.set()
 
-
-class TaskCall:
+class TaskCall(Call):
     def __init__(self, crowd: "Crowd", name: str, **how: Any) -> None:
-        self.name = name
-        self.admitted = self.over = False
-        self.error: BaseException | None = None
-        self._crowd, self._how = crowd, how
-        self._end = asyncio.Event()
-        self._raises: BaseException | None = None
+        self._ends = asyncio.Event()
+        super().__init__(crowd, name, self._ends, how)
         self.task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
 
     async def _run(self) -> None:
         try:
             permit = await self._crowd.limiter.aenter(**self._how)
             self._crowd.admitted(self)
-            await self._end.wait()
+            await self._ends.wait()
             permit.leave(self._raises)
         except BaseException as error:  # noqa: BLE001  (the test looks at it)
             self.error = error
         self.over = True
-
-    def finish(self, error: BaseException | None = None) -> None:
-        self._raises = error
-        self._end.set()
 
 
 class Crowd:
@@ -92,17 +79,17 @@ class Crowd:
         self.kind = kind
         self.clock = FakeClock()
         self.order: list[str] = []
-        self.calls: list[ThreadCall | TaskCall] = []
+        self.calls: list[Call] = []
 
     def limiter_of(self, **limits: Any) -> Limiter:
         self.limiter = Limiter(clock=self.clock, **limits)
         return self.limiter
 
-    def admitted(self, call: ThreadCall | TaskCall) -> None:
+    def admitted(self, call: Call) -> None:
         self.order.append(call.name)
         call.admitted = True
 
-    async def come(self, name: str = "", **how: Any) -> ThreadCall | TaskCall:
+    async def come(self, name: str = "", **how: Any) -> Call:
         """Let a call come, and wait until it is in, in the queue, or turned away."""
         before = self.limiter.stats()
         call = self.kind(self, name, **how)
@@ -110,10 +97,10 @@ class Crowd:
         await until(lambda: call.admitted or call.over or self.limiter.stats().waiting > before.waiting)
         return call
 
-    async def come_all(self, names: str, **how: Any) -> list[ThreadCall | TaskCall]:
+    async def come_all(self, names: str, **how: Any) -> list[Call]:
         return [await self.come(name, **how) for name in names]
 
-    async def finish(self, call: ThreadCall | TaskCall, error: BaseException | None = None) -> None:
+    async def finish(self, call: Call, error: BaseException | None = None) -> None:
         call.finish(error)
         await until(lambda: call.over)
         await self.all_woken()
