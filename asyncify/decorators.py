@@ -19,7 +19,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
 from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
-from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair, unbound
+from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair, side_beside, unwrapped
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
@@ -211,9 +211,11 @@ def dual(
 
     def decorate(fn: Function) -> AnyDual:
         if sync is not None:
-            return _make_pair(fn, sync, fn, where="@dual(sync=...)", name=name, bridge=bridge, warn=warn)
+            other = side_beside(fn, sync)
+            return _make_pair(fn, other, fn, where="@dual(sync=...)", name=name, bridge=bridge, warn=warn)
         if async_ is not None:
-            return _make_pair(fn, fn, async_, where="@dual(async_=...)", name=name, bridge=bridge, warn=warn)
+            other = side_beside(fn, async_)
+            return _make_pair(fn, fn, other, where="@dual(async_=...)", name=name, bridge=bridge, warn=warn)
         return _make_pair(fn, *_side_of(fn, "@dual"), where="@dual", name=name, bridge=bridge, warn=warn)
 
     return decorate if fn is None else decorate(fn)
@@ -276,15 +278,15 @@ def concurrency(
         raise type(error)(f"@concurrency{_on_function(sys._getframe(1))}: {error}") from None
 
     def decorate(fn: Function, /) -> Any:
-        pair = unbound(fn)
+        pair = unwrapped(fn)
         if is_pair(pair):
             if pair.gate is not None:
                 raise PairError(
                     f"@concurrency: {describe(pair)} has a limit already ({pair.gate.limiter!r}); give both in one "
                     "place, as in @concurrency(limit=10, per_second=50)"
                 )
-            _copy_binding(fn, pair)
             pair.furnish(gate=new_gate(), warn=warn)
+            _copy_binding(fn, pair)
             return pair
         return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=new_gate(), warn=warn)
 
@@ -320,7 +322,9 @@ def _make_pair(
     the new pair, which takes its place in the registry if it is the one decorated.
     """
     gate = gate or gate_of(sync, async_)
-    warn = warn is not False and all(given.warns for side in (sync, async_) if side and is_pair(given := unbound(side)))
+    warn = warn is not False and all(
+        given.warns for side in (sync, async_) if side and is_pair(given := unwrapped(side))
+    )
     plain_sync = None if sync is None else function_of(sync, "sync")
     plain_async = None if async_ is None else function_of(async_, "async")
     fn = function_of(decorated)
@@ -335,7 +339,7 @@ def _make_pair(
     pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
     _copy_binding(decorated, pair)
-    former = unbound(decorated)
+    former = unwrapped(decorated)
     registry.add(pair, fn, name, instead_of=former if is_pair(former) else None)
     pair.pickle_by_reference()
     watch_class_body()
@@ -362,8 +366,8 @@ def _copy_binding(decorated: object, pair: AnyDual) -> None:
 
 def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
     _copy_binding(stub, pair)
-    registry.add(pair, unbound(stub), name, instead_of=pair)
-    pair.furnish(wears=unbound(stub))
+    registry.add(pair, unwrapped(stub), name, instead_of=pair)
+    pair.furnish(wears=unwrapped(stub))
 
 
 def _check_options(name: object, bridge: object) -> None:

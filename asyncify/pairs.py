@@ -258,8 +258,12 @@ def _called_like(fake: Entries, own: Entries) -> Entries:
 
 
 def _one_called_like(fake: Entry, own: Entry) -> Entry:
-    names = {name: getattr(own.shape, name) for name in ("required", "positional_only", "keyword_only")}
-    shape = dataclasses.replace(fake.shape, **names)
+    shape = dataclasses.replace(
+        fake.shape,
+        required=own.shape.required,
+        positional_only=own.shape.positional_only,
+        keyword_only=own.shape.keyword_only,
+    )
     return dataclasses.replace(fake, shape=shape)
 
 

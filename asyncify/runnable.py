@@ -50,7 +50,7 @@ from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_
 from asyncify.streams import Sum, astart_run, astarted, astream_run, fold, start_run, started, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
-__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "unbound"]
+__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
 
 Input = TypeVar("Input", default=Any)
 Output = TypeVar("Output", default=Any)
@@ -303,7 +303,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if on_stub is None or kwargs or len(args) != 1 or not _is_stub_of(args[0], self._entries.sync.fn):
             self._on_stub = None
             return False
-        if not has_empty_body(unbound(args[0])):
+        if not has_empty_body(unwrapped(args[0])):
             raise PairError(
                 f"{describe(args[0])} has a body, and so have the sync and the async side: which of the three should "
                 "run? Leave only a docstring, or drop one of sync= and async_="
@@ -679,12 +679,12 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         return type(self), (sync or async_, async_ if sync else None, getattr(self, "name", None))
 
     def __copy__(self) -> Self:
-        """Return a decorated pair itself, as of a function; of any other a copy, under the same limit."""
+        """Return a decorated pair itself, as of a function; of any other a copy under the same limit, without fakes."""
         if self._by_reference:
             return self
         made = object.__new__(type(self))
         vars(made).update(vars(self), _told=set(self._told))
-        made.set_fakes(self._fakes)
+        made.set_fakes(())
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -814,7 +814,7 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
     Raises:
         PairError: it is a pair with both sides.
     """
-    side = unbound(side)
+    side = unwrapped(side)
     if not is_pair(side):
         return side
     if colour is None and hasattr(side, "func") and hasattr(side, "afunc"):
@@ -824,11 +824,15 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
     return side.func if hasattr(side, "func") else side.afunc
 
 
-def unbound(side: Function) -> Function:
-    """Return what a class or static method wraps, and what a class's pair was before it was bound; else the side."""
-    if isinstance(side, (classmethod, staticmethod)):
-        return cast("staticmethod[..., Any]", side).__func__
-    return side.unbound if isinstance(side, _Bound) and side.is_of_class else side
+def unwrapped(side: Function) -> Function:
+    """Return what a class or static method wraps, or else the side itself."""
+    return cast("staticmethod[..., Any]", side).__func__ if isinstance(side, (classmethod, staticmethod)) else side
+
+
+def side_beside(other: Function, side: Function) -> Function:
+    """Return the side; a class's pair as it stands in the class, if the other side takes the class as well."""
+    takes_class = isinstance(side, _Bound) and side.is_of_class and not same_parameters(side, function_of(other))
+    return cast("_Bound", side).unbound if takes_class else side
 
 
 def gate_of(*sides: Function | None) -> Gate | None:
@@ -837,7 +841,7 @@ def gate_of(*sides: Function | None) -> Gate | None:
     Raises:
         PairError: they bring different ones.
     """
-    pairs = [pair for side in sides if side and is_pair(pair := unbound(side)) and pair.gate is not None]
+    pairs = [pair for side in sides if side and is_pair(pair := unwrapped(side)) and pair.gate is not None]
     gates = [pair.gate for pair in pairs]
     if any(gate != gates[0] for gate in gates):
         raise PairError(
@@ -896,7 +900,7 @@ def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
 
 
 def _is_stub_of(candidate: Any, fn: Function) -> bool:
-    candidate = unbound(candidate)
+    candidate = unwrapped(candidate)
     return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
 
 

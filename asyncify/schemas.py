@@ -93,8 +93,9 @@ def keys_schema(fn: Function, name: str, own: type[BaseModel]) -> type[BaseModel
 
 def description_of(fn: Function, name: str) -> str:
     """Return what a model is told of the function: its docs, or else its name; of a partial, its function's."""
-    written: Function = plain(fn) if inspect.isroutine(plain(fn)) and type(fn) is partial else fn
-    return inspect.getdoc(written) or name
+    while isinstance(fn, partial):
+        fn = fn.func
+    return inspect.getdoc(fn) or name
 
 
 def schema_of_types(name: str, types: dict[str, type]) -> type[BaseModel]:

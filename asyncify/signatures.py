@@ -81,13 +81,12 @@ def describe(fn: Callable[..., Any]) -> str:
 
 
 def sole_input(fn: Callable[..., Any]) -> Parameter | None:
-    """Return the parameter of a function that has one, or needs one: beside it, a method has its instance or class."""
+    """Return the parameter of a function that has one, or needs one; None of a method, which has its instance too."""
     signature = signature_of(fn)
     own = [p for p in signature.parameters.values() if p.name not in INJECTED] if signature is not None else []
     needed = [p for p in own if p.default is Parameter.empty and p.kind not in _VARIADIC]
-    is_method = bool(own) and own[0].name in ("self", "cls")
     candidates = needed or own
-    return candidates[0] if len(candidates) == 1 and not (is_method and len(own) > 1) else None
+    return candidates[0] if len(candidates) == 1 and own[0].name not in ("self", "cls") else None
 
 
 def same_parameters(a: Callable[..., Any], b: Callable[..., Any]) -> bool:

@@ -621,12 +621,36 @@ def test_a_stub_may_be_a_class_or_static_method() -> None:
     assert Stubs.static.__doc__ == "Named and documented here."
 
 
-def test_a_bound_pair_may_be_a_side() -> None:
-    """As a bound method may."""
-    made: Any = dual(sync=Plain("desk").fetch, async_=afetch_static)
+class Unlimited:
+    """A class method without a limit."""
 
-    assert made.invoke("x") == "sync desk x"
-    assert Plain().fetch.warns
+    @classmethod
+    @dual
+    def fetch(cls, query: str) -> str:
+        """Fetch."""
+        return f"sync {cls.__name__} {query}"
+
+
+@pytest.mark.parametrize(
+    ("bound", "says"),
+    [(Plain("desk").fetch, "sync desk x"), (Unlimited.fetch, "sync Unlimited x")],
+    ids=["instance", "class"],
+)
+async def test_a_bound_pair_may_be_a_side(bound: Any, says: str) -> None:
+    """As a bound method may, in either form."""
+    for made in (dual(sync=bound, async_=afetch_static), dual(sync=bound)(afetch_static)):
+        assert made.invoke("x") == says
+        assert await made.ainvoke("x") == "async x"
+    assert bound.warns
+
+
+def test_a_bound_pair_is_not_limited_where_it_is_looked_up() -> None:
+    """The message says where; the pair of the class stays as it is."""
+    with pytest.raises(PairError, match=r"is bound to .*; decorate it in its class"):
+        concurrency(limit=2)(Unlimited.fetch)
+
+    assert Unlimited.fetch.limiter is None
+    assert Unlimited.fetch.invoke("x") == "sync Unlimited x"
 
 
 def seen_by_key(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -658,10 +682,13 @@ def named_only(model: str = "m", *, text: str) -> None:
 
 
 class Desk:
-    """A method of which nothing is needed but its instance."""
+    """Methods of which nothing is needed but their instance."""
 
     def quotes(self, count: int = 10) -> None:
         """Take one argument that is not needed."""
+
+    def rates(self) -> None:
+        """Take none."""
 
 
 @pytest.mark.parametrize(
@@ -674,6 +701,7 @@ class Desk:
         (one_optional, ("x",), {}, "x"),
         (named_only, ("x",), {"text": "hello"}, "hello"),
         (Desk.quotes, (1, 3), {}, {"self": 1, "count": 3}),
+        (Desk.rates, (1,), {}, {"self": 1}),
     ],
 )
 def test_key_is_given_the_argument_that_is_needed_or_all(fn: Any, args: Any, kwargs: Any, given: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from langchain_core.runnables import RunnableLambda
 
-from asyncify import Dual, concurrency, dual
+from asyncify import Dual, concurrency, dual, registry
 
 
 async def _afetch(query: str) -> str:
@@ -236,6 +236,15 @@ async def test_a_copy_of_a_drop_in_has_all_that_it_has(copied: Callable[[Any], A
     assert (type(made), made.name, made.limiter) == (Named, "renamed", pair.limiter)
     assert made.invoke("x") == "X"
     assert await made.ainvoke("x") == "async X"
+
+
+def test_a_copy_of_a_faked_drop_in_has_no_fake() -> None:
+    """The fake goes with its `with` block, which knows nothing of the copy."""
+    pair: Any = Dual(upper)
+    with registry.override(pair, lambda query: f"fake {query}"):
+        made = copy.copy(pair)
+
+    assert made.invoke("x") == pair.invoke("x") == "X"
 
 
 async def test_a_drop_in_is_pickled_with_its_class_both_sides_and_name() -> None:
