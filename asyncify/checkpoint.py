@@ -195,12 +195,18 @@ class Checkpoint:
             return key, None, _said(error)
         try:
             encoded = self._encode(output)
-            return key, encoded, _checksum(key, encoded)
+            checksum = _checksum(key, encoded)
         except Exception as refused:
             raise CheckpointError(
                 f"checkpoint {self.path}: can't keep an output of type {type(output).__name__} as it is: {refused}; "
                 'write codec="pickle", or return plain JSON'
             ) from refused
+        if len(encoded) > _LARGEST:
+            raise CheckpointError(
+                f"checkpoint {self.path}: an output is too large to keep: {len(encoded):,} characters or bytes, and "
+                f"{_LARGEST:,} is the most"
+            )
+        return key, encoded, checksum
 
     def record(self, rows: Sequence[Row]) -> None:
         """Record inputs that have ended, all or none; they are safe when this returns."""
@@ -233,9 +239,7 @@ class Checkpoint:
 
 
 def _checksum(key: str, output: str | bytes) -> int:
-    """Return the CRC-32 of both; what SQLite can't keep is a ValueError: a text that UTF-8 can't write, or too much."""
-    if len(output) > _LARGEST:
-        raise ValueError(f"it is {len(output):,} long, and {_LARGEST:,} is the most")
+    """Return the CRC-32 of both; a text that UTF-8, and so SQLite, can't write is a `UnicodeEncodeError`."""
     return crc32((key + output).encode() if isinstance(output, str) else key.encode() + output)
 
 

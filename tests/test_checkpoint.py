@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import RunnableBranch, RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, RunnableBranch, RunnableLambda, RunnablePassthrough
 
 from asyncify import CheckpointError, Dual, aeach, each, flow
 from asyncify import checkpoint as checkpoint_module
@@ -591,7 +591,7 @@ def test_an_output_that_no_row_can_hold_is_refused(path: Path, monkeypatch: pyte
     monkeypatch.setattr(checkpoint_module, "_LARGEST", 10)
     counted = Counted(lambda value: "x" * value)
 
-    with pytest.raises(CheckpointError, match="it is 22 long, and 10 is the most; write codec"):
+    with pytest.raises(CheckpointError, match=r"too large to keep: 22 characters or bytes, and 10 is the most$"):
         list(each(counted.pair(), [1, 20, 2], checkpoint=path, ordered=False))
     with closing(sqlite3.connect(path)) as db:
         recorded = db.execute("SELECT output FROM outputs").fetchall()
@@ -729,6 +729,12 @@ def branched(then: Pair) -> RunnableBranch[Any, Any]:
     return RunnableBranch((bool, then), same)
 
 
+def chosen(other: Pair) -> Any:
+    """Return what is configured to be another runnable."""
+    alternatives = theirs.configurable_alternatives(ConfigurableField(id="which"), other=other)
+    return alternatives.with_config(configurable={"which": "other"})
+
+
 ends, raises, same = Dual(suffixed), Dual(failing), Dual(str, name="same")
 theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
 
@@ -742,9 +748,10 @@ theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
         (raises.with_fallbacks([same]), raises.with_fallbacks([Dual(upper)])),
         (branched(same), branched(Dual(upper))),
         (RunnablePassthrough.assign(a=same), RunnablePassthrough.assign(a=Dual(upper))),
+        (chosen(same), chosen(Dual(upper))),
         (same.with_config(configurable={"to": "EUR"}), same.with_config(configurable={"to": "USD"})),
     ],
-    ids=["pipe.bind", "theirs.bind", "map", "fallbacks", "branch", "assign", "configurable"],
+    ids=["pipe.bind", "theirs.bind", "map", "fallbacks", "branch", "assign", "alternatives", "configurable"],
 )
 def test_a_file_of_work_with_other_parts_is_refused(path: Path, one: Any, other: Any) -> None:
     """Whatever a runnable is made of, its parts tell it from another of the same kind."""
