@@ -539,7 +539,12 @@ def test_any_error_can_be_recorded(way: str, path: Path, error: Exception, says:
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_inputs_have_outputs_of_their_own(way: str, path: Path) -> None:
     """What one is changed to is not seen in the other, as it is not in a later run either."""
-    outputs = collect(way, Counted(lambda value: {"value": value}).pair(), ["a", "a", "b"], checkpoint=path)
+
+    def slow(value: str) -> dict[str, Any]:
+        time.sleep(0.02)  # so that the second comes while the first is in flight, in threads as well
+        return {"value": value}
+
+    outputs = collect(way, Counted(slow).pair(), ["a", "a", "b"], checkpoint=path)
     outputs[0]["row"] = 0
 
     assert outputs == [{"value": "a", "row": 0}, {"value": "a"}, {"value": "b"}]
