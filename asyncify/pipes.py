@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from concurrent.futures import wait
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
-from langchain_core.runnables.config import RunnableConfig, ensure_config
+from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
+from langchain_core.runnables.utils import AddableDict
+from langchain_core.utils.aiter import atee
 
 from asyncify.background import background
 from asyncify.batches import Batches
 from asyncify.bridge import ThreadPool
 from asyncify.runs import config_of_steps, is_reserved, observed
+from asyncify.streams import areading, astart_run, astream_run, only
 
 __all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
 
@@ -103,6 +108,32 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
+    # Streams are LangChain's own on the sync path, where a generator is closed as it is let go of.
+
+    def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
+        """Stream the last step's output for one input, in the task that reads it."""
+        return self.atransform(only(input), config, **kwargs)
+
+    def atransform(
+        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Output]:
+        """Stream the last step's output for the input's chunks; closing the stream closes those of all steps."""
+        if is_reserved(kwargs):
+            return super().atransform(input, config, **kwargs)
+        return astream_run(partial(self._atransform, **kwargs), input, lambda: astart_run(config, self.get_name()))
+
+    async def _atransform(
+        self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig, **kwargs: Any
+    ) -> AsyncGenerator[Any]:
+        chunks = inputs
+        async with AsyncExitStack() as streams:
+            for number, step in enumerate(self.steps, 1):
+                config = patch_config(config, callbacks=run_manager.get_child(f"seq:step:{number}"))
+                chunks = await streams.enter_async_context(areading(step.atransform(chunks, config, **kwargs)))
+                kwargs = {}
+            async for chunk in chunks:
+                yield chunk
+
     def beware(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that a step runs into."""
         for step in _pairs(self.steps):
@@ -173,6 +204,54 @@ class DualParallel(Piped, RunnableParallel[Input]):
     ) -> asyncio.Task[dict[str, Any]]:
         """Start the async sides; keyword arguments go to none of them."""
         return asyncio.create_task(self._arun_unobserved(value, config))
+
+    def astream(
+        self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Stream the branches' outputs for one input as they come; keyword arguments go to none of them."""
+        return self.atransform(only(input), config)
+
+    def atransform(
+        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Stream the branches' outputs for the input's chunks, a task each; closing the stream ends all of them."""
+        if kwargs:
+            return super().atransform(input, config, **kwargs)
+        return astream_run(self._atransform, input, lambda: astart_run(config, self.get_name()))
+
+    async def _atransform(
+        self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig
+    ) -> AsyncGenerator[AddableDict]:
+        handed: asyncio.Queue[tuple[AddableDict, asyncio.Future[None]] | asyncio.Task[None]] = asyncio.Queue()
+
+        async def read(key: str, chunks: AsyncIterator[Any]) -> None:
+            async with areading(chunks):
+                async for chunk in chunks:
+                    is_taken = asyncio.get_running_loop().create_future()
+                    handed.put_nowait((AddableDict({key: chunk}), is_taken))
+                    await is_taken
+
+        steps = dict(self.steps__)
+        tasks: list[asyncio.Task[None]] = []
+        for (key, step), copy in zip(steps.items(), atee(inputs, len(steps), lock=asyncio.Lock()), strict=True):
+            child = patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
+            tasks.append(asyncio.create_task(read(key, step.atransform(copy, child))))
+            tasks[-1].add_done_callback(handed.put_nowait)
+        try:
+            left = len(tasks)
+            while left:
+                match await handed.get():
+                    case (chunk, is_taken):
+                        yield chunk
+                        if not is_taken.done():  # the task may have been cancelled
+                            is_taken.set_result(None)
+                    case ended:
+                        ended.result()
+                        left -= 1
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @classmethod
     def lc_id(cls) -> list[str]:

@@ -47,7 +47,7 @@ from asyncify.schemas import (
     tool_schema,
 )
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
-from asyncify.streams import Sum, astart_run, astarted, astream_run, fold, start_run, started, stream_run
+from asyncify.streams import areading, astart_run, astream_run, fold, only, start_run, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
@@ -504,8 +504,9 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             return
         output = await entry.run(*args, **kwargs)
         if _is_runnable(output):
-            async for chunk in output.astream(value, self._one_deeper(config, value, run_manager)):
-                yield chunk
+            async with areading(output.astream(value, self._one_deeper(config, value, run_manager))) as output_chunks:
+                async for chunk in output_chunks:
+                    yield chunk
         else:
             yield output
 
@@ -515,41 +516,37 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
         """Stream the async side's output for one input, in the task that reads it."""
-        return self.atransform(_only(input), config, **kwargs)
+        return self.atransform(only(input), config, **kwargs)
 
     def transform(
         self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[Output]:
         """Fold the input's chunks into one value and stream the sync side's output for it."""
         if is_reserved(kwargs):
-            yield from self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
-            return
-        received, run = Sum(), None
-        inputs = started(received.of(input))  # the run before this one starts first, and outside this one's context
-        if self._live.sync.shape.takes_run_manager or observed(config):
-            child, run = start_run(config, self.get_name())
-        else:
-            child = quiet_config(config, is_async=False)
-        yield from stream_run(self._transform(inputs, run, child, **kwargs), context_of(child), run, received)
+            return self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
+        return stream_run(functools.partial(self._transform, **kwargs), input, lambda: self._begin(config))
 
-    async def atransform(
+    def atransform(
         self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Output]:
         """Fold the input's chunks into one value and stream the async side's output for it."""
         if is_reserved(kwargs):
-            async for chunk in super().atransform(input, config, **kwargs):
-                yield chunk
-            return
-        received, run = Sum(), None
-        inputs = await astarted(received.aof(input))  # the run before this one starts first, and outside its context
+            return super().atransform(input, config, **kwargs)
+        return astream_run(functools.partial(self._atransform, **kwargs), input, lambda: self._abegin(config))
+
+    def _begin(self, config: RunnableConfig | None) -> tuple[RunnableConfig, CallbackManagerForChainRun | None]:
+        """Return the config of a run that streams, and its manager if anybody needs one."""
+        if self._live.sync.shape.takes_run_manager or observed(config):
+            return start_run(config, self.get_name())
+        return quiet_config(config, is_async=False), None
+
+    async def _abegin(
+        self, config: RunnableConfig | None
+    ) -> tuple[RunnableConfig, AsyncCallbackManagerForChainRun | None]:
+        """Return the same for an async one."""
         if self._live.async_.shape.takes_run_manager or observed(config):
-            child, run = await astart_run(config, self.get_name())
-        else:
-            child = quiet_config(config, is_async=True)
-        chunks = self._atransform(inputs, run, child, **kwargs)
-        async with aclosing(astream_run(chunks, context_of(child), run, received)) as stream:
-            async for chunk in stream:
-                yield chunk
+            return await astart_run(config, self.get_name())
+        return quiet_config(config, is_async=True), None
 
     def _inject(
         self, entry: Entry, value: Any, run_manager: ChainRun | None, config: RunnableConfig, kwargs: dict[str, Any]
@@ -902,10 +899,6 @@ def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
 def _is_stub_of(candidate: Any, fn: Function) -> bool:
     candidate = unwrapped(candidate)
     return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
-
-
-async def _only(value: Any) -> AsyncIterator[Any]:
-    yield value
 
 
 def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:

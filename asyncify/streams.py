@@ -7,7 +7,8 @@ belong to the task that they were entered in.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import asynccontextmanager
 from contextvars import Context
 from types import coroutine
 from typing import Any
@@ -22,7 +23,12 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
-__all__ = ["Sum", "astart_run", "astarted", "astream_run", "fold", "start_run", "started", "stream_run"]
+from asyncify.runs import context_of
+
+__all__ = ["areading", "astart_run", "astream_run", "fold", "only", "start_run", "stream_run"]
+
+Run = CallbackManagerForChainRun | None
+AsyncRun = AsyncCallbackManagerForChainRun | None
 
 
 def fold(total: Any, chunk: Any) -> Any:
@@ -35,7 +41,7 @@ def fold(total: Any, chunk: Any) -> Any:
         return chunk
 
 
-class Sum:
+class _Sum:
     """What the chunks of a stream add up to."""
 
     def __init__(self) -> None:
@@ -58,12 +64,12 @@ class Sum:
             yield chunk
 
 
-def started(chunks: Iterator[Any]) -> Iterator[Any]:
+def _started(chunks: Iterator[Any]) -> Iterator[Any]:
     """Take the first chunk, and give it back with the rest."""
     return itertools.chain([*itertools.islice(chunks, 1)], chunks)
 
 
-async def astarted(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _astarted(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """Take the first chunk, and give it back with the rest."""
     end = object()
     first = await anext(chunks, end)
@@ -75,6 +81,21 @@ async def astarted(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
             yield chunk
 
     return again()
+
+
+async def only(value: Any) -> AsyncGenerator[Any]:
+    """Stream one value."""
+    yield value
+
+
+@asynccontextmanager
+async def areading(chunks: AsyncIterator[Any]) -> AsyncGenerator[AsyncIterator[Any]]:
+    """Read a stream, and close it at the end of the block, if it can be closed: not all are generators."""
+    try:
+        yield chunks
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
 
 
 def start_run(config: RunnableConfig | None, name: str) -> tuple[RunnableConfig, CallbackManagerForChainRun]:
@@ -98,17 +119,27 @@ async def astart_run(
 
 
 def stream_run(
-    chunks: Generator[Any, None, None], context: Context, run: CallbackManagerForChainRun | None, received: Sum
+    transform: Callable[[Iterator[Any], Run, RunnableConfig], Generator[Any]],
+    chunks: Iterator[Any],
+    begin: Callable[[], tuple[RunnableConfig, Run]],
 ) -> Iterator[Any]:
-    """Yield the chunks of a run and report its end, an early one by the reader as `GeneratorExit`."""
-    sent, end = Sum(), object()
-    tapped = chunks if run is None else _tap(chunks, run)
+    """Yield the chunks of a run and report its end, an early one by the reader as `GeneratorExit`.
+
+    The run before this one starts first, and outside this one's context: so it is when the first chunk is there that
+    `begin` makes the config of the run and its manager, None if nobody watches.
+    """
+    received, sent, end = _Sum(), _Sum(), object()
+    inputs = _started(received.of(chunks))
+    config, run = begin()
+    context = context_of(config)
+    outputs = transform(inputs, run, config)
+    tapped = outputs if run is None else _tap(outputs, run)
     try:
         while (chunk := context.run(next, tapped, end)) is not end:
             sent.add(chunk)
             yield chunk
     except BaseException as error:
-        context.run(chunks.close)
+        context.run(outputs.close)
         if run is not None:
             run.on_chain_error(error, inputs=received.value)
         raise
@@ -117,17 +148,23 @@ def stream_run(
 
 
 async def astream_run(
-    chunks: AsyncGenerator[Any, None], context: Context, run: AsyncCallbackManagerForChainRun | None, received: Sum
+    transform: Callable[[AsyncIterator[Any], AsyncRun, RunnableConfig], AsyncGenerator[Any]],
+    chunks: AsyncIterator[Any],
+    begin: Callable[[], Awaitable[tuple[RunnableConfig, AsyncRun]]],
 ) -> AsyncGenerator[Any, None]:
-    """Yield the chunks of a run and report its end, an early one by the reader as `GeneratorExit`."""
-    sent, end = Sum(), object()
-    tapped = chunks if run is None else _atap(chunks, run)
+    """Do the same for an async run."""
+    received, sent, end = _Sum(), _Sum(), object()
+    inputs = await _astarted(received.aof(chunks))
+    config, run = await begin()
+    context = context_of(config)
+    outputs = transform(inputs, run, config)
+    tapped = outputs if run is None else _atap(outputs, run)
     try:
         while (chunk := await _in_context(anext(tapped, end), context)) is not end:
             sent.add(chunk)
             yield chunk
     except BaseException as error:
-        await _in_context(chunks.aclose(), context)
+        await _in_context(outputs.aclose(), context)
         if run is not None:
             await run.on_chain_error(error, inputs=received.value)
         raise

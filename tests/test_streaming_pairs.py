@@ -89,6 +89,9 @@ MakeConfig = Callable[[], RunnableConfig]
 
 CHUNKS = ["0 ", "1 ", "2 "]
 
+SAME: Dual[Any, Any] = Dual(lambda value: value)
+"""A step that changes nothing."""
+
 
 @each_side
 @watched_or_not
@@ -150,6 +153,109 @@ async def test_closing_early_closes_the_generator_async(side: Side, config: Make
 
     assert first == "0 "
     assert feed.closed.is_set()
+
+
+def behind_another(pair: Any) -> Any:
+    """A pipe that ends with the pair."""
+    return SAME | pair
+
+
+def before_another(pair: Any) -> Any:
+    """A pipe that goes on after the pair, one chunk at a time."""
+
+    @dual
+    async def each_of(chunks: str) -> AsyncIterator[str]:
+        for chunk in chunks.split():
+            yield f"{chunk} "
+
+    return pair | each_of
+
+
+def beside_another(pair: Any) -> Any:
+    """A dict whose one branch is the pair, and whose other one never ends."""
+
+    @dual
+    async def stuck(value: Any) -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield "never"
+
+    return SAME | {"pair": pair, "stuck": stuck}
+
+
+def returned_by_another(pair: Any) -> Any:
+    """A pair that returns it."""
+    return Dual(lambda value: pair)
+
+
+@each_side
+@watched_or_not
+@pytest.mark.parametrize("compose", [behind_another, beside_another, returned_by_another])
+async def test_closing_a_composition_early_closes_the_generator(
+    compose: Callable[[Any], Any], side: Side, config: MakeConfig
+) -> None:
+    """When `aclose` returns, the generators of all steps and branches are closed, and no task is left."""
+    feed, given = Feed(), config()
+    before = asyncio.all_tasks()
+    stream = compose(side(feed)).astream(100, given)
+    first = await anext(stream)
+    await stream.aclose()
+
+    assert first in ("0 ", {"pair": "0 "})
+    assert feed.closed.is_set()
+    assert asyncio.all_tasks() == before
+
+
+@watched_or_not
+async def test_leaving_while_a_step_is_still_read_closes_it(config: MakeConfig) -> None:
+    """A step that is cancelled in the middle of reading the one in front of it closes that."""
+    feed = Feed()
+
+    async def read() -> None:
+        async for _ in before_another(native(feed)).astream(10**9, config()):
+            pass
+
+    reading = asyncio.create_task(read())
+    while feed.made < 3:  # noqa: ASYNC110  (there is no event for that)
+        await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+    assert feed.closed.is_set()
+
+
+@watched_or_not
+async def test_an_error_in_one_branch_ends_the_others(config: MakeConfig) -> None:
+    """The error itself arrives; the generators of the other branches are closed, and no task is left."""
+
+    @dual
+    async def broken(count: int) -> AsyncIterator[str]:
+        yield "first"
+        raise ValueError(count)
+
+    feed, before = Feed(), asyncio.all_tasks()
+    both = SAME | {"feed": native(feed), "broken": broken}
+    chunks = []
+    with pytest.raises(ValueError, match="3000"):  # noqa: PT012  (what came before the error is wanted)
+        async for chunk in both.astream(3000, config()):
+            chunks.append(chunk)  # noqa: PERF401
+
+    assert {"broken": "first"} in chunks
+    assert feed.made < 3000
+    assert feed.closed.is_set()
+    assert asyncio.all_tasks() == before
+
+
+@watched_or_not
+async def test_a_branch_is_read_no_further_than_the_dict_is_read(config: MakeConfig) -> None:
+    """Back-pressure: each branch is at most one chunk ahead of the reader."""
+    one, two = Feed(), Feed()
+    both = SAME | {"one": native(one), "two": native(two)}
+    async with aclosing(cast("AsyncGenerator[Any]", both.astream(100, config()))) as stream:
+        for number in range(1, 10):
+            await anext(stream)
+            await asyncio.sleep(0.01)
+            assert one.made + two.made <= number + 2
 
 
 @watched_or_not
@@ -261,6 +367,11 @@ async def test_a_timeout_inside_a_generator_fires(config: MakeConfig) -> None:
             yield "late"
 
     assert [chunk async for chunk in hasty.astream("EUR", config())] == ["EUR", "late"]
+    assert [chunk async for chunk in behind_another(hasty).astream("EUR", config())] == ["EUR", "late"]
+    assert [chunk async for chunk in ({"hasty": hasty} | hasty).astream("EUR", config())] == [
+        {"hasty": "EURlate"},
+        "late",
+    ]
 
 
 @watched_or_not
@@ -275,6 +386,7 @@ async def test_a_task_group_inside_a_generator_works(config: MakeConfig) -> None
             yield await task
 
     assert [chunk async for chunk in grouped.astream("EUR", config())] == ["first", "EUR"]
+    assert [chunk async for chunk in behind_another(grouped).astream("EUR", config())] == ["first", "EUR"]
 
 
 @watched_or_not
@@ -288,6 +400,7 @@ async def test_a_stream_runs_in_the_task_that_reads_it(config: MakeConfig) -> No
         yield asyncio.current_task()
 
     assert [chunk async for chunk in tasks.astream("EUR", config())] == [asyncio.current_task()] * 2
+    assert [chunk async for chunk in behind_another(tasks).astream("EUR", config())] == [asyncio.current_task()] * 2
     theirs = [chunk async for chunk in RunnableLambda(tasks.afunc).astream("EUR", config())]
     assert asyncio.current_task() not in theirs
 
