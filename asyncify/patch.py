@@ -19,8 +19,6 @@ from asyncify.runnable import AnyDual, is_pair
 __all__ = ["Patch", "dual_patch"]
 
 Function = Callable[..., Any]
-_waiting: set[str] = set()
-"""The targets that are patched when their modules are imported."""
 
 
 class Patch:
@@ -43,16 +41,18 @@ class Patch:
     def _start(self) -> None:
         if self._module in sys.modules:
             self._apply(sys.modules[self._module])
-        elif self.target in _waiting:
+        elif any(self.target == other.target for other in _waiting.get(self._module, ())):
             raise PairError(f"dual_patch: {self.target} is to be patched already, when {self._module} is imported")
         else:
-            _waiting.add(self.target)
-            wrapt.register_post_import_hook(self._apply, self._module)
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._module not in _waiting:
+            _waiting[self._module] = []
+            wrapt.register_post_import_hook(_apply_waiting, self._module)
+        _waiting[self._module].append(self)
 
     def _apply(self, module: ModuleType) -> None:
-        if self._undone:
-            return
-        _waiting.discard(self.target)
         try:
             self._parent, self._name, original = wrapt.resolve_path(module, self._path)
         except AttributeError as error:
@@ -60,8 +60,13 @@ class Patch:
         if is_pair(original):
             raise PairError(f"dual_patch: {self.target} is a pair already ({original!r}); undo what made it one first")
         self._own: Any = vars(self._parent).get(self._name)  # None for what is inherited
-        self.pair = self._make(original)
-        setattr(self._parent, self._name, self.pair)
+        pair = self._make(original)
+        try:
+            setattr(self._parent, self._name, pair)
+        except (AttributeError, TypeError) as error:
+            registry.discard(pair)
+            raise PairError(f"dual_patch: {self.target} can't be replaced where it stands: {error}") from error
+        self.pair = pair
 
     def undo(self) -> None:
         """Put the function back; before its module is imported, leave it alone when it is.
@@ -72,14 +77,14 @@ class Patch:
         if self._undone:
             raise PairError(f"dual_patch: {self.target} is undone already")
         if self.pair is not None:
-            self._put_back(self.pair)
+            self._put_back()
         else:
-            _waiting.discard(self.target)
+            _waiting[self._module].remove(self)
         self._undone = True
 
-    def _put_back(self, pair: AnyDual) -> None:
+    def _put_back(self) -> None:
         found = vars(self._parent).get(self._name)
-        if found is not pair:
+        if not is_pair(found) or found is not self.pair:
             raise PairError(
                 f"dual_patch: {self.target} is {found!r} by now, and no longer the pair; undo that first, the last "
                 "patch before the first"
@@ -88,7 +93,7 @@ class Patch:
             delattr(self._parent, self._name)
         else:
             setattr(self._parent, self._name, self._own)
-        registry.discard(pair)
+        registry.discard(found)
         self.pair = None
 
     def __enter__(self) -> Self:
@@ -106,6 +111,26 @@ class Patch:
         """Show what is patched, and whether it is by now: `<Patch httpx:Client.get applied>`."""
         state = "undone" if self._undone else "applied" if self.pair is not None else "waits for the import"
         return f"<Patch {self.target} {state}>"
+
+
+_waiting: dict[str, list[Patch]] = {}
+"""The patches of modules that are not imported yet."""
+
+
+def _apply_waiting(module: ModuleType) -> None:
+    """Patch a module that has just been imported; if one patch fails, so does the import, and the others wait on."""
+    patches = _waiting.pop(module.__name__)
+    for number, patch in enumerate(patches):
+        try:
+            patch._apply(module)
+        except BaseException:
+            sys.modules.pop(module.__name__, None)  # as the import is about to, so that the next one is waited for
+            patch._undone = True
+            for other in reversed(patches[:number]):
+                other._put_back()
+            for other in patches[:number] + patches[number + 1 :]:
+                other._wait()
+            raise
 
 
 def dual_patch(
@@ -132,7 +157,7 @@ def dual_patch(
 
     Raises:
         PairError: there is no such function, it is a pair already, or the sides do not make one. For a module that
-            is not imported yet, it is raised by the import.
+            is not imported yet, it is raised by the import, which fails; other patches of it wait for the next one.
     """
     if sync is not None and async_ is not None:
         raise PairError(f"dual_patch: {target} is one side already; give the other one only, as sync= or async_=")

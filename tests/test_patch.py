@@ -191,7 +191,47 @@ def test_a_patch_that_does_not_fit_is_raised_by_the_import(foreign: str) -> None
 
     with pytest.raises(PairError, match=f"there is no {foreign}:nothing"):
         importlib.import_module(foreign)
+    assert repr(patch).endswith(":nothing undone>")
+    assert foreign not in sys.modules
+
+
+def test_patches_beside_one_that_does_not_fit_wait_for_the_next_import(foreign: str) -> None:
+    """The import that fails leaves none of them behind; the next one has all but the one that does not fit."""
+    with (
+        dual_patch(f"{foreign}:fetch", async_=_afetch) as before,
+        dual_patch("httpx:Client.get") as elsewhere,
+        dual_patch(f"{foreign}:nothing", async_=_afetch),
+        dual_patch(f"{foreign}:Client.fetch", async_=_amethod) as after,
+    ):
+        with pytest.raises(PairError, match=f"there is no {foreign}:nothing"):
+            importlib.import_module(foreign)
+        assert [str(patch).partition(" ")[2] for patch in (before, after)] == [
+            f"{foreign}:fetch waits for the import>",
+            f"{foreign}:Client.fetch waits for the import>",
+        ]
+        assert f"{foreign}.fetch" not in registry
+        assert elsewhere.pair is not None
+        module = importlib.import_module(foreign)
+
+        assert module.fetch is before.pair
+        assert module.Client().fetch("EUR") == "sync client EUR"
+        assert isinstance(module.Client.fetch, Dual)
+    assert not isinstance(module.fetch, Dual)
+    assert not isinstance(module.Client.fetch, Dual)
+
+
+def test_a_patch_of_what_outlives_a_failed_import_is_put_back(foreign: str, tmp_path: Path) -> None:
+    """A class that the module has from elsewhere is as it was; a patch undone meanwhile is applied by no import."""
+    (tmp_path / f"{foreign}.py").write_text("from httpx import Client\n")
+    original = httpx.Client.get
+    patch = dual_patch(f"{foreign}:Client.get")
+    dual_patch(f"{foreign}:nothing")
+    with pytest.raises(PairError, match=f"there is no {foreign}:nothing"):
+        importlib.import_module(foreign)
     patch.undo()
+
+    assert httpx.Client.get is original
+    assert importlib.import_module(foreign).Client.get is original
 
 
 @pytest.mark.parametrize(
@@ -214,6 +254,17 @@ def test_a_bad_patch_is_refused(module: ModuleType, path: str, options: dict[str
     with pytest.raises(PairError, match=message):
         dual_patch(f"{module.__name__}{path}", **options)
     assert dict(vars(module)) == before
+
+
+def test_what_cant_be_replaced_is_left_alone() -> None:
+    """A class written in C has no places for other methods; nothing is registered for it."""
+    before = list(registry)
+
+    with pytest.raises(
+        PairError, match=r"dual_patch: datetime:datetime.now can't be replaced where it stands: .*immut"
+    ):
+        dual_patch("datetime:datetime.now")
+    assert list(registry) == before
 
 
 def test_a_second_patch_of_one_function_is_refused(module: ModuleType) -> None:
