@@ -17,13 +17,20 @@ _NAME = "__asyncify_class_methods__"
 class _ClassMethods:
     """Stands in a class body until the class is made, then takes the pairs out of their `classmethod`."""
 
+    def __init__(self, body: dict[str, object]) -> None:
+        self._body = body
+
     def __set_name__(self, owner: type, name: str) -> None:
         type.__delattr__(owner, name)
-        for attribute, value in list(vars(owner).items()):
+        body, self._body = self._body, {}  # which has this object in it
+        for attribute, value in body.items():
             pair: object = getattr(value, "__func__", None)
             if isinstance(value, classmethod) and is_pair(pair):
                 pair.bind_as("class")
-                type.__setattr__(owner, attribute, pair)
+                if vars(owner).get(attribute) is value:
+                    type.__setattr__(owner, attribute, pair)
+                else:  # a NamedTuple is made first, and given what its body has one by one
+                    body[attribute] = pair
 
 
 def watch_class_body() -> None:
@@ -33,7 +40,7 @@ def watch_class_body() -> None:
     """
     frame = None if _CLASSMETHOD_ASKS else _class_body()
     if frame is not None:
-        frame.f_locals.setdefault(_NAME, _ClassMethods())
+        frame.f_locals.setdefault(_NAME, _ClassMethods(frame.f_locals))
 
 
 def _class_body() -> FrameType | None:

@@ -9,7 +9,8 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from enum import Enum
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
@@ -438,6 +439,49 @@ async def test_a_class_method_binds_the_class(owner: Any, name: str) -> None:
     assert await pair.ainvoke("EUR") == f"{colour} {cls.__name__} EUR"
     assert (pair | RunnableLambda(len)).invoke("EUR") == len(f"sync {cls.__name__} EUR")
     assert str(inspect.signature(pair)) == "(query: str) -> str"
+
+
+class Row(NamedTuple):
+    """A class that is made before it is given its methods."""
+
+    query: str
+
+    @classmethod
+    @dual(async_=_aclass)
+    def fetch(cls, query: str) -> str:
+        return f"sync {cls.__name__} {query}"
+
+
+class Currency(Enum):
+    """A class whose body is no ordinary dict."""
+
+    EUR = 1
+
+    @classmethod
+    @dual(async_=_aclass)
+    def fetch(cls, query: str) -> str:
+        return f"sync {cls.__name__} {query}"
+
+
+class Late:
+    """A class that is given a method when it is made."""
+
+
+def _class(cls: type, query: str) -> str:
+    return f"sync {cls.__name__} {query}"
+
+
+LATE: Any = classmethod(_class)
+Late.fetch = dual(sync=LATE, async_=_aclass)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("owner", [Row, Row("EUR"), Currency, Currency.EUR, Late, Late()], ids=str)
+async def test_a_class_method_of_an_unusual_class_binds_the_class(owner: Any) -> None:
+    """A named tuple, an enumeration, a class that is given it later."""
+    cls = owner if isinstance(owner, type) else type(owner)
+
+    assert owner.fetch.invoke("EUR") == f"sync {cls.__name__} EUR"
+    assert await owner.fetch.ainvoke("EUR") == f"async {cls.__name__} EUR"
 
 
 @pytest.mark.parametrize("name", ["static_inner", "static_outer"])
