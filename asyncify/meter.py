@@ -107,7 +107,10 @@ class _Window:
     none ever leaves early. Half a call in a period is one call in two of them: else none could ever start.
     """
 
-    __slots__ = ("amount", "grain", "log", "period", "rate", "used")
+    __slots__ = ("amount", "grain", "log", "open", "open_until", "period", "rate", "used")
+
+    open: list[float]
+    """The last entry, which admissions before `open_until` share."""
 
     def __init__(self, rate: Rate) -> None:
         self.rate = rate
@@ -116,6 +119,7 @@ class _Window:
         self.grain = self.period / _GRAINS
         self.log: deque[list[float]] = deque()  # [time of the last admission, cost, time of the first]
         self.used: float = 0
+        self.open_until = -math.inf
 
     def free_at(self, now: float, cost: float) -> float:
         """Return the earliest time, not before `now`, at which `cost` more fits in."""
@@ -138,20 +142,21 @@ class _Window:
             self.used -= log.popleft()[1]
         if not log:
             self.used = 0  # drops what rounding left behind
+            self.open_until = -math.inf
 
     def add(self, now: float, cost: float) -> None:
         """Log an admission."""
         log = self.log
-        if log:
-            entry = log[-1]
-            if now - entry[2] < self.grain:
-                entry[0] = now
-                entry[1] += cost
-                self.used += cost
-                return
-            if log[0][0] + self.period <= now:
+        if now < self.open_until:
+            entry = self.open
+            entry[0] = now
+            entry[1] += cost
+        else:
+            if log and log[0][0] + self.period <= now:
                 self.expire(now)  # which sets `used` to 0 if nothing is left: so add only then
-        log.append([now, cost, now])
+            self.open = [now, cost, now]
+            self.open_until = now + self.grain
+            log.append(self.open)
         self.used += cost
 
     def correct(self, at: float, change: float) -> None:
@@ -255,7 +260,13 @@ class Meter:
             and not self._behind
             and window.used + cost <= window.amount
         ):  # it comes in its time and nobody is before it: what `_charge` would do for it, in short
-            window.add(now, cost)
+            if now < window.open_until:  # `add()`, without a call
+                entry = window.open
+                entry[0] = now
+                entry[1] += cost
+                window.used += cost
+            else:
+                window.add(now, cost)
             self._next = now + cost * self._interval
             self._last = now
             self._last_cost = cost

@@ -14,7 +14,6 @@ from asyncify.clock import Timer
 __all__ = [
     "Permit",
     "Place",
-    "TaskPermit",
     "hand_over",
     "held_by_this_task",
     "held_by_this_thread",
@@ -49,6 +48,7 @@ class Permit:
         "blocks",
         "cost",
         "ended",
+        "in_task",
         "loop",
         "outer",
         "place",
@@ -84,10 +84,11 @@ class Permit:
         self.place: Place = place
         self.cost: float = cost
         self.slots: int = slots
-        self.outer: Permit | None = innermost.get()
+        self.in_task: bool = False  # one goes on and ends in its event loop's thread, unless it steps out
+        self.outer = outer = innermost.get()
         self.thread: int = get_ident()  # in which it goes on; 0 if that is not known
         self.ended: bool = False
-        if self.outer is not None:
+        if outer is not None:
             self.skip_ended()
 
     def queue_up(self, queue: deque[Permit], since: float, ahead: int) -> None:
@@ -135,7 +136,7 @@ class Permit:
     def skip_ended(self) -> None:
         """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""
         while self.outer is not None and self.outer.ended:
-            self.outer: Permit | None = self.outer.outer
+            self.outer = self.outer.outer
 
     def give_up(self) -> None:
         """Give the place back without having used it, be it waiting still or admitted already."""
@@ -149,12 +150,6 @@ class Permit:
         """Note that the call now runs in this thread, in a context of its own."""
         self.thread = get_ident()
         self.begin()
-
-
-class TaskPermit(Permit):
-    """The permit of a call in a task, which goes on and ends in its event loop's thread, unless it steps out."""
-
-    __slots__ = ()
 
 
 def permits() -> Iterator[Permit]:

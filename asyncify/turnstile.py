@@ -25,7 +25,7 @@ from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.meter import Limits, Meter
-from asyncify.permits import Permit, TaskPermit, held_by_this_task, held_by_this_thread, innermost, permits
+from asyncify.permits import Permit, held_by_this_task, held_by_this_thread, innermost, permits
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
 
@@ -120,7 +120,8 @@ class Turnstile:
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
-        permit = TaskPermit(self, cost, slots)
+        permit = Permit(self, cost, slots)
+        permit.in_task = True
         if not self._admit(permit):
             permit.loop = loop = get_running_loop()
             permit.ready = ready = loop.create_future()
@@ -197,7 +198,7 @@ class Turnstile:
         if permit.loop is not None or _get_running_loop() is None:
             return set()
         inside = tuple(self._meter.inside)
-        return {other for other in inside if other.thread == permit.thread and isinstance(other, TaskPermit)}
+        return {other for other in inside if other.thread == permit.thread and other.in_task}
 
     def _must_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> bool:
         """Look after a call that has been queued and can be woken now; False if it was admitted meanwhile.

@@ -49,13 +49,19 @@ def uncontended() -> Case:
         async with semaphore, rate:
             pass
 
-    async def apass(gate: Gate) -> None:
-        async with gate:
-            pass
+    def through(gate: Gate) -> Callable[[], Awaitable[None]]:
+        async def call() -> None:
+            async with gate:
+                pass
 
-    def pass_sync(gate: Limiter | threading.BoundedSemaphore) -> None:
-        with gate:
-            pass
+        return call
+
+    def through_sync(gate: Limiter | threading.BoundedSemaphore) -> Callable[[], None]:
+        def call() -> None:
+            with gate:
+                pass
+
+        return call
 
     async def acquire_pyrate() -> None:
         await pyrate.try_acquire_async("call")
@@ -64,13 +70,13 @@ def uncontended() -> Case:
         "Acquire and release, nobody waiting",
         sides=[
             Side("Semaphore and aiolimiter", pass_both),
-            Side(f"{OURS}, async with", partial(apass, limiter), target=NO_DEARER),
-            Side(f"{OURS}, with", partial(pass_sync, limiter), target=NO_DEARER),
-            Side("slots: asyncio.Semaphore", partial(apass, semaphore)),
-            Side("slots: anyio", partial(apass, anyio.CapacityLimiter(IN_NO_ONES_WAY))),
-            Side("slots: aiologic", partial(apass, aiologic.Semaphore(IN_NO_ONES_WAY))),
-            Side("slots: BoundedSemaphore", partial(pass_sync, bounded)),
-            Side("rate: aiolimiter", partial(apass, rate)),
+            Side(f"{OURS}, async with", through(limiter), target=NO_DEARER),
+            Side(f"{OURS}, with", through_sync(limiter), target=NO_DEARER),
+            Side("slots: asyncio.Semaphore", through(semaphore)),
+            Side("slots: anyio", through(anyio.CapacityLimiter(IN_NO_ONES_WAY))),
+            Side("slots: aiologic", through(aiologic.Semaphore(IN_NO_ONES_WAY))),
+            Side("slots: BoundedSemaphore", through_sync(bounded)),
+            Side("rate: aiolimiter", through(rate)),
             Side("rate: InMemoryRateLimiter", langchain.aacquire),
             Side("rate: pyrate-limiter", acquire_pyrate),
         ],
