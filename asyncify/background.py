@@ -7,13 +7,13 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar
 
-__all__ = ["BackgroundLoop", "background"]
+__all__ = ["END", "BackgroundLoop", "Source", "background"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -76,20 +76,23 @@ class _Visit(Generic[T]):
             del self, answer  # the error's traceback holds this frame
 
 
-_END: Any = object()
+END: Any = object()
+"""The answer of a source that has no more chunks."""
+
+Answer = Future[Any] | asyncio.Future[Any]
 
 
-class _Source:
+class Source:
     """An async generator in a task of its own, which makes a chunk when it is asked for one."""
 
     def __init__(self, chunks: AsyncGenerator[Any, Any]) -> None:
         self._chunks = chunks
-        self._questions: asyncio.Queue[Future[Any] | None] = asyncio.Queue()
+        self._questions: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._made: tuple[Any, BaseException | None] | None = None
         self._over = False
 
-    def ask(self, answer: Future[Any] | None) -> None:
-        """Ask for a chunk, or with None for the end; called on the loop."""
+    def ask(self, answer: Answer | None) -> None:
+        """Ask for a chunk, or `END`; or with None ask for the end. Called on the loop."""
         if answer is not None and self._over:
             answer.set_exception(asyncio.CancelledError())
         else:
@@ -112,7 +115,7 @@ class _Source:
                 if (answer := self._questions.get_nowait()) is not None:
                     self.ask(answer)
 
-    async def _next_question(self) -> Future[Any] | None:
+    async def _next_question(self) -> Answer | None:
         while True:
             try:
                 return await self._questions.get()
@@ -128,19 +131,19 @@ async def _attempt(chunk: Awaitable[Any]) -> tuple[Any, BaseException | None]:
     try:
         return await chunk, None
     except StopAsyncIteration:
-        return _END, None
+        return END, None
     except BaseException as error:  # noqa: BLE001  (it is handed to whoever asked)
         return None, error
 
 
-def _answer(answer: Future[Any], chunk: Any, error: BaseException | None) -> None:
+def _answer(answer: Answer, chunk: Any, error: BaseException | None) -> None:
     if error is not None:
         answer.set_exception(error)
     else:
         answer.set_result(chunk)
 
 
-def _ask(loop: asyncio.AbstractEventLoop, source: _Source, visit: _Visit[None]) -> Any:
+def _ask(loop: asyncio.AbstractEventLoop, source: Source, visit: _Visit[None]) -> Any:
     answer: Future[Any] = Future()
     loop.call_soon_threadsafe(source.ask, answer)
     try:
@@ -191,10 +194,10 @@ class BackgroundLoop:
     def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Iterator[T]:
         """Yield what an async generator yields, which lives in one task from its first chunk to its end."""
         loop, process = self._free(), os.getpid()
-        source = _Source(chunks)
+        source = Source(chunks)
         visit = _Visit(loop, source.serve, context)
         try:
-            while (chunk := _ask(loop, source, visit)) is not _END:
+            while (chunk := _ask(loop, source, visit)) is not END:
                 yield chunk
         finally:
             if os.getpid() != process:
@@ -204,12 +207,23 @@ class BackgroundLoop:
                 if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
                     visit.wait(visit.ended)
 
-    def context_for_threads(self) -> Context:
-        """Return a copy of this thread's context, for threads that it will wait for."""
-        context = copy_context()
-        if (held := self._held()) is not None:
-            context.run(_held_by_waiter.set, held)
-        return context
+    @contextmanager
+    def waited_for(self) -> Generator[None]:
+        """Tell whatever is started in this block, in threads or on another loop, that this thread waits for it."""
+        held = self._held()
+        if held is None:
+            yield
+            return
+        token = _held_by_waiter.set(held)
+        try:
+            yield
+        finally:
+            _held_by_waiter.reset(token)
+
+    def context_of_waiter(self) -> Context:
+        """Return a copy of this thread's context, for what it will wait for."""
+        with self.waited_for():
+            return copy_context()
 
     def _free(self) -> asyncio.AbstractEventLoop:
         """Return a loop that this thread can wait for.

@@ -58,7 +58,7 @@ class Items:
         asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
-        self._context_of_threads = background.context_for_threads()
+        self._context_of_threads = background.context_of_waiter()
 
     def call(self, index: int, value: Any) -> Any:
         """Run one input in this thread, in a copy of the context in which this object was made."""

@@ -15,9 +15,10 @@ import threading
 import warnings
 from _thread import get_ident
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import AsyncGeneratorType, CodeType, CoroutineType, TracebackType, coroutine
@@ -25,6 +26,7 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from asyncify.errors import BlockingWarning
+from asyncify.relay import Relay
 
 __all__ = ["Held", "Place", "Watch", "Watchable", "subscribe", "timed", "watch"]
 
@@ -252,28 +254,30 @@ def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[A
 _STEPPED = _stepped.__code__
 
 
-async def _watched(made: Coroutine[Any, Any, T], pair: str) -> T:
-    return cast("T", await _stepped(made, made, pair, begun=False))
+async def _watched(fn: Callable[[], Awaitable[T]], pair: str) -> T:
+    made = fn()  # only now, or a task that is cancelled before its first step would leave it behind
+    return cast("T", await _stepped(made, made, pair, begun=False)) if inspect.iscoroutine(made) else await made
 
 
 async def _watched_chunks(chunks: AsyncGenerator[T, Any], pair: str) -> AsyncGenerator[T]:
     begun = False
     async with aclosing(chunks):
+        relay = Relay(chunks)
         while True:
             try:
-                chunk = await _stepped(chunks.__anext__(), chunks, pair, begun=begun)
+                chunk = await _stepped(anext(relay), chunks, pair, begun=begun)
             except StopAsyncIteration:
                 return
             begun = True
-            yield chunk
+            with relay:
+                yield chunk
 
 
 def timed(fn: Function, pair: str, *, is_generator: bool) -> Function:
     """Return an async function that does what `fn` does, step by step under the timer."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        made: Any = fn(*args, **kwargs)
-        return _watched(made, pair) if inspect.iscoroutine(made) else made
+        return _watched(partial(fn, *args, **kwargs), pair)
 
     def stream(*args: Any, **kwargs: Any) -> Any:
         return _watched_chunks(fn(*args, **kwargs), pair)

@@ -23,6 +23,7 @@ from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import Gate, Pass
 from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
+from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held
 
@@ -149,8 +150,10 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
         permit = await gate.aenter(args, kwargs)
         try:
             async with aclosing(fn(*args, **kwargs)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+                relay: Relay[Any] = Relay(chunks)
+                async for chunk in relay:
+                    with relay:
+                        yield chunk
         except BaseException as error:
             permit.leave(error)
             raise
@@ -215,7 +218,7 @@ def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
 
 def _context_of_thread() -> Context:
     """Return the context for a coroutine that this thread waits for."""
-    context = copy_context()
+    context = background.context_of_waiter()
     hand_over(held_by_this_thread(), context)
     return context
 

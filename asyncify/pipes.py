@@ -6,23 +6,25 @@ With anything else among its steps a pipe is LangChain's own.
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from concurrent.futures import wait
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
 from langchain_core.runnables.utils import AddableDict
-from langchain_core.utils.aiter import atee
+from langchain_core.utils.iter import safetee
 
-from asyncify.background import background
+from asyncify.background import END, Source, background
 from asyncify.batches import Batches
 from asyncify.bridge import ThreadPool
+from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
-from asyncify.streams import areading, astart_run, astream_run, only
+from asyncify.streams import Shared, astart_run, astream_run, closable, only, start_run, stream_run
 
 __all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
 
@@ -108,7 +110,28 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
-    # Streams are LangChain's own on the sync path, where a generator is closed as it is let go of.
+    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
+        """Stream the last step's output for one input; closing the stream closes those of all steps."""
+        return self.transform(iter([input]), config, **kwargs)
+
+    def transform(
+        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Output]:
+        """Stream the last step's output for the input's chunks."""
+        if is_reserved(kwargs):
+            return super().transform(input, config, **kwargs)
+        return stream_run(partial(self._transform, **kwargs), input, lambda: start_run(config, self.get_name()))
+
+    def _transform(
+        self, inputs: Iterator[Any], run_manager: Any, config: RunnableConfig, **kwargs: Any
+    ) -> Generator[Any]:
+        chunks: Any = inputs
+        with ExitStack() as streams:
+            for number, step in enumerate(self.steps, 1):
+                config = patch_config(config, callbacks=run_manager.get_child(f"seq:step:{number}"))
+                chunks = streams.enter_context(closing(cast("Any", step.transform(chunks, config, **kwargs))))
+                kwargs = {}
+            yield from chunks
 
     def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
         """Stream the last step's output for one input, in the task that reads it."""
@@ -125,14 +148,17 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
     async def _atransform(
         self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig, **kwargs: Any
     ) -> AsyncGenerator[Any]:
-        chunks = inputs
+        chunks: Any = inputs
         async with AsyncExitStack() as streams:
             for number, step in enumerate(self.steps, 1):
                 config = patch_config(config, callbacks=run_manager.get_child(f"seq:step:{number}"))
-                chunks = await streams.enter_async_context(areading(step.atransform(chunks, config, **kwargs)))
+                chunks = closable(step.atransform(chunks, config, **kwargs))
+                await streams.enter_async_context(aclosing(chunks))
                 kwargs = {}
-            async for chunk in chunks:
-                yield chunk
+            relay: Relay[Any] = Relay(chunks)
+            async for chunk in relay:
+                with relay:
+                    yield chunk
 
     def beware(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that a step runs into."""
@@ -166,8 +192,12 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the sync sides, each in a thread; keyword arguments go to none of them."""
         if self.needs_a_run(is_async=False) or observed(config):
-            return super().invoke(input, config)
+            return self._invoke_upstream(input, config)
         return self.run_unobserved(input, config, kwargs)
+
+    def _invoke_upstream(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
+        with background.waited_for():
+            return super().invoke(value, config)
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the async sides, each in a task of its own; keyword arguments go to none of them."""
@@ -182,11 +212,11 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the sync sides; keyword arguments go to none of them."""
         if ensure_config(config).get("max_concurrency") is not None:
-            return super().invoke(value, config)
+            return self._invoke_upstream(value, config)
         config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
         futures = [
-            pool.submit(background.context_for_threads().run, step.run_unobserved, value, config, {})
+            pool.submit(background.context_of_waiter().run, step.run_unobserved, value, config, {})
             for step in _pairs(steps.values())
         ]
         try:
@@ -205,6 +235,44 @@ class DualParallel(Piped, RunnableParallel[Input]):
         """Start the async sides; keyword arguments go to none of them."""
         return asyncio.create_task(self._arun_unobserved(value, config))
 
+    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        """Stream the branches' outputs for one input as they come; keyword arguments go to none of them."""
+        return self.transform(iter([input]), config)
+
+    def transform(
+        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Stream the branches' outputs for the input's chunks, in threads; closing the stream ends all of them."""
+        if kwargs:
+            return super().transform(input, config, **kwargs)
+        return stream_run(self._transform, input, lambda: start_run(config, self.get_name()))
+
+    def _transform(self, inputs: Iterator[Any], run_manager: Any, config: RunnableConfig) -> Generator[AddableDict]:
+        steps = dict(self.steps__)
+        pool = ThreadPool(config.get("max_concurrency"), self.get_name())
+        streams: dict[str, Any] = {}
+        futures: dict[Future[Any], str] = {}
+
+        def ask(key: str) -> None:
+            futures[pool.submit(background.context_of_waiter().run, next, streams[key], END)] = key
+
+        with ExitStack() as stack:
+            for (key, step), copy in zip(
+                steps.items(), safetee(inputs, len(steps), lock=threading.Lock()), strict=True
+            ):
+                child = patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
+                streams[key] = step.transform(copy, child)
+                stack.callback(streams[key].close)
+            stack.callback(_end, futures)
+            for key in streams:
+                ask(key)
+            while futures:
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    key = futures.pop(future)
+                    if (chunk := future.result()) is not END:
+                        yield AddableDict({key: chunk})
+                        ask(key)
+
     def astream(
         self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[dict[str, Any]]:
@@ -222,41 +290,66 @@ class DualParallel(Piped, RunnableParallel[Input]):
     async def _atransform(
         self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig
     ) -> AsyncGenerator[AddableDict]:
-        handed: asyncio.Queue[tuple[AddableDict, asyncio.Future[None]] | asyncio.Task[None]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        asked_of_this_task: asyncio.Queue[asyncio.Future[Any] | None] = asyncio.Queue()  # None asks for input
+        shared = Shared(inputs, lambda: asked_of_this_task.put_nowait(None))
+        sources: dict[str, Source] = {}
+        answers: dict[asyncio.Future[Any], str] = {}
 
-        async def read(key: str, chunks: AsyncIterator[Any]) -> None:
-            async with areading(chunks):
-                async for chunk in chunks:
-                    is_taken = asyncio.get_running_loop().create_future()
-                    handed.put_nowait((AddableDict({key: chunk}), is_taken))
-                    await is_taken
+        def ask(key: str) -> None:
+            answer = loop.create_future()
+            answer.add_done_callback(asked_of_this_task.put_nowait)
+            answers[answer] = key
+            sources[key].ask(answer)
 
-        steps = dict(self.steps__)
-        tasks: list[asyncio.Task[None]] = []
-        for (key, step), copy in zip(steps.items(), atee(inputs, len(steps), lock=asyncio.Lock()), strict=True):
+        for key, step in dict(self.steps__).items():
             child = patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
-            tasks.append(asyncio.create_task(read(key, step.atransform(copy, child))))
-            tasks[-1].add_done_callback(handed.put_nowait)
+            sources[key] = Source(closable(step.atransform(shared.copy(), child)))
+        tasks = {key: loop.create_task(source.serve()) for key, source in sources.items()}
         try:
-            left = len(tasks)
-            while left:
-                match await handed.get():
-                    case (chunk, is_taken):
-                        yield chunk
-                        if not is_taken.done():  # the task may have been cancelled
-                            is_taken.set_result(None)
-                    case ended:
-                        ended.result()
-                        left -= 1
+            for key in sources:
+                ask(key)
+            while answers:
+                answer = await asked_of_this_task.get()
+                if answer is None:
+                    await shared.read()
+                elif (chunk := answer.result()) is END:
+                    del answers[answer]
+                else:
+                    key = answers.pop(answer)
+                    yield AddableDict({key: chunk})
+                    ask(key)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _close(sources, tasks, answers)
 
     @classmethod
     def lc_id(cls) -> list[str]:
         """Return the id of `RunnableParallel`."""
         return RunnableParallel.lc_id()
+
+
+def _end(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()  # it may not have begun
+    wait(futures)
+
+
+async def _close(
+    sources: dict[str, Source], tasks: dict[str, asyncio.Task[None]], answers: dict[asyncio.Future[Any], str]
+) -> None:
+    """Close the streams of all branches, in their own tasks, and raise the error of one that can't be closed."""
+    for answer, key in answers.items():
+        if not answer.done():  # it is in the middle of a chunk
+            tasks[key].cancel()
+    for source in sources.values():
+        source.ask(None)
+    ended = await asyncio.gather(*tasks.values(), return_exceptions=True)
+    for answer in answers:
+        if answer.done():
+            answer.exception()  # it comes too late to be of use
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
 
 
 def _sum(limits: Iterable[int | None]) -> int | None:

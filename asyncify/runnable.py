@@ -33,6 +33,7 @@ from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.permits import hand_over, held_by_this_task, innermost
 from asyncify.pipes import Piped, is_bounded
+from asyncify.relay import Relay
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
 from asyncify.schemas import (
     asks_for_tool,
@@ -47,7 +48,7 @@ from asyncify.schemas import (
     tool_schema,
 )
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
-from asyncify.streams import areading, astart_run, astream_run, fold, only, start_run, stream_run
+from asyncify.streams import astart_run, astream_run, closable, fold, only, start_run, stream_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
@@ -498,17 +499,18 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         entry = self._live.async_
         args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
         if entry.shape.is_generator:
-            async with aclosing(entry.run(*args, **kwargs)) as output_chunks:
-                async for chunk in output_chunks:
-                    yield chunk
-            return
-        output = await entry.run(*args, **kwargs)
-        if _is_runnable(output):
-            async with areading(output.astream(value, self._one_deeper(config, value, run_manager))) as output_chunks:
-                async for chunk in output_chunks:
-                    yield chunk
+            made = entry.run(*args, **kwargs)
         else:
-            yield output
+            output = await entry.run(*args, **kwargs)
+            if not _is_runnable(output):
+                yield output
+                return
+            made = closable(output.astream(value, self._one_deeper(config, value, run_manager)))
+        async with aclosing(made) as output_chunks:
+            relay: Relay[Any] = Relay(output_chunks)
+            async for chunk in relay:
+                with relay:
+                    yield chunk
 
     def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
         """Stream the sync side's output for one input; closing the stream closes the function's generator."""

@@ -6,12 +6,12 @@ belong to the task that they were entered in.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import asynccontextmanager
 from contextvars import Context
 from types import coroutine
-from typing import Any
+from typing import Any, cast
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables.config import (
@@ -23,9 +23,10 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
+from asyncify.relay import Relay
 from asyncify.runs import context_of
 
-__all__ = ["areading", "astart_run", "astream_run", "fold", "only", "start_run", "stream_run"]
+__all__ = ["Shared", "astart_run", "astream_run", "closable", "fold", "only", "start_run", "stream_run"]
 
 Run = CallbackManagerForChainRun | None
 AsyncRun = AsyncCallbackManagerForChainRun | None
@@ -88,14 +89,63 @@ async def only(value: Any) -> AsyncGenerator[Any]:
     yield value
 
 
-@asynccontextmanager
-async def areading(chunks: AsyncIterator[Any]) -> AsyncGenerator[AsyncIterator[Any]]:
-    """Read a stream, and close it at the end of the block, if it can be closed: not all are generators."""
-    try:
-        yield chunks
-    finally:
-        if isinstance(chunks, AsyncGenerator):
-            await chunks.aclose()
+def closable(chunks: AsyncIterator[Any]) -> AsyncGenerator[Any]:
+    """Return a stream as one that can be closed: not all are generators."""
+    return cast("AsyncGenerator[Any]", chunks) if isinstance(chunks, AsyncGenerator) else _generated(chunks)
+
+
+async def _generated(chunks: AsyncIterator[Any]) -> AsyncGenerator[Any]:
+    async for chunk in chunks:
+        yield chunk
+
+
+class Shared:
+    """One stream for several readers in tasks of their own; whoever is asked by them reads it, in its own task.
+
+    So a timeout or a task group in a generator stays in the task that it was entered in.
+
+    Args:
+        chunks: the stream.
+        ask: called to have the next chunk read.
+    """
+
+    def __init__(self, chunks: AsyncIterator[Any], ask: Callable[[], None]) -> None:
+        self._chunks = chunks
+        self._ask = ask
+        self._is_asked = False
+        self._read: list[Any] = []
+        self._error: Exception | None = None
+        self._has_more = asyncio.Event()
+
+    async def read(self) -> None:
+        """Read the next chunk, for all readers."""
+        try:
+            self._read.append(await anext(self._chunks))
+        except Exception as error:  # noqa: BLE001  (each reader gets it, the end of the stream included)
+            self._error = error
+        self._is_asked = False
+        self._has_more.set()
+
+    async def copy(self) -> AsyncGenerator[Any]:
+        """Yield all chunks, to one of the readers."""
+        place = 0
+        while True:
+            if place < len(self._read):
+                yield self._read[place]
+                place += 1
+            elif self._error is None:
+                await self._next()
+            elif isinstance(self._error, StopAsyncIteration):
+                return
+            else:
+                raise self._error
+
+    async def _next(self) -> None:
+        if not self._is_asked:
+            self._is_asked = True
+            self._has_more.clear()
+            self._ask()
+        await self._has_more.wait()
 
 
 def start_run(config: RunnableConfig | None, name: str) -> tuple[RunnableConfig, CallbackManagerForChainRun]:
@@ -139,9 +189,11 @@ def stream_run(
             sent.add(chunk)
             yield chunk
     except BaseException as error:
-        context.run(outputs.close)
-        if run is not None:
-            run.on_chain_error(error, inputs=received.value)
+        try:
+            context.run(outputs.close)
+        finally:  # the generator may raise as it is closed
+            if run is not None:
+                run.on_chain_error(error, inputs=received.value)
         raise
     if run is not None:
         run.on_chain_end(sent.value, inputs=received.value)
@@ -153,20 +205,27 @@ async def astream_run(
     begin: Callable[[], Awaitable[tuple[RunnableConfig, AsyncRun]]],
 ) -> AsyncGenerator[Any, None]:
     """Do the same for an async run."""
-    received, sent, end = _Sum(), _Sum(), object()
+    received, sent = _Sum(), _Sum()
     inputs = await _astarted(received.aof(chunks))
     config, run = await begin()
     context = context_of(config)
     outputs = transform(inputs, run, config)
-    tapped = outputs if run is None else _atap(outputs, run)
+    relay: Relay[Any] = Relay(outputs if run is None else closable(_atap(outputs, run)))
     try:
-        while (chunk := await _in_context(anext(tapped, end), context)) is not end:
+        while True:
+            try:
+                chunk = await _in_context(anext(relay), context)
+            except StopAsyncIteration:
+                break
             sent.add(chunk)
-            yield chunk
+            with relay:
+                yield chunk
     except BaseException as error:
-        await _in_context(outputs.aclose(), context)
-        if run is not None:
-            await run.on_chain_error(error, inputs=received.value)
+        try:
+            await _in_context(outputs.aclose(), context)
+        finally:
+            if run is not None:
+                await run.on_chain_error(error, inputs=received.value)
         raise
     if run is not None:
         await run.on_chain_end(sent.value, inputs=received.value)

@@ -895,12 +895,19 @@ def test_calls_on_the_loops_thread_go_as_deep_as_they_like(loop):
 
 
 HOLDING = """
+import asyncio
 from asyncify import Dual, each
+from langchain_core.callbacks import BaseCallbackHandler
 
 async def double(value):
     return value * 2
 
 pair = Dual(double)
+both = pair | {"a": pair, "b": pair}
+in_a_thread = Dual(lambda value: pair.invoke(value))
+
+async def to_a_thread(value):
+    return await in_a_thread.ainvoke(value), await asyncio.to_thread(pair.invoke, value)
 
 async def hold(way):
     if way == "batch":
@@ -910,7 +917,15 @@ async def hold(way):
     if way == "each via async":
         return list(each(pair, [1, 2], via="async"))
     if way == "dict":
-        return (pair | {"a": pair, "b": pair}).invoke(1)
+        return both.invoke(1)
+    if way == "dict, observed":
+        return both.invoke(1, {"callbacks": [BaseCallbackHandler()]})
+    if way == "dict, bounded":
+        return both.invoke(1, {"max_concurrency": 1})
+    if way == "dict, streamed":
+        return sorted(map(str, both.stream(1)))
+    if way == "there and back":
+        return Dual(to_a_thread).invoke(1)
     return Dual(hold).batch(["batch", "each", "dict"])
 
 print(Dual(hold).call(WAY))
@@ -924,6 +939,10 @@ print(Dual(hold).call(WAY))
         ("each", "[2, 4]"),
         ("each via async", "[2, 4]"),
         ("dict", "{'a': 4, 'b': 4}"),
+        ("dict, observed", "{'a': 4, 'b': 4}"),
+        ("dict, bounded", "{'a': 4, 'b': 4}"),
+        ("dict, streamed", "[\"{'a': 4}\", \"{'b': 4}\"]"),
+        ("there and back", "(2, 2)"),
         ("nested", "[[2, 4], [2, 4], {'a': 4, 'b': 4}]"),
     ],
 )

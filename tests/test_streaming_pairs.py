@@ -65,6 +65,21 @@ class Watcher(BaseCallbackHandler):
         self.errors.append(error)
 
 
+class Counting(Watcher):
+    """A handler that counts the runs that have not ended."""
+
+    open = 0
+
+    def on_chain_start(self, *_: Any, **__: Any) -> None:
+        self.open += 1
+
+    def on_chain_end(self, outputs: Any, **kwargs: Any) -> None:
+        self.open -= 1
+
+    def on_chain_error(self, error: BaseException, **kwargs: Any) -> None:
+        self.open -= 1
+
+
 def native(feed: Feed) -> Any:
     """Both sides written."""
     return dual(sync=feed.ticks, async_=feed.aticks)
@@ -244,6 +259,187 @@ async def test_an_error_in_one_branch_ends_the_others(config: MakeConfig) -> Non
     assert feed.made < 3000
     assert feed.closed.is_set()
     assert asyncio.all_tasks() == before
+
+
+@watched_or_not
+def test_an_error_in_one_branch_closes_the_others(config: MakeConfig) -> None:
+    """On the sync path too, whoever holds the error; a slot is free again at once."""
+
+    def ticks(count: int) -> Iterator[str]:
+        yield from map(str, range(count))
+
+    def broken(count: int) -> Iterator[str]:
+        yield "first"
+        raise ValueError(count)
+
+    feed: Any = concurrency(limit=1)(Dual(ticks))
+    both = SAME | {"feed": feed, "broken": Dual(broken)}
+    chunks = []
+    with pytest.raises(ValueError, match="3000") as caught:  # noqa: PT012  (what came before the error is wanted)
+        for chunk in both.stream(3000, config()):
+            chunks.append(chunk)  # noqa: PERF402
+
+    assert {"broken": "first"} in chunks
+    assert caught.value.__traceback__ is not None
+    assert feed.limiter.stats().in_flight == 0
+
+
+@watched_or_not
+def test_closing_a_dict_early_closes_the_generators(config: MakeConfig) -> None:
+    """The sync twin of a dict that is left; with one thread the other branch has not begun."""
+    feed, other = Feed(), Feed()
+    both: Any = SAME | {"pair": native(feed), "other": native(other)}
+    given: dict[str, Any]
+    for given in ({}, {"max_concurrency": 1}):
+        stream = both.stream(100, {**config(), **given})
+        next(stream)
+        stream.close()
+
+        assert feed.closed.is_set() or not feed.made
+        assert other.closed.is_set() or not other.made
+
+
+@watched_or_not
+async def test_a_branch_that_outlives_its_cancellation_does_not_hold_the_others_up(config: MakeConfig) -> None:
+    """The error of another branch arrives, and so does a cancellation of the reader."""
+
+    @dual
+    async def stubborn(value: Any) -> AsyncIterator[str]:
+        try:
+            yield "first"
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            yield "cancelled"
+
+    @dual
+    async def broken(value: Any) -> AsyncIterator[str]:
+        await asyncio.sleep(0.01)
+        yield "first"
+        raise ValueError(value)
+
+    before = asyncio.all_tasks()
+    with pytest.raises(ValueError, match="mine"):  # noqa: PT012  (the timeout is around the loop)
+        async with asyncio.timeout(SAFETY_NET):
+            async for _ in (SAME | {"stubborn": stubborn, "broken": broken}).astream("mine", config()):
+                pass
+    with pytest.raises(TimeoutError):  # noqa: PT012  (the timeout is around the loop)
+        async with asyncio.timeout(0.05):
+            async for _ in (SAME | {"stubborn": stubborn}).astream("mine", config()):
+                pass
+
+    assert asyncio.all_tasks() == before
+
+
+@watched_or_not
+async def test_the_stage_in_front_of_a_dict_stays_in_one_task(config: MakeConfig) -> None:
+    """However many branches read it: so a timeout in it fires, and each branch gets all of it."""
+
+    @dual
+    async def hasty(query: str) -> AsyncIterator[str]:
+        try:
+            async with asyncio.timeout(0.05):
+                yield f"{asyncio.current_task() is reader} "
+                await asyncio.Event().wait()
+        except TimeoutError:
+            yield "late"
+
+    reader = asyncio.current_task()
+    async with asyncio.timeout(SAFETY_NET):
+        chunks = [chunk async for chunk in (hasty | {"one": SAME, "two": SAME}).astream("EUR", config())]
+
+    assert sorted(map(str, chunks)) == ["{'one': 'True late'}", "{'two': 'True late'}"]
+
+
+@watched_or_not
+async def test_an_error_of_the_stage_in_front_reaches_each_branch(config: MakeConfig) -> None:
+    """The branches end with it, and it is raised as itself."""
+
+    @dual
+    async def broken(query: str) -> AsyncIterator[str]:
+        yield query
+        raise ValueError(query)
+
+    given = config()
+    with pytest.raises(ValueError, match="EUR"):
+        _ = [chunk async for chunk in (broken | {"one": SAME, "two": SAME}).astream("EUR", given)]
+    ended = [watcher.ended for watcher in cast("list[Watcher]", given.get("callbacks") or [])]
+    assert ended in ([], [[ValueError] * 5])  # the stage, both branches, the dict, the pipe
+
+
+@watched_or_not
+@pytest.mark.parametrize("limited", [False, True], ids=["unlimited", "limited"])
+async def test_a_timeout_over_a_yield_fires_in_a_branch_whose_reader_is_slow(
+    config: MakeConfig, *, limited: bool
+) -> None:
+    """The branch's task is cancelled while the generator stands at its yield: it hears of it there."""
+
+    @dual
+    async def hasty(query: str) -> AsyncIterator[str]:
+        try:
+            async with asyncio.timeout(0.01):
+                yield query
+                yield "too much"
+        except TimeoutError:
+            yield "late"
+
+    pair: Any = concurrency(limit=1)(hasty) if limited else hasty
+    for branch in (pair, SAME | pair, Dual(lambda query: pair)):
+        chunks = []
+        async for chunk in (SAME | {"a": branch}).astream("EUR", config()):
+            chunks.append(chunk["a"])
+            await asyncio.sleep(0.1)
+
+        assert chunks == ["EUR", "late"]
+
+
+@watched_or_not
+async def test_a_task_group_over_a_yield_raises_its_childs_error_in_a_branch(config: MakeConfig) -> None:
+    """The error that ends a group is what ends the branch, and not the cancellation that comes before it."""
+
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise ValueError("child")
+
+    @dual
+    async def grouped(query: str) -> AsyncIterator[str]:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            yield query
+            yield "too much"
+
+    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012  (the reader is slow)
+        async for _ in (SAME | {"a": grouped}).astream("EUR", config()):
+            await asyncio.sleep(0.1)
+    assert caught.group_contains(ValueError, match="child")
+
+
+@pytest.mark.parametrize("compose", [lambda pair: pair, behind_another, lambda pair: SAME | {"pair": pair}])
+async def test_a_generator_that_fails_as_it_is_closed_is_told_of(compose: Callable[[Any], Any]) -> None:
+    """The error of its clean-up is raised where it is closed, and who watches sees the end of every run."""
+
+    class Untidy(Feed):
+        def ticks(self, count: int) -> Iterator[str]:
+            try:
+                yield "first"
+            finally:
+                raise ValueError(count)
+
+        async def aticks(self, count: int) -> AsyncIterator[str]:
+            try:
+                yield "first"
+            finally:
+                raise ValueError(count)
+
+    runnable, sync, async_ = compose(native(Untidy())), Counting(), Counting()
+    stream, astream = runnable.stream(3, {"callbacks": [sync]}), runnable.astream(3, {"callbacks": [async_]})
+    next(stream)
+    await anext(astream)
+    with pytest.raises(ValueError, match="3"):
+        stream.close()
+    with pytest.raises(ValueError, match="3"):
+        await astream.aclose()
+
+    assert (sync.open, async_.open) == (0, 0)
 
 
 @watched_or_not

@@ -267,6 +267,45 @@ async def test_cancellation_reaches_a_watched_coroutine():
     assert events == ["cleaned up"]
 
 
+async def test_a_watched_coroutine_that_is_cancelled_before_it_starts_leaves_nothing():
+    """Its function is not called; a coroutine that nobody awaits would be warned of."""
+    called: list[str] = []
+
+    @dual
+    async def fetch(query: str) -> None:
+        called.append(query)
+
+    with watch():
+        call = asyncio.create_task(fetch.acall("usd"))
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    gc.collect()
+
+    assert called == []
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "watched"])
+def test_a_timeout_over_a_yield_of_a_watched_generator_fires(watched):
+    """What is thrown in at its yield reaches the generator, as it does without a watch."""
+
+    @dual
+    async def hasty(query: str) -> AsyncIterator[str]:
+        try:
+            async with asyncio.timeout(0.01):
+                yield query
+                await asyncio.sleep(SECONDS)
+        except TimeoutError:
+            yield "late"
+
+    with watch() if watched else contextlib.nullcontext():
+        stream = hasty.stream("usd")
+        first = next(stream)
+        time.sleep(0.1)  # in which the timeout fires, at the yield
+
+        assert [first, *stream] == ["usd", "late"]
+
+
 async def test_an_abandoned_watched_coroutine_is_closed():
     """A watched coroutine that is closed closes the one that it watches."""
     events: list[str] = []
