@@ -27,6 +27,7 @@ _SHRINK = 0.5
 _STEEPNESS = 0.04  # per cubic second: back at the old limit after 2.3 s, at its double 2.9 s after leaving it
 _HOLD_SECONDS = 4.0  # since the congestion: with the 2.9 s to double, and some rounds, a recovery within 10 s
 _HOLD_PER_PAUSE = 2.0  # more of them for each second that the congestion paused all calls
+_FORGET_SECONDS = 60.0  # what an idle limit of one key has learned is kept for so long
 _HOLD_SUCCESSES = 100  # since the congestion: so a try that fails costs 1% of the calls, however few they are
 
 
@@ -68,13 +69,14 @@ class Adaptive:
 class AdaptiveLimit:
     """The state of one adaptive limit. Time, in seconds, is an argument."""
 
-    __slots__ = ("_ceiling", "_epoch", "_hold", "_run", "_shrunk_at", "_successes", "config", "limit")
+    __slots__ = ("_ceiling", "_changed_at", "_epoch", "_hold", "_run", "_shrunk_at", "_successes", "config", "limit")
 
     def __init__(self, config: Adaptive) -> None:
         self.config: Adaptive = config
         self.limit: int = config.min if config.start is None else config.start
         self._ceiling: int | None = None  # how many calls were not too many when it last hurt
         self._shrunk_at = -math.inf
+        self._changed_at = -math.inf
         self._hold = _HOLD_SECONDS  # from the shrinking to the next try above the ceiling
         self._epoch = -math.inf  # where the curve begins: the shrinking, moved on while it is held at the ceiling
         self._run = 0  # successes in a row, since the limit last changed
@@ -94,7 +96,7 @@ class AdaptiveLimit:
         gap = self._target(now) - self.limit
         if gap <= 0 or self._run * gap < self.limit:
             return False
-        return self._set(self.limit + 1)
+        return self._set(self.limit + 1, now)
 
     def failed(self, now: float, admitted_at: float, in_flight: int, pause: float = 0.0) -> bool:
         """Note a congestion, with so many calls in flight, itself included; tell whether the limit has changed.
@@ -110,7 +112,11 @@ class AdaptiveLimit:
         self._hold = _HOLD_SECONDS + _HOLD_PER_PAUSE * pause
         too_many = min(in_flight, self.limit)
         self._ceiling = max(too_many - 1, 1)
-        return self._set(int(too_many * _SHRINK))
+        return self._set(int(too_many * _SHRINK), now)
+
+    def is_as_new(self, now: float) -> bool:
+        """Tell whether a new one would do as well: what this one has learned is old."""
+        return now - max(self._shrunk_at, self._changed_at) >= _FORGET_SECONDS
 
     def _target(self, now: float) -> float:
         """Return where the curve stands; it is held at the ceiling until a try above it is due."""
@@ -122,7 +128,10 @@ class AdaptiveLimit:
             self._epoch = now - climb
         return self._ceiling * (1 + _STEEPNESS * (now - self._epoch - climb) ** 3)
 
-    def _set(self, limit: int) -> bool:
+    def _set(self, limit: int, now: float) -> bool:
         self._run = 0
         before, self.limit = self.limit, min(max(limit, self.config.min), self.config.max)
-        return self.limit != before
+        if self.limit == before:
+            return False
+        self._changed_at = now
+        return True

@@ -14,6 +14,7 @@ from typing import Protocol
 __all__ = ["Clock", "MonotonicClock", "Timer", "monotonic_clock"]
 
 _IDLE_SECONDS = 5.0
+_LONGEST_SLEEP = 3600.0  # seconds; a system takes no timeout of 300 years, as a `Retry-After` may ask for
 _SWEEP = 64
 
 
@@ -76,8 +77,8 @@ class MonotonicClock:
                 self._sweep()
             heapq.heappush(self._timers, (when, next(self._order), timer))
             if not self._running:
-                self._running = True
                 threading.Thread(target=self._run, name="asyncify-timer", daemon=True).start()
+                self._running = True  # only now: it may fail to start, at the end of the program say
             elif self._timers[0][2] is timer:
                 self._wakeups.put(None)
         return timer
@@ -90,6 +91,13 @@ class MonotonicClock:
         self._sweep_at = 2 * len(self._timers) + _SWEEP
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            self._running = False  # the next timer starts another thread
+            raise
+
+    def _serve(self) -> None:
         while True:
             while (timer := self._take_due()) is not None:
                 if not timer.cancelled:
@@ -112,7 +120,9 @@ class MonotonicClock:
 
     def _until_next(self) -> float:
         with self._lock:
-            return max(self._timers[0][0] - time.monotonic(), 0.0) if self._timers else _IDLE_SECONDS
+            if not self._timers:
+                return _IDLE_SECONDS
+            return min(max(self._timers[0][0] - time.monotonic(), 0.0), _LONGEST_SLEEP)
 
     def _may_end(self) -> bool:
         with self._lock:

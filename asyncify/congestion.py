@@ -13,6 +13,7 @@ from asyncify.errors import AsyncifyError
 __all__ = ["Congestion", "congestion_of"]
 
 _TOO_MUCH = (429, 503)
+_TIMEOUTS = ("Timeout", "TimeoutError", "TimeoutException")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,12 @@ def congestion_of(error: BaseException) -> Congestion | None:
     status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
     if status in _TOO_MUCH:
         return Congestion(_retry_after(getattr(response, "headers", None) or getattr(error, "headers", None)))
-    if isinstance(error, TimeoutError) or type(error).__name__.endswith(("Timeout", "TimeoutException")):
-        return Congestion(None)
-    return None
+    return Congestion(None) if _is_timeout(error) else None
+
+
+def _is_timeout(error: BaseException) -> bool:
+    """Tell by the names of its classes, as libraries have timeouts of their own: openai's `APITimeoutError`, say."""
+    return any(cls.__name__.endswith(_TIMEOUTS) for cls in type(error).__mro__)
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -54,7 +58,10 @@ def _retry_after(headers: Any) -> float | None:
 
 def _seconds_until(date: str) -> float:
     try:
-        moment = parsedate_to_datetime(date).astimezone(UTC)
+        moment = parsedate_to_datetime(date)
+        if moment.tzinfo is None:  # as in the form of asctime, which is in GMT
+            moment = moment.replace(tzinfo=UTC)
+        moment = moment.astimezone(UTC)
     except (TypeError, ValueError, OverflowError):
         return -1.0
     return max((moment - datetime.now(UTC)).total_seconds(), 0.0)

@@ -18,10 +18,10 @@ from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.background import BackgroundLoop
-from asyncify.limiter import Limiter, check_cost
-from asyncify.meter import Limits, check_positive
+from asyncify.limiter import Limiter
+from asyncify.meter import Limits, check_cost, check_positive
 from asyncify.permits import Permit, permits
-from asyncify.signatures import describe, signature_of, sole_input
+from asyncify.signatures import describe, is_async, signature_of, sole_input
 from asyncify.turnstile import check_affordable
 
 __all__ = ["ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
@@ -40,6 +40,7 @@ class KeyedLimiter:
         self.key = key
         self.name = name
         self._arguments = limits
+        self._mark = object()  # by which it knows its own, without a cycle
         self.after_fork()
         _keyed.add(self)
         # Whoever is inside or waits keeps a limiter alive; `_recent` keeps those whose admissions still count.
@@ -78,6 +79,7 @@ class KeyedLimiter:
             limiter = self._alive.get(key)
             if limiter is None:
                 limiter = self._alive[key] = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
+                limiter.made_by = self._mark
             self._recent[key] = limiter
             self._recent.move_to_end(key)
             self._forget_idle()
@@ -98,10 +100,10 @@ class KeyedLimiter:
 
     def record(self, actual: float) -> None:
         """Correct, from inside a call, what it was estimated to cost."""
-        mine = {id(limiter) for limiter in self._alive.values()}
         for permit in permits():
-            if id(permit.place) in mine and isinstance(permit.place, Limiter):
-                permit.place.record(actual)
+            place = permit.place
+            if isinstance(place, Limiter) and place.made_by is self._mark:
+                place.record(actual)
                 return
         raise RuntimeError(f"{self.name or 'keyed limiter'}: this context is not inside a call that it has admitted")
 
@@ -285,14 +287,18 @@ class Gate:
 
     def _key_of(self, limiter: KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         key = limiter.key(self._input(args, kwargs))
-        if not isinstance(key, Hashable):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"key= of {self._title} gave {key!r}, which has no hash; let it give a string, say")
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(
+                f"key= of {self._title} gave {key!r}, which has no hash; let it give a string, say"
+            ) from error
         return key
 
     def _cost_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if not callable(self.cost):
             return self.cost
-        cost = check_cost(self.cost(self._input(args, kwargs)))
+        cost = check_cost("cost", self.cost(self._input(args, kwargs)))
         check_affordable(cost, limiter.limits, self._title)
         return cost
 
@@ -328,13 +334,15 @@ def make_gate(
     else:
         made = Limiter(**limits) if key is None else KeyedLimiter(key, **limits)
     if cost is not None and not callable(cost):
-        check_cost(cost)
+        check_cost("cost", cost)
     if cost is not None or timeout is not None:
         _check_usable(made, cost)
     return Gate(made, 1 if cost is None else cost, timeout)
 
 
 def _check_takes_input(name: str, function: Function) -> None:
+    if is_async(function):
+        raise TypeError(f"{name}={describe(function)}: is async; it is asked before a call waits, so write a def")
     signature = signature_of(function)
     if signature is None:
         return

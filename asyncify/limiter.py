@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import pickle
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.adaptive import Adaptive, AdaptiveLimit
 from asyncify.clock import Clock, monotonic_clock
-from asyncify.meter import PERIODS, Limits, check_positive
+from asyncify.meter import PERIODS, Limits, check_cost, check_positive
 from asyncify.permits import Permit, innermost
 from asyncify.turnstile import RECENT, Turnstile
 
-__all__ = ["Limiter", "LimiterStats", "check_cost"]
+__all__ = ["Limiter", "LimiterStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         if timeout is not None:
             check_positive("timeout", timeout, "timeout=30")
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
+        self.made_by: object = None  # the mark of a limiter with a key, if one has made it
 
     # --- the faces ---
 
@@ -80,8 +81,10 @@ class Limiter(Turnstile, BaseRateLimiter):
         """Give the slot back."""
         permit = innermost.get()  # looked up here, as a call of another function is felt in each call that is limited
         if permit is None or permit.place is not self or permit.ended:
-            permit = self._entered() or self._stand_in()
-        permit.leave(error)
+            self._leave_one(error)
+        else:
+            permit.taken = True
+            permit.leave_innermost(error)
 
     __aenter__: ClassVar[Callable[[Turnstile], Coroutine[Any, Any, Permit]]] = Turnstile.aenter
 
@@ -89,8 +92,10 @@ class Limiter(Turnstile, BaseRateLimiter):
         """Give the slot back."""
         permit = innermost.get()
         if permit is None or permit.place is not self or permit.ended:
-            permit = self._entered() or self._stand_in()
-        permit.leave(error)
+            self._leave_one(error)
+        else:
+            permit.taken = True
+            permit.leave_innermost(error)
 
     def acquire(self, *, blocking: bool = True) -> bool:
         """Wait in this thread for the rate alone; without `blocking`, say whether it was there at once."""
@@ -117,20 +122,17 @@ class Limiter(Turnstile, BaseRateLimiter):
     def _not_inside(self) -> str:
         return f"{self._title()}: this context is not inside a call that it has admitted"
 
-    def _stand_in(self) -> Permit:
-        """Return a permit to leave in the place of one that was entered in another context.
+    def _leave_one(self, error: BaseException | None) -> None:
+        """End a call whose permit is not the innermost here, or is not here at all.
 
-        A generator that entered in one task may be closed in another. Its slot is free then, but its permit still
-        looks held from where it was entered: so no deadlock is certain any more.
+        A generator that entered in one task may be closed in another.
         """
-        if not self.stats().in_flight:
+        if (permit := self._entered()) is not None:
+            permit.leave(error)
+        elif self._meter.inside:  # looked at without the lock: a finalizer may be in the thread that holds it
+            self.give_back_other(error)
+        else:
             raise RuntimeError(self._not_inside())
-        self._is_certain = False
-        permit = Permit(self, 1, 1)
-        permit.at = self._now()
-        permit.begin()
-        self._robbed.add(permit)
-        return permit
 
     def record(self, actual: float) -> None:
         """Correct, from inside a call, what it was estimated to cost.
@@ -142,7 +144,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         permit = self._entered()
         if permit is None:
             raise RuntimeError(self._not_inside())
-        check_cost(actual)
+        check_cost("actual", actual)
         with self._lock:
             if permit.at is not None:
                 self._meter.correct(permit.at, actual - permit.cost)
@@ -198,9 +200,11 @@ class Limiter(Turnstile, BaseRateLimiter):
         return self._meter.limits
 
     def is_idle(self) -> bool:
-        """Whether nobody is inside or waits, and nothing that was admitted still counts."""
+        """Whether nobody is inside or waits, and nothing that was admitted still counts or has taught it anything."""
         self._settle()
-        return not self._queue and self._meter.is_idle(self._now())
+        now = self._now()
+        is_as_new = self._adaptive is None or self._adaptive.is_as_new(now)
+        return is_as_new and not self._queue and self._meter.is_idle(now)
 
     def stats(self) -> LimiterStats:
         """Return what the limiter has seen so far."""
@@ -219,12 +223,28 @@ class Limiter(Turnstile, BaseRateLimiter):
         self._settle()
         limits = self._meter.limits
         flight = [] if limits.limit is None else [f"{len(self._meter.inside)}/{limits.limit} in flight"]
-        return ", ".join([*flight, *map(str, limits.rates), f"{self._waiting} waiting"])
+        paused = self._paused_for()
+        pause = [f"paused for {paused:.4g} s"] if paused > 0 else []
+        return ", ".join([*flight, *map(str, limits.rates), f"{self._waiting} waiting", *pause])
 
     def __repr__(self) -> str:
         """Show the state: `<Limiter quotes 3/10 in flight, 50 per second, 7 waiting>`."""
         name = f"{self.name} " if self.name else ""
         return f"<Limiter {name}{self.state()}>"
+
+    def __copy__(self) -> Self:
+        """Return the limiter itself: a limit is one wherever it stands."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the limiter itself."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Refuse: a limit holds in one process."""
+        raise pickle.PicklingError(
+            f"{self._title()}: holds in one process, so it can't be pickled; make one where the calls are made"
+        )
 
 
 def _adaptive_limit(limit: int | Adaptive | None) -> tuple[AdaptiveLimit | None, int | None]:
@@ -233,15 +253,6 @@ def _adaptive_limit(limit: int | Adaptive | None) -> tuple[AdaptiveLimit | None,
         return None, limit
     adaptive = AdaptiveLimit(limit)
     return adaptive, adaptive.limit
-
-
-def check_cost(cost: object) -> float:
-    """Return `cost` if it is a number, not negative and finite."""
-    if isinstance(cost, bool) or not isinstance(cost, (int, float)):
-        raise TypeError(f"cost={cost!r}: must be a number")
-    if not 0 <= cost < math.inf:
-        raise ValueError(f"cost={cost!r}: must be finite and not negative")
-    return cost
 
 
 def _percentile(ordered: list[float], share: float) -> float:

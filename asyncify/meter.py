@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate", "check_count", "check_positive"]
+__all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate", "check_cost", "check_count", "check_positive", "shown"]
 
 PERIODS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
 """The rates by the names of their arguments, with their periods in seconds, the shortest first."""
@@ -37,7 +37,7 @@ class Rate:
     period: float
 
     def __str__(self) -> str:
-        return f"{self.amount:g} per {_UNITS[self.period]}"
+        return f"{shown(self.amount)} per {_UNITS[self.period]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +87,38 @@ def check_positive(name: str, value: object, example: str) -> float:
     """Return `value` if it is a number above 0 and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r}: must be a number, as in {example}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be above 0 and finite, as in {example}")
+    if not 0 < _finite(value) < math.inf:
+        raise ValueError(f"{name}={shown(value)}: must be above 0 and finite, as in {example}")
     return value
+
+
+def check_cost(name: str, cost: object) -> float:
+    """Return `cost` if it is a number, not negative and finite."""
+    if isinstance(cost, bool) or not isinstance(cost, (int, float)):
+        raise TypeError(f"{name}={cost!r}: must be a number")
+    if not 0 <= _finite(cost) < math.inf:
+        raise ValueError(f"{name}={shown(cost)}: must be finite and not negative")
+    return cost
+
+
+def _finite(number: float) -> float:
+    """Return a number as a float; one that is too large for that is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def shown(number: float) -> str:
+    """Return a number as it is read: 1000001 and not 1e+06."""
+    return f"{_finite(number):.12g}"
 
 
 def _check_burst(burst: object, rates: tuple[Rate, ...]) -> None:
     count = check_count("burst", burst, "burst=5")
     if not rates:
         raise ValueError(f"burst={count}: needs a rate, as in per_second=50, burst={count}")
-    if count > rates[0].amount:
+    if count > max(rates[0].amount, 1):
         raise ValueError(f"burst={count}: must be no more than the rate, which is {rates[0]}")
 
 

@@ -33,6 +33,10 @@ class Place(Protocol):
         """Take back the place of a call that will never start, be it waiting still or admitted already."""
         ...
 
+    def give_back_other(self, error: BaseException | None) -> None:
+        """Take back the place of some call inside, as it is not known of which."""
+        ...
+
 
 innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
 """The permit under which this context runs; those around it follow by `outer`."""
@@ -56,6 +60,7 @@ class Permit:
         "ready",
         "since",
         "slots",
+        "taken",
         "thread",
         "timer",
         "token",
@@ -88,6 +93,7 @@ class Permit:
         self.outer = outer = innermost.get()
         self.thread: int = get_ident()  # in which it goes on; 0 if that is not known
         self.ended: bool = False
+        self.taken: bool = False  # by the end of a `with`, which may be somebody else's
         if outer is not None:
             self.skip_ended()
 
@@ -109,6 +115,15 @@ class Permit:
 
     def leave(self, error: BaseException | None = None) -> None:
         """End the call, in the context that entered; `error` is what it raised."""
+        if innermost.get() is self:
+            self.leave_innermost(error)
+        elif self.ended and self.taken:
+            self.place.give_back_other(error)
+        else:
+            self.end(error)  # this context runs under another, which may end later
+
+    def leave_innermost(self, error: BaseException | None) -> None:
+        """Do the same, where this context is known to run under it."""
         try:
             innermost.reset(self.token)
         except (ValueError, RuntimeError):
@@ -118,6 +133,8 @@ class Permit:
             if self.outer is not None:
                 self.skip_ended()
             self.place.give_back(self, error)
+        elif self.taken:
+            self.place.give_back_other(error)
 
     def step_out(self) -> None:
         """Leave the context of the call, which goes on elsewhere and ends there."""

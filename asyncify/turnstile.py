@@ -24,7 +24,7 @@ from asyncify.adaptive import AdaptiveLimit
 from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
-from asyncify.meter import Limits, Meter
+from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import Permit, held_by_this_task, held_by_this_thread, innermost, permits
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
@@ -102,6 +102,8 @@ class Turnstile:
 
     def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this thread for a slot and the rate; the caller must `leave()` the permit."""
+        if cost != 1:
+            check_cost("cost", cost)
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
             ready = allocate_lock()
@@ -120,6 +122,8 @@ class Turnstile:
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
+        if cost != 1:
+            check_cost("cost", cost)
         permit = Permit(self, cost, slots)
         permit.in_task = True
         if not self._admit(permit):
@@ -184,7 +188,8 @@ class Turnstile:
         with self._lock:
             if permit.queue is self._queue and self._is_certain:
                 inside = {other for other in (*self._blocked, *blocks) if not other.ended}
-                doomed = len(inside) >= (self._meter.limits.limit or math.inf)
+                # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
+                doomed = len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
                 self._rejected += doomed
                 if timeout is None:
                     permit.blocks = tuple(blocks)
@@ -201,7 +206,7 @@ class Turnstile:
         return {other for other in inside if other.thread == permit.thread and other.in_task}
 
     def _must_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> bool:
-        """Look after a call that has been queued and can be woken now; False if it was admitted meanwhile.
+        """Look after a call that has been queued and can be woken now; False if it waits no longer.
 
         The queue admits a call and then looks whether it can be woken; here it is the other way round: so one sees
         the other.
@@ -209,9 +214,9 @@ class Turnstile:
         timeout = self.timeout if timeout is None else timeout
         if permit.slots and (permit.outer is not None or permit.loop is None):
             self._check_certain_end(permit, held(), timeout)
-        if permit.at is None and timeout is not None:
+        if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
-        return permit.at is None
+        return permit.queue is not None
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
@@ -228,17 +233,26 @@ class Turnstile:
             permit.timer.cancel()
         if permit.at is None:
             check_affordable(permit.cost, self._meter.limits, self._title())
+            paused = self._paused_for()
             raise LimitTimeout(
                 f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
-                "ahead of it when it came. Raise timeout= or the limit, or send less."
+                "ahead of it when it came. "
+                + (
+                    f"By a Retry-After all calls are paused for another {paused:.4g} s."
+                    if paused > 0
+                    else "Raise timeout= or the limit, or send less."
+                )
             )
+
+    def _paused_for(self) -> float:
+        """Return for how many seconds more nobody is admitted; 0 or less if somebody may be."""
+        return self._meter.paused_until - self._now()
 
     # --- the queue; called with the lock held ---
 
-    def _pump(self, now: float) -> list[Permit]:
-        """Admit from the front while the meter allows; return those who must be woken."""
+    def _pump(self, now: float, granted: list[Permit]) -> None:
+        """Admit from the front while the meter allows; add those who must be woken to `granted`."""
         queue, meter = self._queue, self._meter
-        granted: list[Permit] = []
         while queue:
             permit = queue[0]
             if at := meter.admit(now, permit.cost, permit.since, permit if permit.slots else None):
@@ -249,16 +263,15 @@ class Turnstile:
                 if at := meter.admit(now, permit.cost, permit.since):
                     self._call_back_at(at)
                     break
+            permit.at = now  # before it leaves the queue, as who finds itself outside looks whether it was admitted
             if permit.slots and not permit.blocks and not self._abandoned:
                 permit.queue = None  # `_dequeue()` of the first, without a call
                 queue.popleft()
             else:
                 self._dequeue(permit)
-            permit.at = now
             self._admitted += 1
             self._waits.append((self._admitted, now - permit.since))
             granted.append(permit)
-        return granted
 
     def _dequeue(self, permit: Permit) -> None:
         """Take a waiter out. Unless it is the first, its place is left empty: until it is, or until most are."""
@@ -363,17 +376,32 @@ class Turnstile:
             if error is not None or self._queue:
                 self._settle()
 
+    def give_back_other(self, error: BaseException | None) -> None:
+        """Take back the place of some call inside, as it is not known of which.
+
+        Its slot is free then, but its permit still looks held from where it was entered: so no deadlock is certain
+        any more.
+        """
+        self._is_certain = False
+        permit = Permit(self, 1, 1)
+        permit.at = self._now()
+        self._robbed.add(permit)
+        permit.end(error)
+
     def give_up(self, permit: Permit) -> None:
         """Take back the place of a call that will never start, be it waiting still or admitted already."""
         self._departed.append((permit, _UNUSED))
         self._settle()
 
     def _judge(self, error: BaseException) -> _Failure:
-        congestion = congestion_of(error)
-        return _Failure(
-            pause=None if congestion is None else congestion.retry_after,
-            congested=self._adaptive is not None and self._adaptive.config.on(error),
-        )
+        """Return what an error teaches; the error itself must go on, whatever happens as it is looked at."""
+        try:
+            congestion = congestion_of(error)
+            pause = None if congestion is None else congestion.retry_after
+            return _Failure(pause, congested=self._adaptive is not None and self._adaptive.config.on(error))
+        except Exception as failure:  # noqa: BLE001  (the error's own attributes, or the user's `on=`)
+            error.add_note(f"{self._title()}: whether this is a congestion can't be told: {failure!r}")
+            return _Failure(pause=None, congested=False)
 
     def _settle(self) -> None:
         """Take back the places of all who left, and admit the next: now, or if another holds the lock, that one next.
@@ -382,16 +410,17 @@ class Turnstile:
         """
         self._must_look = True
         while self._lock.acquire(blocking=False):
+            granted: list[Permit] = []
             try:
                 self._must_look = False
                 now = self._now()
                 if self._departed:
                     self._take_back(now)
-                granted = self._pump(now)
+                self._pump(now, granted)
             finally:
                 self._lock.release()
-            if granted:
-                self._wake(granted)
+                if granted:
+                    self._wake(granted)
             if not self._must_look:
                 return
 
@@ -444,7 +473,7 @@ def check_affordable(cost: float, limits: Limits, what: str) -> None:
     """Raise a ValueError for a cost that could never be admitted."""
     if cost > limits.largest_cost:
         tightest = min(limits.rates, key=lambda rate: rate.amount)
-        raise ValueError(f"{what}: a cost of {cost:g} can never be admitted, as the limit is {tightest}")
+        raise ValueError(f"{what}: a cost of {shown(cost)} can never be admitted, as the limit is {tightest}")
 
 
 _turnstiles: weakref.WeakSet[Turnstile] = weakref.WeakSet()

@@ -51,6 +51,47 @@ class TestTimerThread:
         assert done.wait(SAFETY_NET)
         assert order == ["first", "second"]
 
+    def test_a_timer_in_a_thousand_years_keeps_none_of_the_others_waiting(self) -> None:
+        """No system sleeps that long in one go; the thread looks again in between."""
+        clock = MonotonicClock()
+        far = clock.call_at(clock.now() + 1e11, lambda: None)
+        time.sleep(0.01)  # in which the thread begins to wait for it
+        fired = threading.Event()
+        clock.call_at(clock.now(), fired.set)
+
+        assert fired.wait(SAFETY_NET)
+        far.cancel()
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_a_thread_that_has_died_is_followed_by_another(self) -> None:
+        """A callback must not raise; if one does, the timers of the others go on all the same."""
+
+        def fail() -> None:
+            raise ValueError
+
+        clock, before = MonotonicClock(), set(timer_threads())
+        clock.call_at(clock.now(), fail)
+        wait_until(lambda: not clock._running and set(timer_threads()) <= before)
+        fired = threading.Event()
+        clock.call_at(clock.now(), fired.set)
+
+        assert fired.wait(SAFETY_NET)
+
+    def test_a_thread_that_can_not_start_is_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever asked is told; the next one may have better luck."""
+
+        def refuse(self: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        clock, fired = MonotonicClock(), threading.Event()
+        with monkeypatch.context() as crowded:
+            crowded.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start"):
+                clock.call_at(clock.now(), lambda: None)
+        clock.call_at(clock.now(), fired.set)
+
+        assert fired.wait(SAFETY_NET)
+
     def test_cancelled_timers_do_not_pile_up(self) -> None:
         """Ten thousand waits that ended early leave no ten thousand timers."""
         clock = MonotonicClock()

@@ -1,6 +1,7 @@
 """What an error says of the server: recognised by its shape, whoever raised it."""
 
 import http.client
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -51,6 +52,14 @@ class ConnectTimeout(Exception):  # noqa: N818  (named as in requests)
     pass
 
 
+class APITimeoutError(Exception):
+    """As openai and anthropic name theirs."""
+
+
+class QuotesAreLate(httpx.ReadTimeout):
+    """Somebody's own kind of a timeout."""
+
+
 class ReadTimeoutException(Exception):  # noqa: N818  (named as some clients do)
     pass
 
@@ -82,12 +91,36 @@ def test_an_error_of_httpx_counts() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [TimeoutError(), httpx.ReadTimeout("late"), httpx.PoolTimeout("late"), ConnectTimeout(), ReadTimeoutException()],
+    [
+        TimeoutError(),
+        httpx.ReadTimeout("late"),
+        httpx.PoolTimeout("late"),
+        ConnectTimeout(),
+        ReadTimeoutException(),
+        APITimeoutError(),
+        QuotesAreLate("late"),
+    ],
     ids=repr,
 )
 def test_a_timeout_is_a_congestion_of_unknown_length(error: Exception) -> None:
     """A server that does not answer in time has had too much, and has not said for how long."""
     assert congestion_of(error) == Congestion(None)
+
+
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y", "%a, %d %b %Y %H:%M:%S -0000"])
+def test_a_date_is_in_gmt_in_all_its_forms(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever this process thinks it is; RFC 9110 has dates without a zone too."""
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        date = time.strftime(form, time.gmtime(time.time() + 60))
+        found = congestion_of(ApiError(429, {"Retry-After": date}))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert found is not None
+    assert 30 < (found.retry_after or 0) <= 60
 
 
 @pytest.mark.parametrize(

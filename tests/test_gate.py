@@ -3,8 +3,10 @@
 import asyncio
 import contextvars
 import gc
+import itertools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -43,6 +45,11 @@ def convert(pair: str, amount: float, tenant: str = "x") -> str:
 
 
 both_paths = pytest.mark.parametrize("path", ["sync", "async"])
+
+
+async def async_size(value: Any) -> int:
+    """Tell a size, too late."""
+    return len(value)
 
 
 class TestKeys:
@@ -168,6 +175,26 @@ class TestKeys:
         assert not keyed["a"].acquire(blocking=False)
         assert keyed["b"].acquire(blocking=False)
 
+    def test_record_goes_on_while_new_keys_come(self) -> None:
+        """However many there are, and whatever other threads do."""
+        keyed = KeyedLimiter(lambda key: key, per_hour=10)
+        is_over = threading.Event()
+
+        def bring_keys() -> None:
+            for number in itertools.count():
+                keyed.enter(number, 1, None).leave()
+                if is_over.is_set():
+                    return
+
+        with ThreadPoolExecutor() as pool:
+            bringing = pool.submit(bring_keys)
+            permit = keyed.enter("mine", 1, None)
+            for _ in range(2000):
+                keyed.record(2)
+            permit.leave()
+            is_over.set()
+            bringing.result(SAFETY_NET)
+
     def test_record_outside_a_call_is_an_error(self) -> None:
         """There is nothing to correct, even inside a call of somebody else."""
         keyed = KeyedLimiter(lambda key: key, limit=1, name="quotes")
@@ -247,6 +274,8 @@ class TestArguments:
                 r"^key=.*lambda.* with one argument, the input, and takes \(desk, query\); .*key=lambda call: call",
             ),
             ({"cost": lambda: 1, "per_second": 1}, TypeError, r"^cost=.*one argument, the input, and takes \(\); "),
+            ({"cost": async_size, "per_second": 1}, TypeError, r"^cost=.*async_size.*: is async; .* so write a def$"),
+            ({"key": async_size, "limit": 1}, TypeError, r"^key=.*async_size.*: is async"),
             ({"timeout": 0, "limit": 1}, ValueError, r"^timeout=0: must be above 0 and finite, as in timeout=30$"),
             ({"cost": -1, "per_second": 1}, ValueError, r"^cost=-1: must be finite and not negative$"),
             ({"cost": True, "per_second": 1}, TypeError, r"^cost=True: must be a number$"),
@@ -291,17 +320,21 @@ class TestArguments:
         held.end()
 
     def test_an_adaptive_limit_serves_each_key(self) -> None:
-        """Each key finds its own."""
-        gate = gate_of(key=lambda query: query, limit=Adaptive(min=2, max=9))
+        """Each key finds its own, and keeps it for a while when it is idle."""
+        clock = FakeClock()
+        gate = gate_of(key=lambda query: query, limit=Adaptive(min=1, max=9, start=4), clock=clock)
         assert isinstance(gate.limiter, KeyedLimiter)
-        first = gate.limiter["a"]
-        with pytest.raises(TimeoutError), first:
+        with pytest.raises(TimeoutError), gate.limiter["a"]:
             raise TimeoutError
         for _ in range(20):
             gate.enter(("b",), {}).leave()
+        assert gate.limiter["a"].stats().limit == 1
+        assert gate.limiter["b"].stats().limit != 1
+        clock.advance(100)
+        for _ in range(20):
+            gate.enter(("c",), {}).leave()
 
-        assert first.stats().limit == 2
-        assert gate.limiter["b"].stats().limit != 2
+        assert gate.limiter["a"].stats().limit == 4
 
 
 class Turnstile(BaseRateLimiter):
@@ -331,7 +364,9 @@ class TestForeignLimiters:
     @both_paths
     async def test_langchains_own_limiter_serves(self, path: str) -> None:
         """The bucket is drawn from on both paths."""
-        limiter = InMemoryRateLimiter(requests_per_second=1000, check_every_n_seconds=0.001, max_bucket_size=1)
+        limiter = InMemoryRateLimiter(requests_per_second=1e-6, max_bucket_size=3)
+        limiter.acquire(blocking=False)  # it counts from its first call on
+        limiter.available_tokens = 3
         gate = gate_of(limiter)
         for _ in range(3):
             await pass_through(gate, path, "x")

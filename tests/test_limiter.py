@@ -2,18 +2,21 @@
 
 import asyncio
 import contextvars
+import copy
+import pickle
 import threading
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 
 from asyncify.adaptive import Adaptive
-from asyncify.errors import LimitTimeout
+from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.limiter import Limiter
 from asyncify.meter import Meter
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, Crowd, TaskCall, ThreadCall, start_times, until
+from tests.crowd import SAFETY_NET, Crowd, ServerError, TaskCall, ThreadCall, start_times, until
 
 
 class TestSlots:
@@ -131,6 +134,21 @@ class TestSlots:
         await inner.__aexit__(None, None, None)
 
         assert inner.stats().in_flight == 0
+
+    def test_limiters_may_be_left_in_the_order_they_were_entered(self) -> None:
+        """Each is left by itself: the second goes on, knows its call, and still tells a deadlock."""
+        first, second = Limiter(limit=1), Limiter(limit=1, per_second=100)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.record(3)
+        with pytest.raises(DeadlockError):
+            second.enter()
+        second.__exit__(None, None, None)
+
+        assert (first.stats().in_flight, second.stats().in_flight) == (0, 0)
+        with second, pytest.raises(DeadlockError):
+            second.enter()
 
     def test_leaving_what_was_not_entered_is_an_error(self) -> None:
         """A limiter that this context has not entered can't be left."""
@@ -333,6 +351,22 @@ class TestGivingUp:
         )
         assert limiter.stats().waiting == 1
         assert limiter.stats().rejected == 1
+
+    async def test_a_timeout_during_a_pause_says_so(self, crowd: Crowd) -> None:
+        """To raise the limit would not help; `repr` shows the pause too."""
+        limiter = crowd.limiter_of(limit=5, name="quotes")
+        await crowd.finish(await crowd.come(), ServerError(429, {"Retry-After": "3600"}))
+        assert repr(limiter) == "<Limiter quotes 0/5 in flight, 0 waiting, paused for 3600 s>"
+        late = await crowd.come(timeout=2)
+        await crowd.advance(2)
+        await until(lambda: late.over)
+
+        assert str(late.error) == (
+            "limiter quotes: not admitted within 2 s; 0 calls were ahead of it when it came. By a Retry-After all "
+            "calls are paused for another 3598 s."
+        )
+        await crowd.advance(3600)
+        assert repr(limiter) == "<Limiter quotes 0/5 in flight, 0 waiting>"
 
     async def test_those_who_have_left_are_not_ahead(self, crowd: Crowd) -> None:
         """A waiter that gave up is not counted, though its place in the queue may be empty still."""
@@ -579,6 +613,24 @@ class TestLeftElsewhere:
             with pytest.raises(LimitTimeout):
                 await limiter.aenter()
 
+    def test_a_call_whose_permit_was_taken_gives_another_slot_back(self) -> None:
+        """A generator is closed inside a call: its `with` can't tell whose permit it finds, and takes the call's."""
+        limiter = Limiter(limit=3)
+
+        def stream() -> Generator[None]:
+            with limiter:
+                yield
+
+        chunks, elsewhere = stream(), contextvars.copy_context()
+        elsewhere.run(next, chunks)
+        permit = limiter.enter()
+        chunks.close()
+        assert limiter.stats().in_flight == 1
+        permit.leave()
+        permit.end()
+
+        assert limiter.stats().in_flight == 0
+
     async def test_each_exit_gives_one_slot_back(self) -> None:
         """The exit does not tell whose slot it is. The numbers are right all the same, whoever leaves next."""
         limiter = Limiter(limit=5)
@@ -610,6 +662,42 @@ class TestArguments:
         """A wait of no time, or of no sensible time, can't be meant."""
         with pytest.raises(ValueError, match=f"^timeout={timeout!r}: must be above 0 and finite, as in timeout=30$"):
             Limiter(limit=1, timeout=timeout)
+
+    @pytest.mark.parametrize("cost", [float("nan"), -5, float("inf"), "3", None])
+    async def test_a_bad_cost_is_told(self, cost: Any) -> None:
+        """On both paths, and nothing is taken."""
+        limiter = Limiter(limit=1, per_second=5)
+        with pytest.raises((TypeError, ValueError), match=r"^cost="):
+            limiter.enter(cost)
+        with pytest.raises((TypeError, ValueError), match=r"^cost="):
+            await limiter.aenter(cost)
+        assert limiter.stats().admitted == 0
+
+    def test_a_number_too_large_for_a_float_is_told(self) -> None:
+        """As any that is not finite."""
+        with pytest.raises(ValueError, match=r"^per_second=inf: must be above 0 and finite"):
+            Limiter(per_second=10**400)
+
+    def test_large_numbers_can_be_read(self) -> None:
+        """All their digits count."""
+        limiter = Limiter(per_minute=1_234_567)
+
+        assert repr(limiter) == "<Limiter 1234567 per minute, 0 waiting>"
+        with pytest.raises(ValueError, match="a cost of 1234568 can never be admitted, as the limit is 1234567 per"):
+            limiter.enter(cost=1_234_568)
+
+    def test_a_burst_of_one_goes_with_any_rate(self) -> None:
+        """It is what every rate has by default."""
+        assert Limiter(per_second=0.5, burst=1).limits.burst == 1
+
+    def test_a_copy_is_the_limiter_itself(self) -> None:
+        """A limit is one wherever it stands; and it holds in one process."""
+        limiter = Limiter(limit=1, name="quotes")
+
+        assert copy.copy(limiter) is limiter
+        assert copy.deepcopy({"limiter": limiter})["limiter"] is limiter
+        with pytest.raises(pickle.PicklingError, match="limiter quotes: holds in one process"):
+            pickle.dumps(limiter)
 
     def test_it_knows_whether_it_bounds_calls(self) -> None:
         """A limit does, a rate does not."""

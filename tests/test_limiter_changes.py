@@ -2,12 +2,15 @@
 
 import asyncio
 import contextvars
+from _thread import allocate_lock
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
 import pytest
 
+from asyncify import turnstile
 from asyncify.adaptive import Adaptive
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit
@@ -97,6 +100,35 @@ class TestPause:
         assert not await limiter.aacquire(blocking=False)
         clock.advance(3)
         assert await limiter.aacquire(blocking=False)
+
+
+class TestJudging:
+    def test_an_error_that_can_not_be_looked_at_goes_on(self) -> None:
+        """The call's own error arrives, and the slot is free."""
+
+        class Unread(Exception):  # noqa: N818  (as it says)
+            @property
+            def response(self) -> object:
+                raise RuntimeError("not read yet")
+
+        limiter = Limiter(limit=1, name="quotes")
+        with pytest.raises(Unread) as caught, limiter:
+            raise Unread
+
+        assert caught.value.__notes__ == [
+            "limiter quotes: whether this is a congestion can't be told: RuntimeError('not read yet')"
+        ]
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_judgement_that_fails_hides_no_error(self) -> None:
+        """What `on=` does not know is no congestion."""
+        limiter = Limiter(limit=Adaptive(min=1, max=9, start=4, on=lambda error: error.status == 429))  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="mine") as caught:
+            async with limiter:
+                raise ValueError("mine")
+
+        assert "has no attribute 'status'" in caught.value.__notes__[0]
+        assert (limiter.stats().in_flight, limiter.stats().limit) == (0, 4)
 
 
 class TestResize:
@@ -195,16 +227,42 @@ class TestResize:
         await until(lambda: limiter.stats().waiting == 1)
 
         class Meddling(float):
-            """A number that ends a call when somebody compares it with 0."""
+            """A number that ends a call when somebody looks what it is."""
 
-            def __gt__(self, other: object) -> bool:
+            def __float__(self) -> float:
                 permit.leave()
-                return False
+                return 0.0
 
         with pytest.raises(ValueError, match="per_second"):
             limiter.resize(per_second=Meddling(1))
 
         (await asyncio.wait_for(waiting, SAFETY_NET)).leave()
+
+    @pytest.mark.parametrize("path", ["sync", "async"])
+    def test_a_call_that_is_about_to_wait_is_told_that_it_never_can(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The limits change when it has queued, and before it can be woken."""
+        limiter = Limiter(per_second=10)
+        limiter.enter(cost=10).leave()
+        make_lock, find_loop = allocate_lock, asyncio.get_running_loop
+
+        def after_a_change(make: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                limiter.resize(per_second=5)
+                return make()
+
+            return run
+
+        monkeypatch.setattr(turnstile, "allocate_lock", after_a_change(make_lock))
+        monkeypatch.setattr(turnstile, "get_running_loop", after_a_change(find_loop))
+        ways: dict[str, Callable[[], Any]] = {
+            "sync": lambda: limiter.enter(cost=10),
+            "async": lambda: asyncio.run(asyncio.wait_for(limiter.aenter(cost=10), SAFETY_NET)),
+        }
+        with pytest.raises(ValueError, match="a cost of 10 can never be admitted"):
+            ways[path]()
+        assert limiter.stats().waiting == 0
 
     def test_nothing_left_to_limit_is_an_error(self) -> None:
         """A refused change leaves the limiter as it was."""
@@ -349,10 +407,10 @@ class TestRecord:
     @pytest.mark.parametrize(
         ("cost", "error", "message"),
         [
-            (-1, ValueError, "cost=-1: must be finite and not negative"),
-            (float("inf"), ValueError, "cost=inf: must be finite and not negative"),
-            (True, TypeError, "cost=True: must be a number"),
-            ("5", TypeError, "cost='5': must be a number"),
+            (-1, ValueError, "actual=-1: must be finite and not negative"),
+            (float("inf"), ValueError, "actual=inf: must be finite and not negative"),
+            (True, TypeError, "actual=True: must be a number"),
+            ("5", TypeError, "actual='5': must be a number"),
         ],
     )
     def test_a_bad_cost_is_told(self, cost: Any, error: type[Exception], message: str) -> None:

@@ -75,6 +75,16 @@ class TestDeadlock:
 
         assert limiter.stats().in_flight == 0
 
+    async def test_a_limit_below_the_calls_inside_is_no_proof(self) -> None:
+        """An adaptive limit that has shrunk grows again by the success of those who do not wait."""
+        limiter = Limiter(limit=2)
+        async with limiter:
+            other = await asyncio.create_task(limiter.aenter(), context=contextvars.Context())
+            limiter.resize(limit=1)
+            asyncio.get_running_loop().call_later(0.01, lambda: limiter.resize(limit=3))
+            async with limiter:
+                other.end()
+
     async def test_nesting_with_a_slot_to_spare_is_no_deadlock(self) -> None:
         """While another call holds a slot and may end, a nested one waits for it."""
         limiter = Limiter(limit=2)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -367,6 +367,31 @@ class TestFinalizers:
             safety.join()
             assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0), f"at line {number}"
             assert limiter.stats().admitted == 2
+
+        assert number > 30
+
+    def test_a_generator_under_a_limiter_is_collected_inside_an_admission(self) -> None:
+        """It was entered in another context, as in a pool of threads, and is left wherever the collector runs."""
+        number, fired = 0, True
+        while fired:
+            number += 1
+            limiter = Limiter(limit=2)
+
+            def stream(limiter: Limiter = limiter) -> Iterator[None]:
+                with limiter:
+                    yield
+
+            chunks: Any = stream()
+            contextvars.Context().run(next, chunks)
+
+            def act(limiter: Limiter = limiter) -> None:
+                limiter.acquire(blocking=False)
+                limiter.enter().leave()
+                limiter.stats()
+
+            fired = run_apart(lambda: finalize_at_line(number, act, chunks.close))  # noqa: B023
+            chunks.close()
+            assert limiter.stats().in_flight == 0, f"at line {number}"
 
         assert number > 30
 

@@ -43,10 +43,9 @@ class Observed(Limiter):
             self.order.append(permit)
         return admitted
 
-    def _pump(self, now: float) -> list[Permit]:
-        granted = super()._pump(now)
+    def _pump(self, now: float, granted: list[Permit]) -> None:
+        super()._pump(now, granted)
         self.order.extend(granted)
-        return granted
 
 
 class LimiterMachine(RuleBasedStateMachine):

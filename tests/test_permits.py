@@ -24,12 +24,16 @@ class Place:
     def __init__(self) -> None:
         self.taken: list[tuple[Permit, BaseException | None]] = []
         self.given_up: list[Permit] = []
+        self.others: list[BaseException | None] = []
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         self.taken.append((permit, error))
 
     def give_up(self, permit: Permit) -> None:
         self.given_up.append(permit)
+
+    def give_back_other(self, error: BaseException | None) -> None:
+        self.others.append(error)
 
 
 @pytest.fixture
