@@ -5,7 +5,6 @@ A step is what runs from one await to the next. While it runs, nothing else does
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import os
@@ -15,7 +14,7 @@ import threading
 import warnings
 from _thread import get_ident
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from types import AsyncGeneratorType, CodeType, CoroutineType, TracebackType, co
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
+from asyncify.blocks import Block
 from asyncify.errors import BlockingWarning
 from asyncify.relay import Relay
 
@@ -83,7 +83,7 @@ class Held:
         )
 
 
-class Watch:
+class Watch(Block):
     """Times each step of every pair's async side while it is on, and tells of those over the threshold.
 
     A context manager, and a decorator for a function of either colour. It watches the calls of the whole process that
@@ -128,22 +128,8 @@ class Watch:
         over.set()
         thread.join()
 
-    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
-        """Watch while `fn` runs."""
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            raise TypeError(f"{fn.__qualname__} is a generator, which runs after its call; write `with watch():` in it")
-
-        @functools.wraps(fn)
-        def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            with self:
-                return fn(*args, **kwargs)
-
-        @functools.wraps(fn)
-        async def arun(*args: P.args, **kwargs: P.kwargs) -> Any:
-            with self:
-                return await cast("Coroutine[Any, Any, Any]", fn(*args, **kwargs))
-
-        return cast("Callable[P, T]", arun) if inspect.iscoroutinefunction(fn) else run
+    def _around_a_call(self) -> Self:
+        return self
 
     def look_around(self) -> None:
         """Look at the stacks of steps that are under way, again and again, from a thread of its own."""

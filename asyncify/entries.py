@@ -272,7 +272,10 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
 def _submit_to_threads(
     executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Future[Any]:
-    return executor.submit(_context_of_task().run, call_guarded, fn, *args, **kwargs)
+    try:
+        return executor.submit(_context_of_task().run, call_guarded, fn, *args, **kwargs)
+    except Exception as error:
+        raise refusal(fn, executor, error) from error
 
 
 async def _receive(fn: Function, executor: Executor, future: Future[Any]) -> Any:
@@ -317,7 +320,13 @@ async def _unpack(fn: Function, executor: Executor, future: Future[Outcome]) -> 
         raise refusal(fn, executor, error) from error
     if (failure := outcome.error) is not None:
         raise failure
-    return outcome.result
+    try:
+        return outcome.result
+    except Exception as error:
+        raise BridgeError(
+            f"{describe(fn)}: what it returned in its process can't be read here ({type(error).__name__}: {error}); "
+            "let it return plain data"
+        ) from error
 
 
 def _end(permit: Pass, future: Future[Any]) -> None:

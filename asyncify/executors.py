@@ -103,7 +103,7 @@ class Parcel:
         """Make the call; whatever it raises is part of the outcome."""
         try:
             fn = self.fn.redeem() if isinstance(self.fn, Ticket) else self.fn
-            return Outcome(_packed_result(fn(*self.args, **self.kwargs)))
+            return Outcome(_packed_result(fn, fn(*self.args, **self.kwargs)))
         except Exception as error:  # noqa: BLE001  (it is raised where the call is awaited)
             return Outcome(_packed_error(error), "".join(traceback.format_exception(error)))
 
@@ -165,13 +165,15 @@ class _Bare:
         return error
 
 
-def _packed_result(result: Any) -> bytes:
+def _packed_result(fn: Function, result: Any) -> bytes:
     # Dask loses a result that can't be pickled, a process pool says so without a name: here it is told in time.
     pickler: Any = sys.modules.get("cloudpickle", pickle)  # what loky and Dask have loaded
     try:
         return bytes(pickler.dumps(result))
     except Exception as error:
-        raise BridgeError(f"its result, of type {type(result).__name__}, can't be pickled: {error}") from error
+        raise BridgeError(
+            f"{describe(fn)}: its result, of type {type(result).__name__}, can't be pickled: {error}"
+        ) from error
 
 
 def _packed_error(error: BaseException) -> bytes:

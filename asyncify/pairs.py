@@ -11,16 +11,18 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import Signature
+from types import TracebackType
 from typing import Any
 
+from asyncify.blocks import Block
 from asyncify.entries import Entries, Entry, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.gate import ForeignLimiter, KeyedLimiter
 from asyncify.limiter import Limiter
-from asyncify.runnable import AnyDual, is_pair
+from asyncify.runnable import AnyDual, in_its_class, is_pair
 from asyncify.signatures import code_of, describe, is_async, is_generator, signature_of
 
 __all__ = ["Record", "Registry", "registry"]
@@ -60,6 +62,27 @@ class _Origin:
         if self.qualname != other.qualname:
             return False
         return self.spec is not other.spec or self.file != other.file or self.line == other.line
+
+
+class Override(Block):
+    """A fake in the place of a pair, for a `with` block or while a function runs that it decorates."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[AnyDual]]) -> None:
+        self._make = make
+
+    def _around_a_call(self) -> AbstractContextManager[AnyDual]:
+        return self._make()
+
+    def __enter__(self) -> AnyDual:
+        """Put the fake there, and return the pair."""
+        self._entered = self._make()
+        return self._entered.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put back what was there."""
+        self._entered.__exit__(kind, error, traceback)
 
 
 class Registry:
@@ -161,6 +184,8 @@ class Registry:
 
     def _find(self, name: str) -> tuple[str, AnyDual, _Origin]:
         """Return full name, pair and origin; called with the lock held."""
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a pair is found by its name, a string, and not by {name!r}")
         known = dict(self._pairs.items())
         found = [name] if name in known else sorted(full for full in known if full.endswith(f".{name}"))
         if not found:
@@ -171,7 +196,6 @@ class Registry:
             )
         return found[0], known[found[0]], self._origins[found[0]]
 
-    @contextmanager
     def override(
         self,
         pair: AnyDual | str,
@@ -179,8 +203,10 @@ class Registry:
         *,
         sync: Function | None = None,
         async_: Function | None = None,
-    ) -> Generator[AnyDual, None, None]:
+    ) -> Override:
         """Put a fake in the place of a pair for a `with` block, on both paths, in every thread and pipe.
+
+        What it returns decorates functions too: the fake is there while they run.
 
         The fake is called as the function was, at once: the pair's limit does not hold for it. One function, of
         either colour, serves both paths; on the async path a sync one runs on the event loop itself. Nested
@@ -196,7 +222,13 @@ class Registry:
             PairNotFoundError: no pair has this name.
             TypeError: there is nothing that could be called.
         """
-        target = self[pair].pair if isinstance(pair, str) else pair
+        return Override(functools.partial(self._overridden, pair, fake, sync, async_))
+
+    @contextmanager
+    def _overridden(
+        self, pair: AnyDual | str, fake: Function | None, sync: Function | None, async_: Function | None
+    ) -> Generator[AnyDual]:
+        target = in_its_class(self[pair].pair if isinstance(pair, str) else pair)
         entries = _fake_entries(target, fake, sync, async_)
         with self._lock:
             target.set_fakes((*target.fakes, entries))

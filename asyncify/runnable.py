@@ -715,8 +715,14 @@ class _Bound(Dual[Any, Any]):
 
     @property
     def is_of_class(self) -> bool:
-        """Whether it is bound to a class, and not to an instance."""
-        return self._pair.binding == "class"
+        """Whether it is a class method's, and not an instance's."""
+        return self._pair.binding == "class" or self._is_class_method()
+
+    def _is_class_method(self) -> bool:
+        """Tell whether a `classmethod` wraps the pair: up to Python 3.12 it binds it as if to an instance."""
+        classes: tuple[type, ...] = getattr(self._receiver, "__mro__", ())
+        found: list[Any] = [vars(cls).get(self.__qualname__.rpartition(".")[2]) for cls in classes]
+        return any(type(wraps) is classmethod and wraps.__func__ is self._pair for wraps in found)
 
     @property
     def _warn(self) -> bool:  # type: ignore[override]
@@ -832,6 +838,11 @@ def side_beside(other: Function, side: Function) -> Function:
     """Return the side; a class's pair as it stands in the class, if the other side takes the class as well."""
     takes_class = isinstance(side, _Bound) and side.is_of_class and not same_parameters(side, function_of(other))
     return cast("_Bound", side).unbound if takes_class else side
+
+
+def in_its_class(pair: AnyDual) -> AnyDual:
+    """Return a class's pair as it stands in the class, any other as it is."""
+    return pair.unbound if isinstance(pair, _Bound) and pair.is_of_class else pair
 
 
 def gate_of(*sides: Function | None) -> Gate | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 from collections.abc import Callable
 
@@ -42,15 +43,15 @@ class FakeClock:
         """Let time pass, and run the timers that are due on the way, each at its own time.
 
         Raises:
-            ValueError: time would go back.
+            ValueError: time would go back, or stop.
         """
-        if seconds < 0:
-            raise ValueError(f"advance({seconds!r}): time does not go back")
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"advance({seconds!r}): time does not go back, nor on for ever")
         end = self._now + seconds
         while (timer := self._next_until(end)) is not None:
             self._now = max(self._now, timer.when)
             timer.callback()
-        self._now = end
+        self._now = max(self._now, end)  # a timer may have let time pass too
 
     def _next_until(self, end: float) -> Timer | None:
         with self._lock:

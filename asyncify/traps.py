@@ -9,7 +9,7 @@ import asyncio
 import sys
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -75,10 +75,17 @@ def telling_if_held(run: Function, name: str, *, is_generator: bool) -> Function
             return run(*args, **kwargs)
         began = perf_counter()
         try:
-            return run(*args, **kwargs)
-        finally:
-            if (seconds := perf_counter() - began) > _HELD_SECONDS:
-                _tell_held(name, seconds)
+            result = run(*args, **kwargs)
+        except BaseException:
+            with suppress(BlockingWarning):  # made an error, it would hide the call's own
+                tell_since(began)
+            raise
+        tell_since(began)
+        return result
+
+    def tell_since(began: float) -> None:
+        if (seconds := perf_counter() - began) > _HELD_SECONDS:
+            _tell_held(name, seconds)
 
     def timed_chunks(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         one_more = telling_if_held(next, name, is_generator=False)

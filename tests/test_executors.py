@@ -83,6 +83,19 @@ def give_lock(text: str) -> Any:
     return threading.Lock()
 
 
+class Odd(Exception):  # noqa: N818  (it is returned)
+    """An error that its own `args` do not make again."""
+
+    def __init__(self, *, text: str) -> None:
+        super().__init__(text)
+
+
+@dual(bridge=engine)
+def give_odd(text: str) -> Exception:
+    """Return what can be pickled, and not unpickled."""
+    return Odd(text=text)
+
+
 @dual(bridge=engine)
 def die(text: str) -> None:
     """Take the process with it."""
@@ -218,8 +231,14 @@ async def test_an_argument_that_can_not_be_pickled_is_told(remote):
 
 async def test_a_result_that_can_not_be_pickled_is_told(remote):
     """A result that can't travel gets an error that names its type."""
-    with pytest.raises(BridgeError, match="its result, of type lock, can't be pickled"):
+    with pytest.raises(BridgeError, match=r"give_lock \(.*\): its result, of type lock, can't be pickled"):
         await give_lock.acall("text")
+
+
+async def test_a_result_that_can_not_be_read_is_told(remote):
+    """What is packed there may not be what can be unpacked here."""
+    with pytest.raises(BridgeError, match=r"give_odd .*: what it returned in its process can't be read here \(TypeErr"):
+        await give_odd.acall("text")
 
 
 async def test_equal_calls_all_run(remote, tmp_path):
@@ -404,6 +423,18 @@ async def test_an_executor_that_was_shut_down_is_told():
     engine.engine = None
 
     assert limiter.stats().in_flight == 0
+
+
+async def test_a_pool_of_threads_that_was_shut_down_is_told():
+    """As one of processes is."""
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    pair = concurrency(limit=1)(dual(lambda text: text, bridge=pool))
+    with pytest.raises(BridgeError, match=r"ThreadPoolExecutor could not run it \(RuntimeError: .*shutdown"):
+        await pair.acall("abc")
+
+    assert isinstance(pair.limiter, Limiter)
+    assert pair.limiter.stats().in_flight == 0
 
 
 async def test_a_process_that_died_is_told():

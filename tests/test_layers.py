@@ -12,6 +12,7 @@ PACKAGE = "asyncify"
 # and may import it; the core imports nothing of the edge.
 LEVELS = {
     "errors": 0,
+    "blocks": 0,
     "relay": 0,
     "clock": 1,
     "meter": 1,

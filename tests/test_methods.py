@@ -636,6 +636,30 @@ def test_a_class_method_is_faked_where_it_is_looked_up() -> None:
     assert Between.under_limit.invoke("x") == "sync Between x"
 
 
+class Spread:
+    """Class methods of two parameters, whose input is a mapping."""
+
+    @dual
+    @classmethod
+    def under(cls, amount: int, rate: int) -> int:
+        return amount * rate
+
+    @classmethod
+    @dual
+    def over(cls, amount: int, rate: int) -> int:
+        return amount * rate
+
+
+@pytest.mark.parametrize("pair", [Spread.under, Spread.over])
+async def test_a_fake_of_a_class_method_gets_the_class_and_all_parameters(pair: Any) -> None:
+    """Wherever the `classmethod` stands, on each version of Python."""
+    call = {"amount": 2, "rate": 3}
+    with registry.override(pair, lambda cls, amount, rate: (cls.__name__, amount, rate)):
+        assert pair.invoke(call) == await pair.ainvoke(call) == ("Spread", 2, 3)
+
+    assert pair.invoke(call) == 6
+
+
 def fetch_sync(query: str) -> str:
     """Fetch."""
     return f"sync {query}"

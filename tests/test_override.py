@@ -102,6 +102,27 @@ async def test_a_sync_fake_runs_on_the_event_loop() -> None:
     assert answer == threading.get_ident()
 
 
+async def test_an_override_decorates_functions_of_either_colour() -> None:
+    """The fake is there while they run, each time, and gone afterwards."""
+
+    @registry.override(fetch, _fake)
+    def run() -> str:
+        return fetch.invoke("EUR")
+
+    @registry.override("test_override.fetch", _fake)
+    async def arun() -> str:
+        await asyncio.sleep(0)
+        return await fetch.ainvoke("EUR")
+
+    for _ in range(2):
+        assert (run(), await arun(), fetch.invoke("EUR")) == ("fake EUR", "fake EUR", "sync EUR")
+    with pytest.raises(TypeError, match="chunks is a generator"):
+
+        @registry.override(fetch, _fake)
+        def chunks() -> Iterator[str]:
+            yield fetch.invoke("EUR")
+
+
 async def test_a_pipe_composed_before_runs_the_fake() -> None:
     """Pipes, dicts and bindings that hold the pair need not be made anew."""
     pipe = fetch | RunnableLambda(str.upper)

@@ -312,3 +312,10 @@ def test_an_unknown_name_is_a_key_error() -> None:
         registry["newss"]
     assert isinstance(caught.value, PairNotFoundError)
     assert str(caught.value).startswith("no pair is called 'newss'; did you mean ")
+
+
+@pytest.mark.parametrize("name", [3, None, Dual(len)], ids=repr)
+def test_what_is_no_name_is_told(name: Any) -> None:
+    """A pair above all, which a registry is not asked for by itself."""
+    with pytest.raises(TypeError, match=r"^a pair is found by its name, a string, and not by "):
+        registry[name]

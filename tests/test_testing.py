@@ -1,5 +1,7 @@
 """The fake clock: time that moves only when it is told to."""
 
+import math
+
 import pytest
 
 from asyncify.limiter import Limiter
@@ -55,10 +57,22 @@ def test_a_cancelled_timer_never_runs() -> None:
     assert seen == []
 
 
+def test_a_timer_may_let_time_pass() -> None:
+    """It does not go back when the step that ran the timer has ended."""
+    clock = FakeClock()
+    clock.call_at(1, lambda: clock.advance(10))
+    clock.advance(2)
+
+    assert clock.now() == 11
+
+
 def test_time_does_not_go_back() -> None:
-    """A negative step is an error, and nothing has moved."""
+    """A negative step, or one to no time at all, is an error, and nothing has moved."""
     clock = FakeClock(start=5)
-    with pytest.raises(ValueError, match=r"^advance\(-1\): time does not go back$"):
+    for seconds in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="nor on for ever"):
+            clock.advance(seconds)
+    with pytest.raises(ValueError, match=r"^advance\(-1\): time does not go back, nor on for ever$"):
         clock.advance(-1)
 
     assert clock.now() == 5

@@ -259,6 +259,19 @@ async def test_a_sync_call_that_fails_is_told_too(clock):
         Dual(fail).invoke("usd")
 
 
+async def test_a_warning_that_is_an_error_hides_no_error_of_the_call(clock):
+    """Under `-W error` a call that is slow and fails raises what it has raised."""
+
+    def fail(query: str) -> None:
+        clock.now += 0.12
+        raise KeyError(query)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError, match="usd"):
+            Dual(fail).invoke("usd")
+
+
 async def test_a_sync_stream_is_told_of_the_chunk_that_held_the_loop(clock):
     """Each chunk is timed for itself, and what its consumer does is not."""
 

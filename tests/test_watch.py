@@ -803,7 +803,7 @@ def test_a_generator_can_not_be_decorated():
         yield 1
 
     for fn in (chunks, hold_and_yield):
-        with pytest.raises(TypeError, match=rf"{fn.__name__} is a generator, .* write `with watch\(\):` in it"):
+        with pytest.raises(TypeError, match=rf"{fn.__name__} is a generator, .* write the `with` in it"):
             watch()(fn)
 
 

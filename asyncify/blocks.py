@@ -1,0 +1,50 @@
+"""Context managers that decorate functions of either colour.
+
+`contextlib.ContextDecorator` leaves its block as soon as an async function has made its coroutine.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar, cast
+
+__all__ = ["Block"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Block(ABC):
+    """What decorates a function with a block around each of its calls."""
+
+    @abstractmethod
+    def _around_a_call(self) -> AbstractContextManager[object]:
+        """Return the block for one call."""
+
+    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+        """Enter the block for each call of `fn`, until an async one has ended.
+
+        Raises:
+            TypeError: `fn` is a generator, which runs after its call.
+        """
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(
+                f"{fn.__qualname__} is a generator, which runs after its call; instead of decorating it, write the "
+                "`with` in it"
+            )
+
+        @functools.wraps(fn)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self._around_a_call():
+                return fn(*args, **kwargs)
+
+        @functools.wraps(fn)
+        async def arun(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with self._around_a_call():
+                return await cast("Coroutine[Any, Any, Any]", fn(*args, **kwargs))
+
+        return cast("Callable[P, T]", arun) if inspect.iscoroutinefunction(fn) else run
