@@ -156,6 +156,19 @@ async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
     return await call()
 
 
+@contextmanager
+def _even_at_exit() -> Generator[None]:
+    """Let a loop close when no thread can start any more: Python 3.12 wants one to wait for those of `to_thread`.
+
+    These have ended by then: Python itself waits for them before it closes anything else.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "interpreter shutdown" not in str(error):
+            raise
+
+
 class BackgroundLoop:
     """An event loop on a thread of its own, started by the first call and closed at exit.
 
@@ -267,7 +280,7 @@ class BackgroundLoop:
             return self._loop
 
     def _main(self, started: Future[asyncio.AbstractEventLoop]) -> None:
-        with asyncio.Runner() as runner:
+        with _even_at_exit(), asyncio.Runner() as runner:
             try:
                 loop = runner.get_loop()
             except BaseException as error:  # noqa: BLE001  (it is raised where the loop is waited for)

@@ -6,10 +6,9 @@ With anything else among its steps a pipe is LangChain's own.
 from __future__ import annotations
 
 import asyncio
-import threading
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import wait
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
 from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
 from langchain_core.runnables.utils import AddableDict
-from langchain_core.utils.iter import safetee
 
-from asyncify.background import END, Source, background
+from asyncify.background import background
 from asyncify.batches import Batches
+from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
-from asyncify.streams import Shared, astart_run, astream_run, closable, only, start_run, stream_run
+from asyncify.streams import astart_run, astream_run, closable, only, start_run, stream_run
 
 __all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
 
@@ -248,30 +247,18 @@ class DualParallel(Piped, RunnableParallel[Input]):
         return stream_run(self._transform, input, lambda: start_run(config, self.get_name()))
 
     def _transform(self, inputs: Iterator[Any], run_manager: Any, config: RunnableConfig) -> Generator[AddableDict]:
-        steps = dict(self.steps__)
+        branches = {
+            key: partial(step.transform, config=child) for key, step, child in self._children(run_manager, config)
+        }
         pool = ThreadPool(config.get("max_concurrency"), self.get_name())
-        streams: dict[str, Any] = {}
-        futures: dict[Future[Any], str] = {}
+        with closing(merge(inputs, branches, pool)) as chunks:
+            for key, chunk in chunks:
+                yield AddableDict({key: chunk})
 
-        def ask(key: str) -> None:
-            futures[pool.submit(background.context_of_waiter().run, next, streams[key], END)] = key
-
-        with ExitStack() as stack:
-            for (key, step), copy in zip(
-                steps.items(), safetee(inputs, len(steps), lock=threading.Lock()), strict=True
-            ):
-                child = patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
-                streams[key] = step.transform(copy, child)
-                stack.callback(streams[key].close)
-            stack.callback(_end, futures)
-            for key in streams:
-                ask(key)
-            while futures:
-                for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    key = futures.pop(future)
-                    if (chunk := future.result()) is not END:
-                        yield AddableDict({key: chunk})
-                        ask(key)
+    def _children(self, run_manager: Any, config: RunnableConfig) -> Iterable[tuple[str, Any, RunnableConfig]]:
+        """Yield key, branch and the branch's config."""
+        for key, step in dict(self.steps__).items():
+            yield key, step, patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
 
     def astream(
         self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
@@ -290,66 +277,17 @@ class DualParallel(Piped, RunnableParallel[Input]):
     async def _atransform(
         self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig
     ) -> AsyncGenerator[AddableDict]:
-        loop = asyncio.get_running_loop()
-        asked_of_this_task: asyncio.Queue[asyncio.Future[Any] | None] = asyncio.Queue()  # None asks for input
-        shared = Shared(inputs, lambda: asked_of_this_task.put_nowait(None))
-        sources: dict[str, Source] = {}
-        answers: dict[asyncio.Future[Any], str] = {}
-
-        def ask(key: str) -> None:
-            answer = loop.create_future()
-            answer.add_done_callback(asked_of_this_task.put_nowait)
-            answers[answer] = key
-            sources[key].ask(answer)
-
-        for key, step in dict(self.steps__).items():
-            child = patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
-            sources[key] = Source(closable(step.atransform(shared.copy(), child)))
-        tasks = {key: loop.create_task(source.serve()) for key, source in sources.items()}
-        try:
-            for key in sources:
-                ask(key)
-            while answers:
-                answer = await asked_of_this_task.get()
-                if answer is None:
-                    await shared.read()
-                elif (chunk := answer.result()) is END:
-                    del answers[answer]
-                else:
-                    key = answers.pop(answer)
-                    yield AddableDict({key: chunk})
-                    ask(key)
-        finally:
-            await _close(sources, tasks, answers)
+        branches = {
+            key: partial(step.atransform, config=child) for key, step, child in self._children(run_manager, config)
+        }
+        async with aclosing(amerge(inputs, branches)) as chunks:
+            async for key, chunk in chunks:
+                yield AddableDict({key: chunk})
 
     @classmethod
     def lc_id(cls) -> list[str]:
         """Return the id of `RunnableParallel`."""
         return RunnableParallel.lc_id()
-
-
-def _end(futures: Iterable[Future[Any]]) -> None:
-    for future in futures:
-        future.cancel()  # it may not have begun
-    wait(futures)
-
-
-async def _close(
-    sources: dict[str, Source], tasks: dict[str, asyncio.Task[None]], answers: dict[asyncio.Future[Any], str]
-) -> None:
-    """Close the streams of all branches, in their own tasks, and raise the error of one that can't be closed."""
-    for answer, key in answers.items():
-        if not answer.done():  # it is in the middle of a chunk
-            tasks[key].cancel()
-    for source in sources.values():
-        source.ask(None)
-    ended = await asyncio.gather(*tasks.values(), return_exceptions=True)
-    for answer in answers:
-        if answer.done():
-            answer.exception()  # it comes too late to be of use
-    for error in ended:
-        if isinstance(error, Exception):
-            raise error
 
 
 def _sum(limits: Iterable[int | None]) -> int | None:

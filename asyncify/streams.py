@@ -6,7 +6,6 @@ belong to the task that they were entered in.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextvars import Context
@@ -26,7 +25,7 @@ from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from asyncify.relay import Relay
 from asyncify.runs import context_of
 
-__all__ = ["Shared", "astart_run", "astream_run", "closable", "fold", "only", "start_run", "stream_run"]
+__all__ = ["astart_run", "astream_run", "closable", "fold", "only", "start_run", "stream_run"]
 
 Run = CallbackManagerForChainRun | None
 AsyncRun = AsyncCallbackManagerForChainRun | None
@@ -97,55 +96,6 @@ def closable(chunks: AsyncIterator[Any]) -> AsyncGenerator[Any]:
 async def _generated(chunks: AsyncIterator[Any]) -> AsyncGenerator[Any]:
     async for chunk in chunks:
         yield chunk
-
-
-class Shared:
-    """One stream for several readers in tasks of their own; whoever is asked by them reads it, in its own task.
-
-    So a timeout or a task group in a generator stays in the task that it was entered in.
-
-    Args:
-        chunks: the stream.
-        ask: called to have the next chunk read.
-    """
-
-    def __init__(self, chunks: AsyncIterator[Any], ask: Callable[[], None]) -> None:
-        self._chunks = chunks
-        self._ask = ask
-        self._is_asked = False
-        self._read: list[Any] = []
-        self._error: Exception | None = None
-        self._has_more = asyncio.Event()
-
-    async def read(self) -> None:
-        """Read the next chunk, for all readers."""
-        try:
-            self._read.append(await anext(self._chunks))
-        except Exception as error:  # noqa: BLE001  (each reader gets it, the end of the stream included)
-            self._error = error
-        self._is_asked = False
-        self._has_more.set()
-
-    async def copy(self) -> AsyncGenerator[Any]:
-        """Yield all chunks, to one of the readers."""
-        place = 0
-        while True:
-            if place < len(self._read):
-                yield self._read[place]
-                place += 1
-            elif self._error is None:
-                await self._next()
-            elif isinstance(self._error, StopAsyncIteration):
-                return
-            else:
-                raise self._error
-
-    async def _next(self) -> None:
-        if not self._is_asked:
-            self._is_asked = True
-            self._has_more.clear()
-            self._ask()
-        await self._has_more.wait()
 
 
 def start_run(config: RunnableConfig | None, name: str) -> tuple[RunnableConfig, CallbackManagerForChainRun]:

@@ -777,3 +777,110 @@ async def test_a_stream_of_nothing_is_none(config: MakeConfig) -> None:
     assert [chunk async for chunk in (nothing | pair).astream(0, config())] == [[None, None]]
     with pytest.raises(UnboundLocalError):
         list(theirs.transform(iter([]), config()))
+
+
+class Tagged(BaseCallbackHandler):
+    """A handler that notes how the runs are tagged."""
+
+    run_inline = True
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def on_chain_start(self, *_: Any, tags: list[str] | None = None, **__: Any) -> None:
+        self.seen.append(tags or [])
+
+
+def tagged(make: Any) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the tags of the runs of a pipe with a dict, streamed on both paths."""
+    sync, async_ = Tagged(), Tagged()
+    pipe = make(lambda value: value) | {"a": make(lambda value: value), "b": make(lambda value: value)}
+
+    async def read() -> None:
+        async for _ in pipe.astream(1, {"callbacks": [async_]}):
+            pass
+
+    list(pipe.stream(1, {"callbacks": [sync]}))
+    asyncio.run(read())
+    return sorted(sync.seen), sorted(async_.seen)
+
+
+def test_the_steps_of_a_stream_are_tagged_as_those_of_lambdas() -> None:
+    """Steps by their number, branches by their key."""
+    assert tagged(Dual) == tagged(RunnableLambda)
+    assert ["map:key:a"] in tagged(Dual)[0]
+
+
+async def test_keyword_arguments_of_a_dicts_streams_are_as_those_of_langchains() -> None:
+    """`stream` drops them, `transform` has no place for them."""
+    for made in (Dual, RunnableLambda):
+        make: Any = made
+        both: Any = make(lambda value: value) | {"a": make(lambda value: value)}
+        only: Any = both.steps[1]
+        assert list(only.stream(1, extra=1)) == [{"a": 1}]
+        assert [chunk async for chunk in only.astream(1, extra=1)] == [{"a": 1}]
+        with pytest.raises(TypeError, match="extra"):
+            list(only.transform(iter([1]), extra=1))
+        with pytest.raises((TypeError, UnboundLocalError)):  # LangChain means the one and raises the other
+            _ = [chunk async for chunk in only.atransform(_Countdown(1), extra=1)]
+
+
+@watched_or_not
+@pytest.mark.parametrize("end", ["closed", "cancelled"])
+async def test_a_generator_is_ended_in_the_context_that_it_ran_in(end: str, config: MakeConfig) -> None:
+    """What it has written to a context variable is there as it cleans up."""
+    seen: list[str] = []
+
+    @dual
+    async def aticks(query: str) -> AsyncIterator[str]:
+        desk.set(query)
+        try:
+            yield desk.get()
+            await asyncio.Event().wait()
+        finally:
+            seen.append(desk.get())
+
+    stream = cast("AsyncGenerator[str]", aticks.astream("EUR", config()))
+    await anext(stream)
+    if end == "cancelled":
+        more = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        more.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await more
+    await stream.aclose()
+
+    assert (seen, desk.get()) == (["EUR"], "nobody")
+
+
+class _Countdown:
+    """An async iterator that is no generator, and can't be closed."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __aiter__(self) -> "_Countdown":
+        return self
+
+    async def __anext__(self) -> int:
+        self.count -= 1
+        if self.count < 0:
+            raise StopAsyncIteration
+        return self.count
+
+
+class _CountsDown(Dual[Any, Any]):
+    """A pair whose stream is such an iterator."""
+
+    def atransform(self, input: AsyncIterator[Any], config: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
+        return _Countdown(3)
+
+
+async def test_a_stream_that_can_not_be_closed_is_read_as_well() -> None:
+    """In a pipe, in a dict and from a pair; leaving it early is no error."""
+    pair = _CountsDown(lambda value: value)
+    for composed in (SAME | pair, Dual(lambda value: pair)):
+        assert [chunk async for chunk in composed.astream(1)] == [2, 1, 0]
+    both = SAME | {"a": pair}
+    async with aclosing(cast("AsyncGenerator[Any]", both.astream(1))) as stream:
+        assert await anext(stream) == {"a": 2}

@@ -1,0 +1,152 @@
+"""Several streams over one input, read at once: the branches of a dict.
+
+Each branch is one chunk ahead of the reader at most, and when the reader goes, all of them are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from typing import Any
+
+from langchain_core.utils.iter import safetee
+
+from asyncify.background import END, Source, background
+from asyncify.bridge import ThreadPool
+from asyncify.streams import closable
+
+__all__ = ["amerge", "merge"]
+
+
+def merge(
+    inputs: Iterator[Any], branches: Mapping[str, Callable[[Iterator[Any]], Any]], pool: ThreadPool
+) -> Generator[tuple[str, Any]]:
+    """Yield the chunks of all branches as they come, each with its key; each is made in a thread of the pool."""
+    streams: dict[str, Any] = {}
+    futures: dict[Future[Any], str] = {}
+
+    def ask(key: str) -> None:
+        futures[pool.submit(background.context_of_waiter().run, next, streams[key], END)] = key
+
+    copies = safetee(inputs, len(branches), lock=threading.Lock())
+    with ExitStack() as stack:
+        for (key, branch), copy in zip(branches.items(), copies, strict=True):
+            streams[key] = branch(copy)
+            stack.callback(streams[key].close)
+        stack.callback(_end, futures)
+        for key in streams:
+            ask(key)
+        while futures:
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                key = futures.pop(future)
+                if (chunk := future.result()) is not END:
+                    yield key, chunk
+                    ask(key)
+
+
+def _end(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()  # it may not have begun
+    wait(futures)
+
+
+async def amerge(
+    inputs: AsyncIterator[Any], branches: Mapping[str, Callable[[AsyncIterator[Any]], AsyncIterator[Any]]]
+) -> AsyncGenerator[tuple[str, Any]]:
+    """Do the same, with a task for each branch; the input is read by the task that reads this."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[asyncio.Future[Any] | None] = asyncio.Queue()  # answers, and None to ask for input
+    shared = _Shared(inputs, lambda: told.put_nowait(None))
+    sources = {key: Source(closable(branch(shared.copy()))) for key, branch in branches.items()}
+    tasks = {key: loop.create_task(source.serve()) for key, source in sources.items()}
+    answers: dict[asyncio.Future[Any], str] = {}
+
+    def ask(key: str) -> None:
+        answer = loop.create_future()
+        answer.add_done_callback(told.put_nowait)
+        answers[answer] = key
+        sources[key].ask(answer)
+
+    try:
+        for key in sources:
+            ask(key)
+        while answers:
+            answer = await told.get()
+            if answer is None:
+                await shared.read()
+            elif (chunk := answer.result()) is END:
+                del answers[answer]
+            else:
+                key = answers.pop(answer)
+                yield key, chunk
+                ask(key)
+    finally:
+        for source in sources.values():
+            source.ask(None)
+        await _close({tasks[key]: answer for answer, key in answers.items()}, tasks.values())
+
+
+async def _close(asked: Mapping[asyncio.Task[None], asyncio.Future[Any]], tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Wait for the end of the branches, and raise the error of a generator that can't be closed."""
+    for task, answer in asked.items():
+        if not answer.done():  # it is in the middle of a chunk
+            task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for answer in asked.values():
+        if answer.done():
+            answer.exception()  # it comes too late to be of use
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
+
+
+class _Shared:
+    """One stream for several readers in tasks of their own; whoever is asked by them reads it, in its own task.
+
+    So a timeout or a task group in a generator stays in the task that it was entered in.
+
+    Args:
+        chunks: the stream.
+        ask: called to have the next chunk read.
+    """
+
+    def __init__(self, chunks: AsyncIterator[Any], ask: Callable[[], None]) -> None:
+        self._chunks = chunks
+        self._ask = ask
+        self._is_asked = False
+        self._read: list[Any] = []
+        self._error: Exception | None = None
+        self._has_more = asyncio.Event()
+
+    async def read(self) -> None:
+        """Read the next chunk, for all readers."""
+        try:
+            self._read.append(await anext(self._chunks))
+        except Exception as error:  # noqa: BLE001  (each reader gets it, the end of the stream included)
+            self._error = error
+        self._is_asked = False
+        self._has_more.set()
+
+    async def copy(self) -> AsyncGenerator[Any]:
+        """Yield all chunks, to one of the readers."""
+        place = 0
+        while True:
+            if place < len(self._read):
+                yield self._read[place]
+                place += 1
+            elif self._error is None:
+                await self._next()
+            elif isinstance(self._error, StopAsyncIteration):
+                return
+            else:
+                raise self._error
+
+    async def _next(self) -> None:
+        if not self._is_asked:
+            self._is_asked = True
+            self._has_more.clear()
+            self._ask()
+        await self._has_more.wait()
