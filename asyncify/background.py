@@ -13,6 +13,8 @@ from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar
 
+from asyncify.relay import Relay
+
 __all__ = ["END", "BackgroundLoop", "Source", "background"]
 
 T = TypeVar("T")
@@ -87,6 +89,7 @@ class Source:
 
     def __init__(self, chunks: AsyncGenerator[Any, Any]) -> None:
         self._chunks = chunks
+        self._relay = Relay(chunks)
         self._questions: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._made: tuple[Any, BaseException | None] | None = None
         self._over = False
@@ -103,7 +106,7 @@ class Source:
         try:
             async with aclosing(self._chunks):
                 while (answer := await self._next_question()) is not None:
-                    made, self._made = self._made or await _attempt(anext(self._chunks)), None
+                    made, self._made = self._made or await _attempt(anext(self._relay)), None
                     _answer(answer, *made)
                     over = isinstance(made[1], asyncio.CancelledError)
                     del made  # the error's traceback may hold this frame

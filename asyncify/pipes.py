@@ -151,12 +151,12 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         async with AsyncExitStack() as streams:
             for number, step in enumerate(self.steps, 1):
                 config = patch_config(config, callbacks=run_manager.get_child(f"seq:step:{number}"))
-                chunks = closable(step.atransform(chunks, config, **kwargs))
-                await streams.enter_async_context(aclosing(chunks))
+                made = closable(step.atransform(chunks, config, **kwargs))
+                await streams.enter_async_context(aclosing(made))
+                chunks = Relay(made)
                 kwargs = {}
-            relay: Relay[Any] = Relay(chunks)
-            async for chunk in relay:
-                with relay:
+            async for chunk in chunks:
+                with chunks:
                     yield chunk
 
     def beware(self, calls: int, *, bounded: bool) -> None:
@@ -281,7 +281,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             key: partial(step.atransform, config=child) for key, step, child in self._children(run_manager, config)
         }
         async with aclosing(amerge(inputs, branches)) as chunks:
-            async for key, chunk in chunks:
+            async for key, chunk in Relay(chunks):
                 yield AddableDict({key: chunk})
 
     @classmethod

@@ -7,6 +7,7 @@ and it is the first one that has to hear of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Generic, Self, TypeVar
 
@@ -16,15 +17,16 @@ T = TypeVar("T")
 
 
 class Relay(Generic[T]):
-    """Reads an async generator for another one, which yields in a block of it.
+    """Reads an async generator for another one, which yields in a block of it and closes it.
 
     As in `async for chunk in relay:`, `with relay:`, `yield chunk`.
     """
 
-    __slots__ = ("_chunks", "_thrown")
+    __slots__ = ("_begun", "_chunks", "_thrown")
 
     def __init__(self, chunks: AsyncGenerator[T, Any]) -> None:
         self._chunks = chunks
+        self._begun = False
         self._thrown: BaseException | None = None
 
     def __aiter__(self) -> Self:
@@ -33,6 +35,9 @@ class Relay(Generic[T]):
 
     def __anext__(self) -> Coroutine[Any, Any, T]:
         """Return what makes the next chunk."""
+        if not self._begun:
+            self._begun = True
+            return _begin(self._chunks)
         thrown, self._thrown = self._thrown, None
         return self._chunks.__anext__() if thrown is None else self._chunks.athrow(thrown)
 
@@ -45,3 +50,16 @@ class Relay(Generic[T]):
             return False
         self._thrown = error
         return True
+
+
+def _begin(chunks: AsyncGenerator[T, Any]) -> Coroutine[Any, Any, T]:
+    """Return what makes the first chunk of a generator that an event loop is not to know of.
+
+    A loop that ends closes all that it knows, at once: this one too, just as the one that reads it does.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(firstiter=None, finalizer=None)
+    try:
+        return chunks.__anext__()
+    finally:
+        sys.set_asyncgen_hooks(*hooks)

@@ -131,12 +131,14 @@ def stream_run(
     received, sent, end = _Sum(), _Sum(), object()
     inputs = _started(received.of(chunks))
     config, run = begin()
+    is_told = run is not None and bool(run.handlers)  # an endless stream that nobody watches is not kept
     context = context_of(config)
     outputs = transform(inputs, run, config)
     tapped = outputs if run is None else _tap(outputs, run)
     try:
         while (chunk := context.run(next, tapped, end)) is not end:
-            sent.add(chunk)
+            if is_told:
+                sent.add(chunk)
             yield chunk
     except BaseException as error:
         try:
@@ -158,6 +160,7 @@ async def astream_run(
     received, sent = _Sum(), _Sum()
     inputs = await _astarted(received.aof(chunks))
     config, run = await begin()
+    is_told = run is not None and bool(run.handlers)
     context = context_of(config)
     outputs = transform(inputs, run, config)
     relay: Relay[Any] = Relay(outputs if run is None else closable(_atap(outputs, run)))
@@ -167,7 +170,8 @@ async def astream_run(
                 chunk = await _in_context(anext(relay), context)
             except StopAsyncIteration:
                 break
-            sent.add(chunk)
+            if is_told:
+                sent.add(chunk)
             with relay:
                 yield chunk
     except BaseException as error:

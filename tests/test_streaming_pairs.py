@@ -884,3 +884,43 @@ async def test_a_stream_that_can_not_be_closed_is_read_as_well() -> None:
     both = SAME | {"a": pair}
     async with aclosing(cast("AsyncGenerator[Any]", both.astream(1))) as stream:
         assert await anext(stream) == {"a": 2}
+
+
+@watched_or_not
+@pytest.mark.parametrize("compose", [lambda pair: pair, behind_another, beside_another, returned_by_another])
+def test_a_stream_that_outlives_its_loop_is_closed_without_a_word(
+    compose: Callable[[Any], Any], config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that ends closes all async generators that it knows, at once: those within a stream it does not know."""
+    feed, kept = Feed(), list[Any]()
+
+    async def leave() -> None:
+        stream = compose(native(feed)).astream(100, config())
+        await anext(stream)
+        kept.append(stream)
+
+    asyncio.run(leave())
+
+    assert feed.closed.is_set()
+    assert caplog.records == []
+
+
+async def test_a_stream_that_nobody_watches_is_not_added_up() -> None:
+    """An endless one has no end that its sum could be told of, and would be kept whole."""
+    added: list[Any] = []
+
+    class Chunk:
+        """What notes that it is added to."""
+
+        def __add__(self, other: Any) -> Any:
+            added.append(other)
+            return self
+
+    def ticks(value: Any) -> Iterator[Chunk]:
+        yield from (Chunk(), Chunk(), Chunk())
+
+    for runnable in (Dual(ticks), SAME | Dual(ticks)):
+        assert len(list(runnable.stream(1))) == len([chunk async for chunk in runnable.astream(1)]) == 3
+    assert added == []
+    list((SAME | Dual(ticks)).stream(1, {"callbacks": [Watcher()]}))
+    assert len(added) == 4  # for the pair and for the pipe
