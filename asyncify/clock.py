@@ -77,8 +77,12 @@ class MonotonicClock:
                 self._sweep()
             heapq.heappush(self._timers, (when, next(self._order), timer))
             if not self._running:
-                threading.Thread(target=self._run, name="asyncify-timer", daemon=True).start()
-                self._running = True  # only now: it may fail to start, at the end of the program say
+                self._running = True  # before it starts: a finalizer may set a timer in between
+                try:
+                    threading.Thread(target=self._run, name="asyncify-timer", daemon=True).start()
+                except BaseException:  # at the end of the program, say
+                    self._running = False
+                    raise
             elif self._timers[0][2] is timer:
                 self._wakeups.put(None)
         return timer

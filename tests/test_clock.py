@@ -61,6 +61,7 @@ class TestTimerThread:
 
         assert fired.wait(SAFETY_NET)
         far.cancel()
+        clock.call_at(clock.now(), lambda: None)  # wakes the thread, which need not sleep any more
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_a_thread_that_has_died_is_followed_by_another(self) -> None:

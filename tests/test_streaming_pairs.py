@@ -287,10 +287,10 @@ def test_an_error_in_one_branch_closes_the_others(config: MakeConfig) -> None:
 @watched_or_not
 def test_closing_a_dict_early_closes_the_generators(config: MakeConfig) -> None:
     """The sync twin of a dict that is left; with one thread the other branch has not begun."""
-    feed, other = Feed(), Feed()
-    both: Any = SAME | {"pair": native(feed), "other": native(other)}
     given: dict[str, Any]
     for given in ({}, {"max_concurrency": 1}):
+        feed, other = Feed(), Feed()
+        both: Any = SAME | {"pair": native(feed), "other": native(other)}
         stream = both.stream(100, {**config(), **given})
         next(stream)
         stream.close()
