@@ -62,6 +62,40 @@ class Piped(Batches):
             self.beware(len(inputs), bounded=is_bounded(config))
             return super().abatch_as_completed(inputs, config, **options)
 
+        # What follows makes a stream of `_transform` and `_atransform`, which LangChain has too.
+
+        def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Stream the sync side's output for one input; closing the stream closes all generators in it."""
+            return self.transform(iter([input]), config, **kwargs)
+
+        def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Stream the async side's output for one input, in the task that reads it; closing works as in `stream`."""
+            return self.atransform(only(input), config, **kwargs)
+
+        def transform(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Stream the sync side's output for the chunks of an input."""
+            if self._is_langchains(kwargs):
+                return self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
+            return stream_run(partial(self._transform, **kwargs), input, lambda: self._begin(config))
+
+        def atransform(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Stream the async side's output for the chunks of an input."""
+            if self._is_langchains(kwargs):
+                return super().atransform(input, config, **kwargs)
+            return astream_run(partial(self._atransform, **kwargs), input, lambda: self._abegin(config))
+
+        def _is_langchains(self, kwargs: Any) -> bool:
+            """Tell whether a stream with these keyword arguments goes LangChain's own way."""
+            return is_reserved(kwargs)
+
+        def _begin(self, config: Any) -> Any:
+            """Return the config of a run that streams, and its manager."""
+            return start_run(config, self.get_name())
+
+        async def _abegin(self, config: Any) -> Any:
+            """Return the same for an async one."""
+            return await astart_run(config, self.get_name())
+
 
 def is_bounded(config: RunnableConfig | Sequence[RunnableConfig] | None) -> bool:
     """Tell whether a batch with this config, or these, has a bound of its own on the calls in flight."""
@@ -109,18 +143,6 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
-    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
-        """Stream the last step's output for one input; closing the stream closes those of all steps."""
-        return self.transform(iter([input]), config, **kwargs)
-
-    def transform(
-        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[Output]:
-        """Stream the last step's output for the input's chunks."""
-        if is_reserved(kwargs):
-            return super().transform(input, config, **kwargs)
-        return stream_run(partial(self._transform, **kwargs), input, lambda: start_run(config, self.get_name()))
-
     def _transform(
         self, inputs: Iterator[Any], run_manager: Any, config: RunnableConfig, **kwargs: Any
     ) -> Generator[Any]:
@@ -131,18 +153,6 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
                 chunks = streams.enter_context(closing(cast("Any", step.transform(chunks, config, **kwargs))))
                 kwargs = {}
             yield from chunks
-
-    def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
-        """Stream the last step's output for one input, in the task that reads it."""
-        return self.atransform(only(input), config, **kwargs)
-
-    def atransform(
-        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Output]:
-        """Stream the last step's output for the input's chunks; closing the stream closes those of all steps."""
-        if is_reserved(kwargs):
-            return super().atransform(input, config, **kwargs)
-        return astream_run(partial(self._atransform, **kwargs), input, lambda: astart_run(config, self.get_name()))
 
     async def _atransform(
         self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig, **kwargs: Any
@@ -234,17 +244,19 @@ class DualParallel(Piped, RunnableParallel[Input]):
         """Start the async sides; keyword arguments go to none of them."""
         return asyncio.create_task(self._arun_unobserved(value, config))
 
-    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Stream the branches' outputs for one input as they come; keyword arguments go to none of them."""
-        return self.transform(iter([input]), config)
+    if not TYPE_CHECKING:
 
-    def transform(
-        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[dict[str, Any]]:
-        """Stream the branches' outputs for the input's chunks, in threads; closing the stream ends all of them."""
-        if kwargs:
-            return super().transform(input, config, **kwargs)
-        return stream_run(self._transform, input, lambda: start_run(config, self.get_name()))
+        def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Stream the branches' outputs for one input as they come; keyword arguments go to none of them."""
+            return super().stream(input, config)
+
+        def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Do the same with the async sides, each in a task."""
+            return super().astream(input, config)
+
+        def _is_langchains(self, kwargs: Any) -> bool:
+            """Leave it to LangChain to refuse what a dict has no place for."""
+            return bool(kwargs)
 
     def _transform(self, inputs: Iterator[Any], run_manager: Any, config: RunnableConfig) -> Generator[AddableDict]:
         branches = {
@@ -259,20 +271,6 @@ class DualParallel(Piped, RunnableParallel[Input]):
         """Yield key, branch and the branch's config."""
         for key, step in dict(self.steps__).items():
             yield key, step, patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
-
-    def astream(
-        self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Stream the branches' outputs for one input as they come; keyword arguments go to none of them."""
-        return self.atransform(only(input), config)
-
-    def atransform(
-        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Stream the branches' outputs for the input's chunks, a task each; closing the stream ends all of them."""
-        if kwargs:
-            return super().atransform(input, config, **kwargs)
-        return astream_run(self._atransform, input, lambda: astart_run(config, self.get_name()))
 
     async def _atransform(
         self, inputs: AsyncIterator[Any], run_manager: Any, config: RunnableConfig

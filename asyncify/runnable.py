@@ -48,7 +48,7 @@ from asyncify.schemas import (
     tool_schema,
 )
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
-from asyncify.streams import astart_run, astream_run, closable, fold, only, start_run, stream_run
+from asyncify.streams import astart_run, closable, fold, start_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
@@ -511,30 +511,6 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             async for chunk in relay:
                 with relay:
                     yield chunk
-
-    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
-        """Stream the sync side's output for one input; closing the stream closes the function's generator."""
-        return self.transform(iter([input]), config, **kwargs)
-
-    def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
-        """Stream the async side's output for one input, in the task that reads it."""
-        return self.atransform(only(input), config, **kwargs)
-
-    def transform(
-        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[Output]:
-        """Fold the input's chunks into one value and stream the sync side's output for it."""
-        if is_reserved(kwargs):
-            return self._transform_stream_with_config(input, self._transform, ensure_config(config), **kwargs)
-        return stream_run(functools.partial(self._transform, **kwargs), input, lambda: self._begin(config))
-
-    def atransform(
-        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Output]:
-        """Fold the input's chunks into one value and stream the async side's output for it."""
-        if is_reserved(kwargs):
-            return super().atransform(input, config, **kwargs)
-        return astream_run(functools.partial(self._atransform, **kwargs), input, lambda: self._abegin(config))
 
     def _begin(self, config: RunnableConfig | None) -> tuple[RunnableConfig, CallbackManagerForChainRun | None]:
         """Return the config of a run that streams, and its manager if anybody needs one."""

@@ -825,6 +825,14 @@ async def test_keyword_arguments_of_a_dicts_streams_are_as_those_of_langchains()
             _ = [chunk async for chunk in only.atransform(_Countdown(1), extra=1)]
 
 
+@each_side
+async def test_a_keyword_argument_of_langchains_own_goes_its_way(side: Side) -> None:
+    """On both paths, whichever side is written, alone and in a pipe."""
+    for runnable in (side(Feed()), SAME | side(Feed())):
+        assert list(runnable.stream(3, run_type="tool")) == CHUNKS
+        assert [chunk async for chunk in runnable.astream(3, run_type="tool")] == CHUNKS
+
+
 @watched_or_not
 @pytest.mark.parametrize("end", ["closed", "cancelled"])
 async def test_a_generator_is_ended_in_the_context_that_it_ran_in(end: str, config: MakeConfig) -> None:
