@@ -143,6 +143,7 @@ BAD_LIMITS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"limit": 1, "burst": 3}, ValueError, r"burst=3: needs a rate, as in per_second=50, burst=3"),
     ({"per_second": 5, "burst": 0}, ValueError, r"burst=0: must be at least 1"),
     ({"per_second": 5, "burst": 6}, ValueError, r"burst=6: must be no more than the rate, which is 5 per second"),
+    ({"per_second": 1, "burst": 2}, ValueError, r"burst=2: must be no more than the rate, which is 1 per second"),
     ({"per_second": 5, "burst": True}, TypeError, r"burst=True: must be a whole number"),
     ({"limit": 1, "timeout": 0}, ValueError, r"timeout=0: must be above 0"),
     ({"limit": 1, "timeout": "3"}, TypeError, r"timeout='3': must be a number"),

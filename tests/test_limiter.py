@@ -5,7 +5,7 @@ import contextvars
 import copy
 import pickle
 import threading
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import pytest
@@ -365,7 +365,12 @@ class TestGivingUp:
             "limiter quotes: not admitted within 2 s; 0 calls were ahead of it when it came. By a Retry-After all "
             "calls are paused for another 3598 s."
         )
-        await crowd.advance(3600)
+        late = await crowd.come(timeout=3597.5)
+        await crowd.advance(3597.5)
+        await until(lambda: late.over)
+        assert str(late.error).endswith("all calls are paused for another 0.5 s.")
+        assert repr(limiter) == "<Limiter quotes 0/5 in flight, 0 waiting, paused for 0.5 s>"
+        await crowd.advance(0.5)
         assert repr(limiter) == "<Limiter quotes 0/5 in flight, 0 waiting>"
 
     async def test_those_who_have_left_are_not_ahead(self, crowd: Crowd) -> None:
@@ -612,6 +617,59 @@ class TestLeftElsewhere:
         async with limiter:
             with pytest.raises(LimitTimeout):
                 await limiter.aenter()
+
+    async def test_its_error_pauses_all(self, clock: FakeClock) -> None:
+        """The limiter learns from the error, whoever has left, and wherever."""
+        limiter, refused = Limiter(limit=2, clock=clock), ServerError(429, {"Retry-After": "7"})
+        await asyncio.create_task(limiter.__aenter__())
+        await asyncio.create_task(limiter.__aexit__(ServerError, refused, None), context=contextvars.Context())
+
+        assert repr(limiter) == "<Limiter 0/2 in flight, 0 waiting, paused for 7 s>"
+
+    def test_its_error_pauses_all_in_a_thread(self, clock: FakeClock) -> None:
+        """The same, of `with`."""
+        limiter, refused = Limiter(limit=2, clock=clock), ServerError(429, {"Retry-After": "7"})
+        contextvars.Context().run(limiter.__enter__)
+        contextvars.Context().run(limiter.__exit__, ServerError, refused, None)
+
+        assert repr(limiter) == "<Limiter 0/2 in flight, 0 waiting, paused for 7 s>"
+
+    async def test_an_error_of_the_outer_of_two_pauses_all(self, clock: FakeClock) -> None:
+        """A limiter that is left before the one inside it learns from its error too."""
+        for path in ("sync", "async"):
+            outer, inner = Limiter(limit=1, clock=clock), Limiter(limit=1, clock=clock)
+            refused = ServerError(429, {"Retry-After": "7"})
+            if path == "sync":
+                outer.__enter__()
+                inner.__enter__()
+                outer.__exit__(ServerError, refused, None)
+                inner.__exit__(None, None, None)
+            else:
+                await outer.__aenter__()
+                await inner.__aenter__()
+                await outer.__aexit__(ServerError, refused, None)
+                await inner.__aexit__(None, None, None)
+
+            assert repr(outer) == "<Limiter 0/1 in flight, 0 waiting, paused for 7 s>"
+            assert repr(inner) == "<Limiter 0/1 in flight, 0 waiting>"
+
+    async def test_a_task_whose_permit_was_taken_gives_another_slot_back(self) -> None:
+        """An async generator is closed inside a call: its `async with` takes the permit of that."""
+        limiter = Limiter(limit=3)
+
+        async def stream() -> AsyncGenerator[None]:
+            async with limiter:
+                yield
+
+        chunks = stream()
+        await asyncio.create_task(anext(chunks))  # type: ignore[arg-type]  # an awaitable that is a coroutine
+        permit = await limiter.aenter()
+        await chunks.aclose()
+        assert limiter.stats().in_flight == 1
+        permit.leave()
+        permit.end()
+
+        assert limiter.stats().in_flight == 0
 
     def test_a_call_whose_permit_was_taken_gives_another_slot_back(self) -> None:
         """A generator is closed inside a call: its `with` can't tell whose permit it finds, and takes the call's."""

@@ -50,6 +50,19 @@ class TestDeadlock:
 
         assert limiter.stats().in_flight == 0
 
+    async def test_a_sync_wait_on_the_loop_of_an_async_call(self) -> None:
+        """Code that is inside of nothing itself may hold up the loop that the call inside runs on."""
+        limiter = Limiter(limit=1)
+        async with limiter:
+            with pytest.raises(DeadlockError) as caught:
+                contextvars.Context().run(limiter.enter)
+
+        assert str(caught.value) == (
+            "limiter: all 1 slots are held by calls that run on the event loop which this one holds up while it waits, "
+            "so none can ever come free. On an event loop, await the async side: ainvoke or acall."
+        )
+        assert limiter.stats().in_flight == 0
+
     async def test_two_slots_nested_twice(self) -> None:
         """Two tasks that each hold one of two slots and wait for another: the second to wait is told."""
         limiter = Limiter(limit=2)

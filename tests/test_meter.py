@@ -536,6 +536,16 @@ class TestWindows:
 
         assert meter.admit(0.5, 1, 0.5) == 1.0
 
+    def test_calls_that_share_an_entry_leave_the_window_with_all_that_they_cost(self) -> None:
+        """A fast pace puts many calls into one entry: it counts until the last of them is a period old, and in full."""
+        meter = Meter(limits(per_second=10_000))
+        for at, cost in ((0, 1), (0.0002, 2), (0.0005, 3), (0.5, 1)):
+            assert meter.admit(at, cost, at) == 0
+        assert meter.admit(1.0004, 9994, 1.0004) == 1.0005
+
+        assert meter.admit(1.0005, 10_000, 1.0005) == 1.5
+        assert meter.admit(1.0005, 9999, 1.0005) == 0
+
     def test_every_rate_holds_at_once(self) -> None:
         """The tightest of the moment decides; the hour tells no finer apart than 3.6 s."""
         starts = run(Meter(limits(per_second=1, per_minute=3, per_hour=5)), until=3602.5)

@@ -115,6 +115,35 @@ def test_an_error_is_told_from_elsewhere_too(place: Place) -> None:
     assert place.taken == [(permit, error)]
 
 
+def test_an_error_is_told_of_a_call_that_is_left_elsewhere(place: Place) -> None:
+    """The limiter learns from it whatever this context runs under."""
+    elsewhere = contextvars.Context().run(lambda: begun(place))
+    error = ValueError()
+    elsewhere.leave(error)
+
+    assert place.taken == [(elsewhere, error)]
+
+
+def test_to_leave_after_the_end_takes_no_place_of_another(place: Place) -> None:
+    """Neither in the context that entered nor in another."""
+    permit = begun(place)
+    permit.end()
+    contextvars.Context().run(permit.leave)
+    permit.leave()
+
+    assert (place.taken, place.others) == ([(permit, None)], [])
+
+
+def test_a_call_whose_place_was_taken_tells_its_error(place: Place) -> None:
+    """The place that it gives back is another's; the error is its own."""
+    permit, error = begun(place), ValueError()
+    permit.taken = permit.ended = True
+    contextvars.Context().run(permit.leave, error)
+    permit.leave(error)
+
+    assert (place.taken, place.others) == ([], [error, error])
+
+
 def test_giving_up_is_told(place: Place) -> None:
     """The limiter learns that the call never started, once."""
     permit = begun(place)
