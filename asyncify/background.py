@@ -14,6 +14,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar
 
 from asyncify.relay import Relay
+from asyncify.scopes import CancelScope
 
 __all__ = ["END", "BackgroundLoop", "Source", "background"]
 
@@ -236,10 +237,13 @@ class BackgroundLoop:
         finally:
             _held_by_waiter.reset(token)
 
-    def context_of_waiter(self) -> Context:
-        """Return a copy of this thread's context, for what it will wait for."""
+    def context_of_waiter(self, scope: CancelScope | None = None) -> Context:
+        """Return a copy of this thread's context, for what it will wait for; its waits are in the scope."""
         with self.waited_for():
-            return copy_context()
+            context = copy_context()
+        if scope is not None:
+            context.run(scope.enter)
+        return context
 
     def _free(self) -> asyncio.AbstractEventLoop:
         """Return a loop that this thread can wait for.

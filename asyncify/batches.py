@@ -20,6 +20,7 @@ from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS
 from asyncify.fanout import aas_completed, agather, as_completed, gather
 from asyncify.runs import is_reserved, observed
+from asyncify.scopes import CancelScope
 
 __all__ = ["Batches", "Items", "checked_count"]
 
@@ -58,7 +59,9 @@ class Items:
         asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
-        self._context_of_threads = background.context_of_waiter()
+        self.scope = CancelScope()
+        """That of the items in threads."""
+        self._context_of_threads = background.context_of_waiter(self.scope)
 
     def call(self, index: int, value: Any) -> Any:
         """Run one input in this thread, in a copy of the context in which this object was made."""
@@ -151,10 +154,18 @@ class Batches:
             """Run the sync side on every input, in threads, and return the outputs in order.
 
             There are `max_concurrency` threads, or else as many as the limit admits calls, or else 64. The first
-            error stops the batch: calls that run are waited for, those that have not started never do.
+            error stops the batch: calls that run are waited for, those that have not started, or wait for a limiter,
+            never do.
             """
             items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
-            return gather(items.call, inputs, items.threads, name=_name(self), return_exceptions=return_exceptions)
+            return gather(
+                items.call,
+                inputs,
+                items.threads,
+                name=_name(self),
+                return_exceptions=return_exceptions,
+                scope=items.scope,
+            )
 
         async def abatch(
             self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
@@ -173,7 +184,12 @@ class Batches:
             """Run as `batch` does and yield index and output as each input ends; leaving the loop stops the rest."""
             items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
             return as_completed(
-                items.call, inputs, items.threads, name=_name(self), return_exceptions=return_exceptions
+                items.call,
+                inputs,
+                items.threads,
+                name=_name(self),
+                return_exceptions=return_exceptions,
+                scope=items.scope,
             )
 
         def abatch_as_completed(

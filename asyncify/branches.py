@@ -16,6 +16,7 @@ from langchain_core.utils.iter import safetee
 
 from asyncify.background import END, Source, background
 from asyncify.bridge import ThreadPool
+from asyncify.scopes import CancelScope
 from asyncify.streams import closable
 
 __all__ = ["amerge", "merge"]
@@ -27,16 +28,17 @@ def merge(
     """Yield the chunks of all branches as they come, each with its key; each is made in a thread of the pool."""
     streams: dict[str, Any] = {}
     futures: dict[Future[Any], str] = {}
+    scope = CancelScope()
 
     def ask(key: str) -> None:
-        futures[pool.submit(background.context_of_waiter().run, next, streams[key], END)] = key
+        futures[pool.submit(background.context_of_waiter(scope).run, next, streams[key], END)] = key
 
     copies = safetee(inputs, len(branches), lock=threading.Lock())
     with ExitStack() as stack:
         for (key, branch), copy in zip(branches.items(), copies, strict=True):
             streams[key] = branch(copy)
             stack.callback(streams[key].close)
-        stack.callback(_end, futures)
+        stack.callback(_end, futures, scope)
         for key in streams:
             ask(key)
         while futures:
@@ -47,7 +49,8 @@ def merge(
                     ask(key)
 
 
-def _end(futures: Iterable[Future[Any]]) -> None:
+def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
+    scope.cancel()
     for future in futures:
         future.cancel()  # it may not have begun
     wait(futures)

@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any, Self
 
 from asyncify.bridge import ThreadPool
+from asyncify.scopes import CancelScope
 
 __all__ = [
     "Blocking",
@@ -307,23 +308,35 @@ class Threads(Blocking):
         width: threads.
         name: what the threads are called while they work.
         return_exceptions: go on after an error; otherwise no item starts after one.
+        scope: what the items run in, so that their waits for a limiter are called off at the end.
     """
 
-    def __init__(self, call: Callable[[int, Any], Any], width: Width, *, name: str, return_exceptions: bool) -> None:
+    def __init__(
+        self,
+        call: Callable[[int, Any], Any],
+        width: Width,
+        *,
+        name: str,
+        return_exceptions: bool,
+        scope: CancelScope,
+    ) -> None:
         super().__init__()
         self._call = call
         self._width = width
+        self._scope = scope
         self._return_exceptions = return_exceptions
         self._pool = ThreadPool(None, name)
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
         self._at_work: set[int] = set()  # those that have an item in hand
 
     def __exit__(self, *_: object) -> None:
-        """Drop the items that have not started, and wait for the end of those that have."""
+        """Drop the items that have not started or wait for a limiter, and wait for the end of those that run."""
         if self._is_deserted():
             return
         with self._lock:
             self._inbox.clear()
+        self._scope.cancel()
+        with self._lock:
             # A garbage collector runs anywhere, also in one of these threads.
             self._changed.wait_for(lambda: not self._at_work - {get_ident()})
 
@@ -375,13 +388,19 @@ class Threads(Blocking):
 
 
 def gather(
-    call: Callable[[int, Any], Any], inputs: Sequence[Any], width: Width, *, name: str, return_exceptions: bool
+    call: Callable[[int, Any], Any],
+    inputs: Sequence[Any],
+    width: Width,
+    *,
+    name: str,
+    return_exceptions: bool,
+    scope: CancelScope,
 ) -> list[Any]:
     """Return the outputs of all items, in order; the first error stops the rest."""
     if len(inputs) == 1:
         return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)]  # needs no thread
     outputs: list[Any] = [None] * len(inputs)
-    with Threads(call, width, name=name, return_exceptions=return_exceptions) as fan:
+    with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
         fan.run(enumerate(inputs))
         while group := fan.take():
             for ended in group:
@@ -402,10 +421,16 @@ async def agather(
 
 
 def as_completed(
-    call: Callable[[int, Any], Any], inputs: Sequence[Any], width: Width, *, name: str, return_exceptions: bool
+    call: Callable[[int, Any], Any],
+    inputs: Sequence[Any],
+    width: Width,
+    *,
+    name: str,
+    return_exceptions: bool,
+    scope: CancelScope,
 ) -> Iterator[tuple[int, Any]]:
     """Yield index and output of each item as it ends; the first error, or closing this, stops the rest."""
-    with Threads(call, width, name=name, return_exceptions=return_exceptions) as fan:
+    with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
         fan.run(enumerate(inputs))
         while group := fan.take():
             for ended in group:

@@ -365,7 +365,11 @@ def _fan(via: str, items: Items, window: Width, name: str, *, return_exceptions:
     if via == "async":
         return LoopTasks(items.start, lambda: min(window(), items.tasks()))
     return Threads(
-        items.call, lambda: min(window(), items.bound() or math.inf), name=name, return_exceptions=return_exceptions
+        items.call,
+        lambda: min(window(), items.bound() or math.inf),
+        name=name,
+        return_exceptions=return_exceptions,
+        scope=items.scope,
     )
 
 

@@ -37,6 +37,10 @@ class Place(Protocol):
         """Take back the place of some call inside, as it is not known of which."""
         ...
 
+    def call_off(self, permit: Permit) -> None:
+        """Wake a call that still waits, to give up."""
+        ...
+
 
 innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
 """The permit under which this context runs; those around it follow by `outer`."""
@@ -162,6 +166,10 @@ class Permit:
         if not self.ended:
             self.ended = True
             self.place.give_up(self)
+
+    def call_off(self) -> None:
+        """Wake whoever waits with it, to give up; of no effect when it waits no longer."""
+        self.place.call_off(self)
 
     def move_to_this_thread(self) -> None:
         """Note that the call now runs in this thread, in a context of its own."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,6 +23,7 @@ from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
+from asyncify.scopes import CancelScope
 from asyncify.streams import astart_run, astream_run, closable, only, start_run, stream_run
 
 __all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
@@ -224,13 +225,16 @@ class DualParallel(Piped, RunnableParallel[Input]):
             return self._invoke_upstream(value, config)
         config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
+        scope = CancelScope()
         futures = [
-            pool.submit(background.context_of_waiter().run, step.run_unobserved, value, config, {})
+            pool.submit(background.context_of_waiter(scope).run, step.run_unobserved, value, config, {})
             for step in _pairs(steps.values())
         ]
         try:
-            return {key: future.result() for key, future in zip(steps, futures, strict=True)}
+            done = wait(futures, return_when=FIRST_EXCEPTION).done  # all of them, or one that raises its error here
+            return {key: future.result() for key, future in zip(steps, futures, strict=True) if future in done}
         finally:
+            scope.cancel()
             wait(futures)
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:

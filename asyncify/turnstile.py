@@ -26,6 +26,7 @@ from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import Permit, held_by_this_task, held_by_this_thread, innermost, permits
+from asyncify.scopes import current_scope
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
 
@@ -34,6 +35,8 @@ RECENT = 1000
 
 _ABANDONED = 64
 """Places in a queue that may be left empty before it is looked at whether they are most of it."""
+
+_CALLED_OFF = "what this call is part of has ended while it waited for a limiter"
 
 _UNUSED = object()
 """The outcome of a call that never started, be it that it gave up before or after it was admitted."""
@@ -216,6 +219,8 @@ class Turnstile:
             self._check_certain_end(permit, held(), timeout)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
+        if (scope := current_scope.get()) is not None and not scope.watch(permit):
+            raise asyncio.CancelledError(_CALLED_OFF)
         return permit.queue is not None
 
     def _expire(self, permit: Permit) -> None:
@@ -232,6 +237,9 @@ class Turnstile:
         if permit.timer is not None:
             permit.timer.cancel()
         if permit.at is None:
+            if permit.queue is not None:
+                permit.give_up()
+                raise asyncio.CancelledError(_CALLED_OFF)
             check_affordable(permit.cost, self._meter.limits, self._title())
             paused = self._paused_for()
             raise LimitTimeout(
@@ -393,6 +401,11 @@ class Turnstile:
         self._departed.append((permit, _UNUSED))
         self._settle()
 
+    def call_off(self, permit: Permit) -> None:
+        """Wake a call that still waits, to give up."""
+        if permit.queue is not None:
+            self._wake([permit])
+
     def _judge(self, error: BaseException) -> _Failure:
         """Return what an error teaches; the error itself must go on, whatever happens as it is looked at."""
         try:
@@ -435,7 +448,10 @@ class Turnstile:
             if ready is None:
                 continue  # it has not begun to wait, and will see that it is admitted
             if permit.loop is None:
-                ready.release()
+                try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
+                    ready.release()
+                except RuntimeError:
+                    pass  # it was woken already: admitted and called off at once
             elif permit.loop is _get_running_loop():
                 if not ready.done():
                     ready.set_result(None)

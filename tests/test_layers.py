@@ -14,6 +14,7 @@ LEVELS = {
     "errors": 0,
     "blocks": 0,
     "relay": 0,
+    "scopes": 0,
     "clock": 1,
     "meter": 1,
     "congestion": 1,

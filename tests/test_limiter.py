@@ -662,7 +662,7 @@ class TestLeftElsewhere:
                 yield
 
         chunks = stream()
-        await asyncio.create_task(anext(chunks))  # type: ignore[arg-type]  # an awaitable that is a coroutine
+        await asyncio.create_task(anext(chunks))
         permit = await limiter.aenter()
         await chunks.aclose()
         assert limiter.stats().in_flight == 1

@@ -25,6 +25,7 @@ class Place:
         self.taken: list[tuple[Permit, BaseException | None]] = []
         self.given_up: list[Permit] = []
         self.others: list[BaseException | None] = []
+        self.called_off: list[Permit] = []
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         self.taken.append((permit, error))
@@ -34,6 +35,9 @@ class Place:
 
     def give_back_other(self, error: BaseException | None) -> None:
         self.others.append(error)
+
+    def call_off(self, permit: Permit) -> None:
+        self.called_off.append(permit)
 
 
 @pytest.fixture

@@ -1,0 +1,248 @@
+"""What waits for a limiter when a batch, a stream or a dict ends is called off, and is never run."""
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from langchain_core.runnables import Runnable
+
+from asyncify import Dual, Limiter, concurrency, each
+from asyncify.scopes import CancelScope
+from asyncify.testing import FakeClock
+from tests.crowd import SAFETY_NET
+
+
+class RefusalError(Exception):
+    """What the call raises that was admitted."""
+
+
+class Calls:
+    """Counts calls; the first waits until others wait for the limiter, and is refused then."""
+
+    def __init__(self, limiter: Limiter, waiting: int) -> None:
+        self.limiter = limiter
+        self.waiting = waiting
+        self.made: list[Any] = []
+
+    def __call__(self, value: Any) -> Any:
+        self.made.append(value)
+        self.wait_for_others()
+        raise RefusalError
+
+    def wait_for_others(self) -> None:
+        """Wait until so many others wait."""
+        for _ in range(SAFETY_NET * 1000):
+            if self.limiter.stats().waiting >= self.waiting:
+                return
+            threading.Event().wait(0.001)
+        pytest.fail("nobody waits")
+
+
+@pytest.fixture
+def limiter(clock: FakeClock) -> Limiter:
+    """A limiter that admits one call, and never another, as its clock stands still."""
+    return Limiter(per_minute=1, clock=clock)
+
+
+@pytest.fixture(params=["native", "bridged"])
+def refused(request: pytest.FixtureRequest, limiter: Limiter) -> tuple[Any, Calls]:
+    """Return a pair whose calls are counted, and its calls: on its sync side, or on an async one by the loop."""
+    calls = Calls(limiter, waiting=2)
+
+    def fetch(value: Any) -> Any:
+        return calls(value)
+
+    async def fetch_async(value: Any) -> Any:
+        return await asyncio.to_thread(calls, value)
+
+    fn: Any = fetch if request.param == "native" else fetch_async
+    return concurrency(limiter=limiter)(Dual(fn)), calls
+
+
+RUNS: dict[str, Callable[[Runnable[Any, Any]], object]] = {
+    "batch": lambda pair: pair.batch([1, 2, 3]),
+    "batch with configs": lambda pair: pair.batch([1, 2, 3], [{}, {}, {}]),
+    "as completed": lambda pair: list(pair.batch_as_completed([1, 2, 3])),
+    "each": lambda pair: list(each(pair, [1, 2, 3])),
+    "each, as completed": lambda pair: list(each(pair, [1, 2, 3], ordered=False)),
+    "dict": lambda pair: ({"a": pair, "b": pair, "c": pair} | pair).invoke(1),
+    "stream of a dict": lambda pair: list(({"a": pair, "b": pair, "c": pair} | pair).stream(1)),
+}
+
+
+def run_with_timeout(run: Callable[[], object]) -> None:
+    """Run in a thread of its own, so that a wait that is not called off is a failure and does not hang."""
+    outcome: list[BaseException | None] = []
+
+    def attempt() -> None:
+        try:
+            run()
+        except BaseException as error:  # noqa: BLE001  (it is raised where it is awaited)
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(attempt,), daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+    assert outcome, "it still waits"
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+class TestAnError:
+    @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+    def test_ends_the_waits_of_the_others(
+        self, run: Callable[[Any], object], refused: tuple[Any, Calls], limiter: Limiter
+    ) -> None:
+        """It comes at once, the others never run, and the limiter has nobody waiting."""
+        pair, calls = refused
+        with pytest.raises(RefusalError):
+            run_with_timeout(lambda: run(pair))
+
+        assert calls.made == [1]
+        assert (limiter.stats().waiting, limiter.stats().rejected) == (0, 0)
+
+    def test_ends_the_waits_of_a_batch_inside(self, limiter: Limiter) -> None:
+        """An item that runs a batch itself, whose calls wait, ends too."""
+        calls = Calls(limiter, waiting=4)
+        fetch = concurrency(limiter=limiter)(Dual(calls.made.append))
+
+        def work(value: int) -> object:
+            if value:
+                return fetch.batch([1, 2, 3])
+            calls.wait_for_others()
+            raise RefusalError
+
+        limiter.acquire()
+        with pytest.raises(RefusalError):
+            run_with_timeout(lambda: Dual(work).batch([0, 1, 2]))
+
+        assert calls.made == []
+        assert limiter.stats().waiting == 0
+
+    def test_leaves_calls_that_run_alone(self, clock: FakeClock) -> None:
+        """A call that was admitted is waited for, and ends as if nothing had been."""
+        limiter = Limiter(per_minute=2, burst=2, clock=clock)
+        calls, ended = Calls(limiter, waiting=1), list[int]()
+        failed = threading.Event()
+
+        def fetch(value: int) -> None:
+            if value == 0:
+                calls.wait_for_others()
+                failed.set()
+                raise RefusalError
+            failed.wait(SAFETY_NET)
+            ended.append(value)
+
+        with pytest.raises(RefusalError):
+            run_with_timeout(lambda: concurrency(limiter=limiter)(Dual(fetch)).batch([0, 1, 2]))
+
+        assert ended == [1]
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+
+
+class TestLeaving:
+    @pytest.mark.parametrize("path", ["batch_as_completed", "each"])
+    def test_ends_the_waits_of_the_others(self, path: str, limiter: Limiter) -> None:
+        """Who breaks out of the loop waits for nobody who waits."""
+        made: list[int] = []
+        fetch = concurrency(limiter=limiter)(Dual(made.append))
+
+        def first() -> None:
+            results: Any = (
+                fetch.batch_as_completed([1, 2, 3]) if path == "batch_as_completed" else each(fetch, [1, 2, 3])
+            )
+            with closing(results):
+                next(results)
+
+        run_with_timeout(first)
+
+        assert made == [1]
+        assert limiter.stats().waiting == 0
+
+    def test_an_interrupt_ends_the_waits_of_all(self, limiter: Limiter) -> None:
+        """Ctrl-C in the thread that waits for the batch ends it, though no call has come to an end."""
+        calls = Calls(limiter, waiting=2)
+        fetch = concurrency(limiter=limiter)(Dual(calls.made.append))
+        limiter.acquire()
+
+        class Source(list[int]):
+            def __iter__(self) -> Generator[int]:
+                yield from (1, 2)
+                calls.wait_for_others()
+                raise KeyboardInterrupt
+
+        def interrupted() -> None:
+            list(each(fetch, iter(Source()), window=9))
+
+        with pytest.raises(KeyboardInterrupt):
+            run_with_timeout(interrupted)
+
+        assert calls.made == []
+        assert limiter.stats().waiting == 0
+
+    def test_a_stream_of_a_dict_ends_the_waits_of_its_branches(self) -> None:
+        """A branch that waits for the slot of another ends with the reader."""
+        limiter = Limiter(limit=1)
+
+        def chunks(value: int) -> Generator[int]:
+            yield value
+            yield value
+
+        pair = concurrency(limiter=limiter)(Dual(chunks))
+        pipe: Any = {"a": pair, "b": pair} | pair
+
+        def first() -> None:
+            with closing(pipe.first.stream(1)) as stream:
+                next(stream)
+
+        run_with_timeout(first)
+
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+
+
+class TestScope:
+    def test_a_wait_in_a_scope_that_has_ended_does_not_begin(self, limiter: Limiter) -> None:
+        """A thread that comes late is told so at once, and leaves nothing in the queue."""
+        scope = CancelScope()
+        context = contextvars.Context()
+        context.run(scope.enter)
+        limiter.acquire()
+        scope.cancel()
+        with pytest.raises(asyncio.CancelledError, match="has ended while it waited"):
+            context.run(limiter.enter)
+
+        assert (limiter.stats().waiting, limiter.stats().in_flight) == (0, 0)
+
+    def test_who_is_admitted_meanwhile_keeps_the_books_right(self) -> None:
+        """Calls that are admitted and called off in the same moment either run or give their slots back."""
+        for _ in range(200):
+            limiter = Limiter(limit=1)
+            holder = contextvars.Context().run(limiter.enter)
+            scope = CancelScope()
+            ends: list[str] = []
+
+            def wait(limiter: Limiter = limiter, scope: CancelScope = scope, ends: list[str] = ends) -> None:
+                scope.enter()
+                try:
+                    with limiter:
+                        ends.append("in")
+                except asyncio.CancelledError:
+                    ends.append("off")
+
+            threads = [threading.Thread(target=contextvars.Context().run, args=(wait,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            threads.append(threading.Thread(target=scope.cancel))
+            threads[-1].start()
+            holder.end()
+            for thread in threads:
+                thread.join(SAFETY_NET)
+
+            assert len(ends) == 3
+            assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
