@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar
 
+from asyncify.forks import at_fork
 from asyncify.relay import Relay
 from asyncify.scopes import CancelScope
 
@@ -182,7 +183,7 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._forked_from: list[asyncio.AbstractEventLoop] = []
         self._reset()
-        os.register_at_fork(after_in_child=self._after_fork)
+        at_fork(after_in_child=self._after_fork)
         atexit.register(self.close)
 
     def _reset(self) -> None:

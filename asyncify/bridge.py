@@ -8,7 +8,6 @@ ending, and a thousand pairs that were called once leave no thousand threads.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import weakref
 from _thread import allocate_lock
@@ -21,6 +20,8 @@ from functools import partial
 from inspect import iscoroutine
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from asyncify.forks import at_fork
 
 __all__ = ["DEFAULT_THREADS", "Ended", "ThreadPool", "call_guarded"]
 
@@ -58,7 +59,7 @@ class _Stock:
 
     def __init__(self) -> None:
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -299,7 +300,7 @@ def _forget_calls() -> None:
         pool.forget()
 
 
-os.register_at_fork(after_in_child=_forget_calls)
+at_fork(after_in_child=_forget_calls)
 
 
 def _nothing(error: BaseException | None) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Protocol
+
+from asyncify.forks import at_fork
 
 __all__ = ["Clock", "MonotonicClock", "Timer", "monotonic_clock"]
 
@@ -54,7 +55,7 @@ class MonotonicClock:
 
     def __init__(self) -> None:
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
         # A fork takes no thread along, and a lock that another thread held would stay locked.

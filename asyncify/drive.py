@@ -26,6 +26,7 @@ from weakref import WeakValueDictionary
 
 from asyncify.blocks import Block
 from asyncify.errors import BlockingWarning
+from asyncify.forks import at_fork
 from asyncify.relay import Relay
 
 __all__ = ["Held", "Place", "Watch", "Watchable", "subscribe", "timed", "watch"]
@@ -317,7 +318,7 @@ def _look_around_again() -> None:
 
 
 # Nothing is half changed in a child: no other thread changes anything while the process is forked.
-os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_look_around_again)
+at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_look_around_again)
 
 if os.environ.get("ASYNCIFY_WATCH", "") not in ("", "0"):
     Watch().__enter__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.background import BackgroundLoop
+from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
 from asyncify.meter import Limits, check_cost, check_positive
 from asyncify.permits import Permit, permits
@@ -125,7 +125,7 @@ def _after_fork() -> None:
         limiter.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)
 
 
 class _FreePass:

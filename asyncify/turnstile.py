@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import os
 import threading
 import weakref
 from _thread import allocate_lock
@@ -24,6 +23,7 @@ from asyncify.adaptive import AdaptiveLimit
 from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
+from asyncify.forks import at_fork
 from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import Permit, held_by_this_task, held_by_this_thread, innermost, permits
 from asyncify.scopes import current_scope
@@ -500,7 +500,7 @@ def _after_fork() -> None:
         turnstile.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+at_fork(after_in_child=_after_fork)
 
 
 def _set_done(ready: asyncio.Future[None]) -> None:

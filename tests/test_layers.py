@@ -13,6 +13,7 @@ PACKAGE = "asyncify"
 LEVELS = {
     "errors": 0,
     "blocks": 0,
+    "forks": 0,
     "relay": 0,
     "scopes": 0,
     "clock": 1,

@@ -3,17 +3,21 @@
 import asyncio
 import contextvars
 import gc
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
+from asyncify import forks
 from asyncify.clock import MonotonicClock
+from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
 
@@ -407,3 +411,12 @@ class TestFinalizers:
 
         assert limiter.stats().waiting == 0
         permit.end()
+
+
+def test_where_no_process_forks_nothing_is_prepared_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no `register_at_fork`; no other module of the package asks for it."""
+    monkeypatch.delattr(os, "register_at_fork")
+    at_fork(after_in_child=pytest.fail)
+    package = Path(forks.__file__).parent
+
+    assert [file.name for file in package.glob("*.py") if "register_at_fork" in file.read_text()] == ["forks.py"]
