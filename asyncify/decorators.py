@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hasha
 from concurrent.futures import Executor
 from functools import partial
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Never, ParamSpec, Protocol, TypeVar, overload
 
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
@@ -222,7 +222,7 @@ def dual(
 
 
 def concurrency(
-    *,
+    *given: Never,
     limit: int | Adaptive | None = None,
     per_second: float | None = None,
     per_minute: float | None = None,
@@ -249,7 +249,7 @@ def concurrency(
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
             `BaseRateLimiter`, instead of limits of its own.
-        name: what errors and `repr` call the limiter.
+        name: what errors and `repr` call the limiter; by default as the function.
         warn: False to be told of no traps; by default as `dual` was told.
 
     Returns:
@@ -259,13 +259,14 @@ def concurrency(
         TypeError, ValueError: the arguments limit nothing, contradict each other, or can't be meant.
         PairError: what is decorated is no function, or has a limit already.
     """
+    if given:
+        raise TypeError(f"@concurrency: {given[0]!r} was given without a name; write @concurrency(limit=10), say")
     new_gate = partial(
         make_gate,
         limiter,
         key=key,
         cost=cost,
         timeout=timeout,
-        name=name,
         limit=limit,
         per_second=per_second,
         per_minute=per_minute,
@@ -273,9 +274,12 @@ def concurrency(
         burst=burst,
     )
     try:
-        new_gate()  # bad arguments are told here, and each function that is decorated gets a limit of its own
+        new_gate(name=name)  # bad arguments are told here, and each function that is decorated gets a limit of its own
     except (TypeError, ValueError) as error:
         raise type(error)(f"@concurrency{_on_function(sys._getframe(1))}: {error}") from None
+
+    def gate_for(fn: Function) -> Gate:
+        return new_gate(name=name or (_short_name(fn) if limiter is None else None))
 
     def decorate(fn: Function, /) -> Any:
         pair = unwrapped(fn)
@@ -285,12 +289,18 @@ def concurrency(
                     f"@concurrency: {describe(pair)} has a limit already ({pair.gate.limiter!r}); give both in one "
                     "place, as in @concurrency(limit=10, per_second=50)"
                 )
-            pair.furnish(gate=new_gate(), warn=warn)
+            pair.furnish(gate=gate_for(pair), warn=warn)
             _copy_binding(fn, pair)
             return pair
-        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=new_gate(), warn=warn)
+        return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate_for(pair), warn=warn)
 
     return decorate
+
+
+def _short_name(fn: Function) -> str | None:
+    """Return the name that a function was written with, after that of its class."""
+    name: str = getattr(fn, "__qualname__", "").rpartition("<locals>.")[2]
+    return name if name != "<lambda>" else None
 
 
 def _on_function(frame: FrameType) -> str:

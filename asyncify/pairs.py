@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import Signature
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 
 from asyncify.blocks import Block
@@ -48,8 +48,9 @@ class Record:
 class _Origin:
     """Where a pair was written: tells the same function, loaded again, from another of its name.
 
-    A module gets a new spec each time it is run, so a name that comes back under another spec has been reloaded.
-    A notebook has no spec; there each version of a cell is a file of its own.
+    A name that comes back in another run of its module has been reloaded. Each run has a code object of its own, of
+    which a script that is run again knows, and gives the module a new spec, of which a function that is called later
+    knows. In a notebook each version of a cell is a file of its own.
     """
 
     module: str
@@ -57,11 +58,18 @@ class _Origin:
     file: str | None
     line: int | None
     spec: object
+    run: weakref.ref[CodeType] | None
+    """The code of the module, if it is being run."""
 
     def is_reload_of(self, other: _Origin) -> bool:
         if self.qualname != other.qualname:
             return False
-        return self.spec is not other.spec or self.file != other.file or self.line == other.line
+        return self._is_of_another_run(other) or self.file != other.file or self.line == other.line
+
+    def _is_of_another_run(self, other: _Origin) -> bool:
+        if self.spec is not other.spec:
+            return True
+        return self.run is not None and (other.run is None or other.run() is not self.run())
 
 
 class Override(Block):
@@ -339,7 +347,18 @@ def _origin(fn: Function) -> _Origin:
         file=code.co_filename if code is not None else None,
         line=code.co_firstlineno if code is not None else None,
         spec=getattr(sys.modules.get(module), "__spec__", None),
+        run=_run_of(module),
     )
+
+
+def _run_of(module: str) -> weakref.ref[CodeType] | None:
+    """Return the code of a module that is being run, which this call comes from."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == module:
+            return weakref.ref(frame.f_code)
+        frame = frame.f_back
+    return None
 
 
 def _is_named(fn: Function) -> bool:

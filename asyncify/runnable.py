@@ -366,13 +366,13 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Tell, once each, of the traps that an async batch of so many calls runs into."""
         if not self._warn or self._fakes:
             return
-        entry = self._entries.async_
+        entry, name = self._entries.async_, getattr(self, "name", None)
         bridged = entry.kind == "bridged" and not isinstance(self._bridge, Executor)
         unbounded = entry.kind == "native" and self._gate is None and not bounded
         if bridged and calls >= MANY_BRIDGED and self._is_news(BridgedWarning):
-            tell_bridged(self.get_name(), entry.fn, calls)
+            tell_bridged(name or describe(entry.fn), entry.fn, calls)
         if unbounded and calls > MANY_UNBOUNDED and self._is_news(UnboundedWarning):
-            tell_unbounded(self.get_name(), entry.fn, calls)
+            tell_unbounded(name or describe(entry.fn), entry.fn, calls)
 
     def _is_news(self, warning: type[AsyncifyWarning]) -> bool:
         is_news = warning not in self._told

@@ -6,6 +6,7 @@ The fourth, blocking I/O in an async side, is found by `watch` in `drive`.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import warnings
 from collections.abc import Callable, Generator
@@ -33,7 +34,7 @@ MANY_UNBOUNDED = 100
 _HELD_SECONDS = 0.05
 
 _NOT_THE_CALLER = tuple(
-    f"{Path(module.__file__ or '').parent}/" for module in (sys.modules[__name__], langchain_core, asyncio)
+    f"{Path(module.__file__ or '').parent}{os.sep}" for module in (sys.modules[__name__], langchain_core, asyncio)
 )
 
 

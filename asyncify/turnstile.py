@@ -473,7 +473,7 @@ class Turnstile:
         return f"limiter {self.name}" if self.name else "limiter"
 
     def _deadlock_message(self, *, frozen: bool) -> str:
-        slots = f"{self._title()}: all {self._meter.limits.limit} slots are held by calls that"
+        slots = f"{self._title()}: all slots ({self._meter.limits.limit}) are held by calls that"
         if frozen:
             return (
                 f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "

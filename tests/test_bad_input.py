@@ -280,3 +280,12 @@ def test_a_bad_limit_on_nothing_names_the_decorator_alone() -> None:
     """Where no function stands below it, there is none to name."""
     with pytest.raises(ValueError, match=r"^@concurrency: limit=0"):
         concurrency(limit=0)
+
+
+def test_a_limit_without_its_name_is_told() -> None:
+    """`@concurrency` without its brackets, and a bare number, limit nothing: the error shows what to write."""
+    decorate: Any = concurrency
+    with pytest.raises(TypeError, match=r"^@concurrency: 10 was given without a name; write @concurrency\(limit=10\)"):
+        decorate(10)
+    with pytest.raises(TypeError, match=r"^@concurrency: <function _fetch at .*> was given without a name"):
+        decorate(_fetch)

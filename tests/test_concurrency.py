@@ -230,6 +230,23 @@ def test_each_argument_reaches_the_limiter(place: Place, arguments: dict[str, An
     assert repr(pair).endswith(f" {state}>")
 
 
+def test_a_limiter_is_called_as_its_function() -> None:
+    """Errors and `repr` name it, unless it is given a name, or is somebody else's."""
+
+    class Desk:
+        @concurrency(limit=1)
+        def quote(self, query: str) -> None: ...
+
+    def news(query: str) -> None: ...
+
+    assert repr(Desk.quote.limiter) == "<Limiter Desk.quote 0/1 in flight, 0 waiting>"
+    assert repr(concurrency(limit=1)(dual(news)).limiter) == "<Limiter news 0/1 in flight, 0 waiting>"
+    assert repr(concurrency(limit=1, name="paper")(news).limiter) == "<Limiter paper 0/1 in flight, 0 waiting>"
+    assert repr(concurrency(limit=1)(lambda query: query).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
+    assert repr(concurrency(limiter=Limiter(limit=1))(news).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
+    assert repr(concurrency(limit=1, key=str)(news).limiter) == "<KeyedLimiter news 0 keys>"
+
+
 @pytest.mark.parametrize("place", PLACES)
 async def test_a_burst_starts_back_to_back(place: Place) -> None:
     """A burst of three is admitted before anybody has left; without one, calls are spaced evenly."""

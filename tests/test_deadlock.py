@@ -51,7 +51,7 @@ async def test_a_nested_ainvoke_that_fits_is_admitted() -> None:
 def test_a_nested_invoke_that_waits_for_itself_is_told() -> None:
     """The call that finds all slots held by its own callers gets the error, and the slots come back."""
     pair, limiter = _ancestors()
-    with pytest.raises(DeadlockError, match="limiter family: all 2 slots"):
+    with pytest.raises(DeadlockError, match=r"limiter family: all slots \(2\)"):
         pair.invoke(LIMIT)
 
     assert limiter.stats().in_flight == 0
@@ -61,7 +61,7 @@ async def test_a_nested_ainvoke_that_waits_for_itself_is_told() -> None:
     """The async twin: each call is a task of its own, and its caller waits for it and for nothing else."""
     pair, limiter = _ancestors()
     async with asyncio.timeout(SAFETY_NET):
-        with pytest.raises(DeadlockError, match="limiter family: all 2 slots"):
+        with pytest.raises(DeadlockError, match=r"limiter family: all slots \(2\)"):
             await pair.ainvoke(LIMIT)
 
     assert limiter.stats().in_flight == 0
@@ -201,7 +201,7 @@ async def test_an_invoke_that_holds_up_all_who_are_inside_is_told() -> None:
     """A sync call on the event loop, whose tasks hold all slots, would wait for ever: not one of them can go on."""
     crowd = _Crowded()
     tasks = await crowd.fill(crowd.on_the_loop, crowd.on_the_loop)
-    with pytest.raises(DeadlockError, match=r"crowded: all 2 slots .* await the async side: ainvoke or acall\.$"):
+    with pytest.raises(DeadlockError, match=r"crowded: all slots \(2\) .* await the async side: ainvoke or acall\.$"):
         crowd.quick.invoke("b")
     crowd.may_go.set()
 

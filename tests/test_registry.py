@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib
 import linecache
+import runpy
 import sys
 import threading
 from pathlib import Path
@@ -289,6 +290,20 @@ def test_a_cell_that_is_run_again_takes_its_own_place() -> None:
     edited = _run_cell("\n\n" + SOURCE, "2-bb")
     assert registry["notebook_main.fetch"].pair is edited["fetch"]
     assert first["fetch"].invoke("EUR") == "first"
+
+
+def test_a_script_that_is_edited_and_run_again_takes_its_own_place(tmp_path: Path) -> None:
+    """An IDE or a server runs it in one process, as one module and one file: the run tells them apart."""
+    script = tmp_path / "script.py"
+    runs: list[dict[str, Any]] = []
+    for source in (SOURCE, SOURCE, "import os\n\n" + SOURCE):
+        script.write_text(source)
+        runs.append(runpy.run_path(str(script), run_name="run_again"))
+        assert registry["run_again.fetch"].pair is runs[-1]["fetch"]
+
+    script.write_text(SOURCE + SOURCE.split("\n\n")[1])
+    with pytest.raises(NameTakenError):
+        runpy.run_path(str(script), run_name="run_again")
 
 
 def test_a_function_made_again_and_again_takes_its_own_place() -> None:

@@ -90,6 +90,15 @@ async def test_a_limit_does_not_make_an_async_side():
     assert [message.category for message in messages] == [BridgedWarning]
 
 
+async def test_a_lambda_is_told_by_its_place():
+    """It has no name of its own, and the class's says nothing."""
+    messages = await told(Dual(lambda number: number).abatch(list(range(10))))
+
+    text = str(messages[0].message)
+    assert ".<lambda> (" in text.partition(" run in threads")[0]
+    assert "@dual(async_=pair_async) over " in text
+
+
 async def test_an_executor_of_ones_own_is_meant():
     """Who gives an executor knows what the async side is made of."""
     with ThreadPoolExecutor(2) as threads:
