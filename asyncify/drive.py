@@ -257,7 +257,7 @@ async def _watched_chunks(chunks: AsyncGenerator[T, Any], pair: str) -> AsyncGen
                 return
             begun = True
             with relay:
-                yield chunk
+                relay.sent = yield chunk
 
 
 def timed(fn: Function, pair: str, *, is_generator: bool) -> Function:

@@ -7,7 +7,7 @@ ended, which for a thread may be after its caller has given up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from contextvars import Context, copy_context
@@ -122,15 +122,17 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
         permit.leave()
         return result
 
-    def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def stream(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         permit = gate.enter(args, kwargs)
         try:
-            with closing(fn(*args, **kwargs)) as chunks:
-                yield from chunks
+            chunks: Generator[Any, Any, Any] = fn(*args, **kwargs)
+            with closing(chunks):
+                result = yield from chunks
         except BaseException as error:
             permit.leave(error)
             raise
         permit.leave()
+        return result
 
     return stream if shape.is_generator else run
 
@@ -146,14 +148,14 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
         permit.leave()
         return result
 
-    async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def stream(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         permit = await gate.aenter(args, kwargs)
         try:
             async with aclosing(fn(*args, **kwargs)) as chunks:
                 relay: Relay[Any] = Relay(chunks)
                 async for chunk in relay:
                     with relay:
-                        yield chunk
+                        relay.sent = yield chunk
         except BaseException as error:
             permit.leave(error)
             raise

@@ -19,15 +19,17 @@ T = TypeVar("T")
 class Relay(Generic[T]):
     """Reads an async generator for another one, which yields in a block of it and closes it.
 
-    As in `async for chunk in relay:`, `with relay:`, `yield chunk`.
+    As in `async for chunk in relay:`, `with relay:`, `yield chunk`; or `relay.sent = yield chunk`, where somebody may
+    send.
     """
 
-    __slots__ = ("_begun", "_chunks", "_thrown")
+    __slots__ = ("_begun", "_chunks", "_thrown", "sent")
 
     def __init__(self, chunks: AsyncGenerator[T, Any]) -> None:
         self._chunks = chunks
         self._begun = False
         self._thrown: BaseException | None = None
+        self.sent: Any = None
 
     def __aiter__(self) -> Self:
         """Return the relay itself."""
@@ -39,7 +41,9 @@ class Relay(Generic[T]):
             self._begun = True
             return _begin(self._chunks)
         thrown, self._thrown = self._thrown, None
-        return self._chunks.__anext__() if thrown is None else self._chunks.athrow(thrown)
+        if thrown is not None:
+            return self._chunks.athrow(thrown)
+        return self._chunks.__anext__() if self.sent is None else self._chunks.asend(self.sent)
 
     def __enter__(self) -> None:
         """Begin to yield."""

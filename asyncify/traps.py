@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -89,15 +89,29 @@ def telling_if_held(run: Function, name: str, *, is_generator: bool) -> Function
             _tell_held(name, seconds)
 
     def timed_chunks(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        one_more = telling_if_held(next, name, is_generator=False)
-        with closing(run(*args, **kwargs)) as chunks:
-            while (chunk := one_more(chunks, _END)) is not _END:
-                yield chunk
+        return (yield from _Timed(run(*args, **kwargs), name))
 
     return timed_chunks if is_generator else timed
 
 
-_END: Any = object()
+class _Timed(Generator[Any, Any, Any]):
+    """A generator whose steps tell if they held an event loop."""
+
+    def __init__(self, chunks: Generator[Any, Any, Any], name: str) -> None:
+        self._chunks = chunks
+        self._send = telling_if_held(chunks.send, name, is_generator=False)
+
+    def __next__(self) -> Any:
+        return self._send(None)
+
+    def send(self, value: Any, /) -> Any:
+        return self._send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._chunks.throw(*error)
+
+    def close(self) -> None:
+        self._chunks.close()
 
 
 def _plain_name(name: str) -> str:

@@ -3,8 +3,8 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from contextlib import aclosing, closing, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
-from asyncify import Dual, concurrency, dual
+from asyncify import Dual, concurrency, dual, watch
 
 SAFETY_NET = 30
 """Seconds after which a test that hangs fails."""
@@ -932,3 +932,52 @@ async def test_a_stream_that_nobody_watches_is_not_added_up() -> None:
     assert added == []
     list((SAME | Dual(ticks)).stream(1, {"callbacks": [Watcher()]}))
     assert len(added) == 4  # for the pair and for the pipe
+
+
+def conversation(start: str) -> Generator[str, str, str]:
+    """Yield what was said last, and return it in the end."""
+    said = start
+    for _ in range(2):
+        said = yield said
+    return f"end {said}"
+
+
+async def aconversation(start: str) -> AsyncGenerator[str, str]:
+    """Yield what was said last."""
+    said = start
+    while said != "end":
+        said = yield said
+
+
+ALL_KINDS: dict[str, Callable[[Any], Any]] = {
+    "dual": dual,
+    "no warnings": dual(warn=False),
+    "limited": concurrency(limit=1),
+    "drop-in": Dual,
+}
+
+
+@pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
+async def test_a_direct_call_gives_the_generator_that_it_was(make: Callable[[Any], Any]) -> None:
+    """What is sent in reaches the function, and what it returns comes out, on an event loop too."""
+    chunks = make(conversation)("one")
+    heard = [next(chunks), chunks.send("two")]
+    with pytest.raises(StopIteration) as end:
+        chunks.send("three")
+
+    assert (heard, end.value.value) == (["one", "two"], "end three")
+
+
+@pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
+@pytest.mark.parametrize("watched", [False, True])
+async def test_a_direct_call_gives_the_async_generator_that_it_was(
+    make: Callable[[Any], Any], *, watched: bool
+) -> None:
+    """What is sent in reaches the function, also under a watch."""
+    with watch() if watched else nullcontext():
+        chunks = make(aconversation)("one")
+        heard = [await anext(chunks), await chunks.asend("two"), await chunks.asend("three")]
+        with pytest.raises(StopAsyncIteration):
+            await chunks.asend("end")
+
+    assert heard == ["one", "two", "three"]
