@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hashable, Iterator
 from concurrent.futures import Executor
 from functools import partial
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MethodType
 from typing import TYPE_CHECKING, Any, Never, ParamSpec, Protocol, TypeVar, overload
 
 from aiolimiter import AsyncLimiter
@@ -19,7 +19,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
 from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
-from asyncify.runnable import AnyDual, Dual, function_of, gate_of, is_pair, side_beside, unwrapped
+from asyncify.runnable import AnyDual, Binding, Dual, function_of, gate_of, is_pair, side_beside, unwrapped
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
@@ -290,7 +290,8 @@ def concurrency(
                     "place, as in @concurrency(limit=10, per_second=50)"
                 )
             pair.furnish(gate=gate_for(pair), warn=warn)
-            _copy_binding(fn, pair)
+            if fn is not pair:
+                pair.bind_as(_binding_of(fn))
             return pair
         return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate_for(pair), warn=warn)
 
@@ -348,7 +349,7 @@ def _make_pair(
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
     pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
-    _copy_binding(decorated, pair)
+    pair.bind_as(_binding_of(decorated))
     former = unwrapped(decorated)
     registry.add(pair, fn, name, instead_of=former if is_pair(former) else None)
     pair.pickle_by_reference()
@@ -364,18 +365,19 @@ def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None
     return (None, fn) if is_async(plain) else (fn, None)
 
 
-def _copy_binding(decorated: object, pair: AnyDual) -> None:
-    """Bind the pair as what it was made of would be bound."""
+def _binding_of(decorated: object) -> Binding:
+    """Return how a pair is bound that is made of this: as that would be."""
     if is_pair(decorated):
-        pair.bind_as(decorated.binding)
-    elif isinstance(decorated, classmethod):
-        pair.bind_as("class")
-    elif isinstance(decorated, staticmethod):
-        pair.bind_as("nothing")
+        return decorated.binding
+    if isinstance(decorated, classmethod):
+        return "class"
+    # A partial of Python 3.13 has a __get__, which binds nothing yet.
+    binds = hasattr(type(decorated), "__get__") and not isinstance(decorated, (staticmethod, MethodType, partial))
+    return "instance" if binds else "nothing"
 
 
 def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
-    _copy_binding(stub, pair)
+    pair.bind_as(_binding_of(stub))
     registry.add(pair, unwrapped(stub), name, instead_of=pair)
     pair.furnish(wears=unwrapped(stub))
 

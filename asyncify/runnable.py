@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import copyreg
 import dataclasses
 import functools
 import inspect
@@ -51,7 +52,7 @@ from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_
 from asyncify.streams import astart_run, closable, fold, start_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
-__all__ = ["AnyDual", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
+__all__ = ["AnyDual", "Binding", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
 
 Input = TypeVar("Input", default=Any)
 Output = TypeVar("Output", default=Any)
@@ -64,6 +65,15 @@ T = TypeVar("T")
 Function = Callable[..., Any]
 Binding = Literal["instance", "class", "nothing"]
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
+
+
+def _coroutine_marks() -> dict[str, object]:
+    """Return the attributes by which frameworks tell a coroutine function: by `asyncio`, and from 3.12 on `inspect`."""
+    mark: Callable[[Function], Function] = getattr(inspect, "markcoroutinefunction", lambda fn: fn)
+    return {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None), **vars(mark(lambda: None))}
+
+
+_COROUTINE_MARKS = _coroutine_marks()
 
 
 class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
@@ -141,7 +151,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._fakes: tuple[Entries, ...] = ()
         self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
-        self._binding: Binding | None = None
+        self._binding: Binding = "nothing"
         self.furnish(wears=func)
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -176,6 +186,20 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._warn = self._warn if warn is None else warn
         self._assemble()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute; who replaces a side, as tests do with `patch.object(pair, "func", fake)`, has it run."""
+        super().__setattr__(name, value)
+        self._notice_change(name)
+
+    def __delattr__(self, name: str) -> None:
+        """Take an attribute away."""
+        super().__delattr__(name)
+        self._notice_change(name)
+
+    def _notice_change(self, name: str) -> None:
+        if name in ("func", "afunc") and "_entries" in vars(self) and (hasattr(self, "func") or hasattr(self, "afunc")):
+            self._assemble()
+
     def _assemble(self) -> None:
         self._entries = make_entries(
             getattr(self, "func", None),
@@ -185,6 +209,8 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             name=self.get_name(),
             warn=self._warn,
         )
+        marks = _COROUTINE_MARKS if self._is_async_def and not self._entries.async_.shape.is_generator else {}
+        vars(self).update({name: marks.get(name) for name in _COROUTINE_MARKS})
         self.set_fakes(self._fakes)
 
     def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
@@ -239,11 +265,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     @property
     def binding(self) -> Binding:
         """What the pair is bound to where it is looked up on an instance or a class."""
-        if self._binding is not None:
-            return self._binding
-        wears = self.__wrapped__  # a partial of Python 3.13 has a __get__, which binds nothing yet
-        binds = hasattr(type(wears), "__get__") and not isinstance(wears, (MethodType, functools.partial))
-        return "instance" if binds else "nothing"
+        return self._binding
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Take the attribute's name as the pair's own, if its function was written here under another."""
@@ -650,8 +672,12 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
                 f"{describe(self)} has a limit, which holds in one process, so it can't be pickled; decorate a "
                 "function at the top of a module, which is pickled by its name, or limit the pair where it arrives"
             )
-        sync, async_ = getattr(self, "func", None), getattr(self, "afunc", None)
-        return type(self), (sync or async_, async_ if sync else None, getattr(self, "name", None))
+        return copyreg.__newobj__, (type(self),), {k: v for k, v in vars(self).items() if k not in _MADE_ANEW}  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make anew what was not pickled."""
+        vars(self).update(state, _told=set(), _fakes=(), _on_stub=None)
+        self._assemble()
 
     def __copy__(self) -> Self:
         """Return a decorated pair itself, as of a function; of any other a copy under the same limit, without fakes."""
@@ -677,6 +703,7 @@ class _Bound(Dual[Any, Any]):
         self._on_stub = None
         self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def
+        vars(self).update({name: vars(pair)[name] for name in _COROUTINE_MARKS})
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
         if hasattr(pair, "func"):
@@ -776,6 +803,10 @@ def _bound_kind(kind: type[AnyDual]) -> type[_Bound]:
 def _bound_shape(shape: Shape) -> Shape:
     """Return the shape of a function whose first argument is given."""
     return dataclasses.replace(shape, required=shape.required[1:], positional_only=shape.positional_only[1:])
+
+
+_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *_COROUTINE_MARKS}
+"""Attributes of a pair that are not pickled with it."""
 
 
 AnyDual = Dual[Any, Any, ..., Any, Any, Any]

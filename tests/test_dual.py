@@ -1,11 +1,14 @@
 """The five forms of `dual`, on everything that can be called."""
 
+import asyncio
 import functools
 import inspect
 import operator
 import pydoc
-from collections.abc import Callable
+import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -390,3 +393,57 @@ def test_a_limit_on_the_decorated_side_is_the_limit_of_the_pair() -> None:
 
     assert repr(fetch) == "<Dual fetch sync+async 0/3 in flight, 0 waiting>"
     assert registry[f"{__name__}.{fetch.__qualname__}"].pair is fetch
+
+
+def _coroutine_functions() -> dict[str, tuple[Any, bool]]:
+    class Desk:
+        @concurrency(limit=2)
+        async def fetch(self, query: str) -> str:
+            return query
+
+    async def stream(query: str) -> AsyncIterator[str]:
+        yield query
+
+    @dual(sync=fetch_sync, async_=fetch_async)
+    def stub(query: str) -> str:
+        """Have only a name."""
+        raise NotImplementedError
+
+    return {
+        "async def": (dual(fetch_async), True),
+        "async def with a limit": (concurrency(limit=2)(fetch_async), True),
+        "a method": (Desk().fetch, True),
+        "def": (dual(fetch_sync), False),
+        "def with an async side": (dual(sync=fetch_sync, async_=fetch_async), False),
+        "a stub": (stub, False),
+        "async generator": (dual(stream), False),
+    }
+
+
+@pytest.mark.parametrize(("pair", "is_coroutine_function"), _coroutine_functions().values(), ids=_coroutine_functions())
+def test_a_framework_is_told_whether_to_await_it(pair: Any, *, is_coroutine_function: bool) -> None:
+    """Or a callback that is a pair of an `async def` would never run. Of `inspect`'s own Python 3.11 lets none tell."""
+    assert asyncio.iscoroutinefunction(pair) is is_coroutine_function
+    if sys.version_info >= (3, 12):
+        assert inspect.iscoroutinefunction(pair) is is_coroutine_function
+
+
+@pytest.mark.parametrize("side", ["func", "afunc"])
+@pytest.mark.parametrize("limited", [False, True])
+async def test_a_side_that_is_replaced_runs(side: str, *, limited: bool) -> None:
+    """Tests that patch a `RunnableLambda` do so, and it is undone with the patch."""
+    pair: Any = Dual(fetch_sync, fetch_async)
+    pipe = (concurrency(limit=2)(pair) if limited else pair) | Dual(str.upper)
+
+    def fake(query: str) -> str:
+        return f"fake {query}"
+
+    async def afake(query: str) -> str:
+        return f"fake {query}"
+
+    before = (pipe.invoke("x"), await pipe.ainvoke("x"))
+    with mock.patch.object(pair, side, fake if side == "func" else afake):
+        replaced = pipe.invoke("x") if side == "func" else await pipe.ainvoke("x")
+        assert replaced == "FAKE X"
+
+    assert (pipe.invoke("x"), await pipe.ainvoke("x")) == before

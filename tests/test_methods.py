@@ -785,6 +785,18 @@ async def test_a_method_of_a_builtin_type_takes_a_limit() -> None:
     assert copy.copy(pair) == pair
 
 
+def test_a_drop_in_is_no_method() -> None:
+    """A `RunnableLambda` is none either, so a class that has one may have a drop-in; `dual` makes methods."""
+
+    class Agent:
+        clean = Dual(str.strip)
+        limited = concurrency(limit=2)(Dual(str.strip))
+        method = dual(lambda self, query: query.strip())
+
+    assert Agent().clean.invoke(" x ") == Agent().limited.invoke(" x ") == Agent().method.invoke(" x ") == "x"
+    assert Agent().clean is Agent.clean
+
+
 class Shouted(Dual[Any, Any]):
     """A kind of pair of somebody's own."""
 
@@ -797,6 +809,7 @@ class Market:
     """A class with a pair of that kind."""
 
     shout = Shouted(lambda self, query: query)
+    shout.bind_as("instance")
 
 
 def test_a_kind_of_pair_stays_of_that_kind_when_it_binds() -> None:

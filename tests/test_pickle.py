@@ -258,6 +258,28 @@ async def test_a_drop_in_is_pickled_with_its_class_both_sides_and_name() -> None
     assert (made.invoke("x"), await made.ainvoke("x")) == ("X", "async X")
 
 
+class Tagged(Dual[Any, Any]):
+    """A kind of pair that is made in another way, and has more to it."""
+
+    def __init__(self, tag: str) -> None:
+        super().__init__(upper, aupper)
+        self.tag = tag
+
+
+def _pickled(pair: object) -> Any:
+    return pickle.loads(pickle.dumps(pair))  # noqa: S301  (our own)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, _pickled])
+async def test_a_kind_of_drop_in_keeps_what_it_has(copied: Callable[[Any], Any]) -> None:
+    """However it is made: as of any object, its attributes go with it."""
+    pair = Tagged("blue")
+    assert pair.deps == []
+    made = copied(pair)
+
+    assert (made.tag, made.invoke("x"), await made.ainvoke("x")) == ("blue", "X", "async X")
+
+
 def test_a_drop_in_with_a_limit_is_not_pickled_without_it() -> None:
     """The message says what to write."""
     with pytest.raises(pickle.PicklingError, match="has a limit, which holds in one process"):
