@@ -320,5 +320,5 @@ def _look_around_again() -> None:
 # Nothing is half changed in a child: no other thread changes anything while the process is forked.
 at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_look_around_again)
 
-if os.environ.get("ASYNCIFY_WATCH", "") not in ("", "0"):
+if os.environ.get("ASYNCIFY_WATCH", "").lower() not in ("", "0", "false", "no", "off"):
     Watch().__enter__()

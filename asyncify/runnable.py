@@ -295,6 +295,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if hasattr(self, "func"):
             raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
         plain = function_of(fn, "sync")
+        _check_is_of_class(self, plain, "async_")
         check_pair(plain, self.afunc, f"{self.get_name()}.sync")
         gate = gate_of(self, fn)
         self.func = plain
@@ -306,6 +307,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
         plain = function_of(fn, "async")
+        _check_is_of_class(self, plain, "sync")
         check_pair(self.func, plain, f"{self.get_name()}.async_")
         gate = gate_of(self, fn)
         self.afunc = plain
@@ -845,6 +847,16 @@ def side_beside(other: Function, side: Function) -> Function:
     """Return the side; a class's pair as it stands in the class, if the other side takes the class as well."""
     takes_class = isinstance(side, _Bound) and side.is_of_class and not same_parameters(side, function_of(other))
     return cast("_Bound", side).unbound if takes_class else side
+
+
+def _check_is_of_class(pair: AnyDual, fn: Function, other: str) -> None:
+    """Refuse a second side that is written in a subclass: it would be that of the class, too."""
+    own, written = (getattr(side, "__qualname__", "").rpartition(".")[0] for side in (pair, fn))
+    if own != written and not any(name == "" or name.endswith("<locals>") for name in (own, written)):
+        raise PairError(
+            f"{describe(fn)} is written in {written}, and would become a side of {own}'s own "
+            f"{pair.get_name()}; to override it in {written} alone, write @dual({other}={own}.{pair.get_name()})"
+        )
 
 
 def in_its_class(pair: AnyDual) -> AnyDual:

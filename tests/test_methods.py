@@ -785,6 +785,31 @@ async def test_a_method_of_a_builtin_type_takes_a_limit() -> None:
     assert copy.copy(pair) == pair
 
 
+def test_a_second_side_in_a_subclass_is_refused() -> None:
+    """It would be the base's, too: the error says how to override one side."""
+
+    class Base:
+        @dual
+        def price(self, query: str) -> str:
+            return "base"
+
+        @dual
+        async def quote(self, query: str) -> str:
+            return "base"
+
+    async def price(self: Base, query: str) -> str:
+        return "live"
+
+    def quote(self: Base, query: str) -> str:
+        return "live"
+
+    price.__qualname__, quote.__qualname__ = "Live.price", "Live.quote"  # as they would be written there
+    with pytest.raises(PairError, match=r"to override it in Live alone, write @dual\(sync=.*Base.price\)$"):
+        Base.price.async_(price)
+    with pytest.raises(PairError, match=r"would become a side of .*Base's own quote.*write @dual\(async_=.*\)$"):
+        Base.quote.sync(quote)
+
+
 def test_a_drop_in_is_no_method() -> None:
     """A `RunnableLambda` is none either, so a class that has one may have a drop-in; `dual` makes methods."""
 

@@ -921,10 +921,10 @@ os.wait()
 
 @pytest.mark.parametrize(
     ("value", "printed"),
-    [("1", "here 1\nchild 1 [True]\n"), ("0", "here 0\nchild 0 []\n"), ("", "here 0\nchild 0 []\n")],
+    [("1", "here 1\nchild 1 [True]\n"), ("False", "here 0\nchild 0 []\n"), ("", "here 0\nchild 0 []\n")],
 )
 def test_the_environment_switches_a_watch_on(value, printed):
-    """`ASYNCIFY_WATCH=1` watches the whole program and the processes that it forks; 0 and nothing do not."""
+    """`ASYNCIFY_WATCH=1` watches the whole program and the processes that it forks; false and nothing do not."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM],
         capture_output=True,
