@@ -22,7 +22,7 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 .PHONY: help demo test pytest layers lint format bench constraints clean which-python
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s%s\n", $$1, $$2}' '$(strip $(MAKEFILE_LIST))'
 
 demo: $(VENV)/.demo  ## run the main job: 90 HTTP calls, four ways
 	$(BIN)/python examples/forex.py

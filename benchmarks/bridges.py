@@ -19,9 +19,9 @@ from asgiref.sync import async_to_sync, sync_to_async
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import concurrency, dual, watch
+from benchmarks.delegation import bare, nap, nap_async
 from benchmarks.harness import Case, Gauge, Side, Target
 
-SECONDS = 0.1
 LIMIT = 100
 NO_CHEAPER = Target(at_least=1.0)
 
@@ -34,18 +34,6 @@ def double(number: int) -> int:
 async def double_async(number: int) -> int:
     """Return at once, on a loop."""
     return number * 2
-
-
-def nap(call: int) -> int:
-    """Take 0.1 s of a thread."""
-    time.sleep(SECONDS)
-    return call
-
-
-async def nap_async(call: int) -> int:
-    """Take 0.1 s and no thread."""
-    await asyncio.sleep(SECONDS)
-    return call
 
 
 only_sync = dual(double, name="only_sync")
@@ -121,8 +109,8 @@ class Portal:
 
     def naps(self, calls: int) -> None:
         """Start so many naps by the portal and wait for all of them."""
-        for nap in [self._portal.start_task_soon(nap_async, call) for call in range(calls)]:
-            nap.result()
+        for started in [self._portal.start_task_soon(nap_async, call) for call in range(calls)]:
+            started.result()
 
 
 def sync_from_async(calls: int, portal: Portal) -> Case:
@@ -143,12 +131,6 @@ def sync_from_async(calls: int, portal: Portal) -> Case:
 
 
 # Many calls
-
-
-async def bare(calls: int, at_once: int) -> None:
-    """Sleep as often as there are calls, so many at once: nothing can be faster."""
-    for done in range(0, calls, at_once):
-        await asyncio.gather(*(nap_async(call) for call in range(done, min(done + at_once, calls))))
 
 
 async def by_anyio(calls: int) -> None:

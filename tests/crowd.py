@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,14 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(SAFETY_NET):
         while not holds():  # noqa: ASYNC110  (other threads bring it about, which can't set an asyncio.Event)
             await asyncio.sleep(0.0005)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds that other threads bring about."""
+    deadline = time.monotonic() + SAFETY_NET
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 class Call:

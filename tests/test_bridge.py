@@ -20,6 +20,7 @@ import pytest
 from asyncify import bridge
 from asyncify.background import BackgroundLoop
 from asyncify.bridge import Ended, ThreadPool
+from tests.crowd import until
 
 SECONDS = 30  # a safety net, never the measure of anything
 
@@ -46,15 +47,6 @@ async def afail() -> None:
 
 def unnoticed(error: BaseException | None) -> None:
     """Take no note of an end."""
-
-
-async def eventually(happened: Callable[[], bool]) -> None:
-    """Wait for something that another thread is about to do."""
-    for _ in range(SECONDS * 1000):
-        if happened():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it never happened")
 
 
 async def acall(pool: ThreadPool, work: Callable[[], Any], ended: Ended = unnoticed) -> Any:
@@ -176,7 +168,7 @@ async def test_a_thread_carries_the_name_of_the_pool_while_it_works(pool):
     name = await acall(pool, lambda: threading.current_thread().name)
 
     assert name == "pair"
-    await eventually(lambda: thread.name == "asyncify")
+    await until(lambda: thread.name == "asyncify")
 
 
 async def test_context_variables_are_carried_into_the_thread(pool):
@@ -216,7 +208,7 @@ async def test_nothing_keeps_an_error_alive(pool):
     try:
         error = await provoke()
 
-        await eventually(lambda: error() is None)  # the thread, too, has to leave the call
+        await until(lambda: error() is None)  # the thread, too, has to leave the call
     finally:
         gc.enable()
 
@@ -263,7 +255,7 @@ async def test_the_end_of_a_stream_is_told_which_error_it_was(pool):
         async with astream(pool, chunks(), told.append) as stream:
             [chunk async for chunk in stream]
 
-    await eventually(lambda: told == [caught.value])
+    await until(lambda: told == [caught.value])
 
 
 async def test_a_cancelled_wait_leaves_the_thread_running(pool, blocker):
@@ -278,7 +270,7 @@ async def test_a_cancelled_wait_leaves_the_thread_running(pool, blocker):
     blocker.go.set()
 
     assert still_running
-    await eventually(ended.is_set)
+    await until(ended.is_set)
 
 
 @pytest.mark.parametrize("is_loop_closed", [False, True])
@@ -339,7 +331,7 @@ async def test_a_coroutine_that_comes_too_late_is_closed(pool, blocker):
     with pytest.raises(asyncio.CancelledError):
         await call
     blocker.go.set()
-    await eventually(lambda: bool(ended))
+    await until(lambda: bool(ended))
 
     assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
@@ -450,7 +442,7 @@ async def test_a_thousand_pools_share_one_thread():
     threads = set()
     for number in range(1000):
         threads.add(await acall(ThreadPool(8, f"pair {number}"), threading.get_ident))
-        await eventually(lambda: bool(bridge._stock._idle))  # an answer may overtake its thread on the way back
+        await until(lambda: bool(bridge._stock._idle))  # an answer may overtake its thread on the way back
 
     assert len(threads) < 100  # one; others where the stock held some of earlier tests
 
@@ -467,7 +459,7 @@ async def test_an_idle_thread_keeps_nothing_of_its_last_call(pool):
     await acall(pool, payload)
     del payload
 
-    await eventually(lambda: ref() is None)
+    await until(lambda: ref() is None)
 
 
 async def test_the_default_pool_of_the_loop_is_left_alone(blocker):
@@ -636,7 +628,7 @@ async def test_an_error_of_a_generator_ends_the_stream(pool):
             await anext(stream)
 
     assert first == 1
-    await eventually(lambda: bool(ended))
+    await until(lambda: bool(ended))
     assert caught.traceback[-1].name == "chunks"
 
 

@@ -2,22 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
 from asyncify import clock as clock_module
 from asyncify.clock import MonotonicClock
-
-SAFETY_NET = 30
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds that other threads bring about."""
-    deadline = time.monotonic() + SAFETY_NET
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.crowd import SAFETY_NET, wait_until
 
 
 def timer_threads() -> list[threading.Thread]:

@@ -12,6 +12,7 @@ from asyncify import BridgeError, DeadlockError, Limiter, bridge
 from asyncify.bridge import DEFAULT_THREADS
 from asyncify.entries import Bridge, Entries, make_entries
 from asyncify.gate import Gate
+from tests.crowd import until
 
 SECONDS = 30  # a safety net, never the measure of anything
 
@@ -184,18 +185,9 @@ async def test_an_async_stream_holds_its_slot_for_its_life(sides):
     await until_idle(limiter)
 
 
-async def eventually(happened: Callable[[], bool]) -> None:
-    """Wait for something that another thread is about to do."""
-    for _ in range(SECONDS * 1000):
-        if happened():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it never happened")
-
-
 async def until_idle(limiter: Limiter) -> None:
     """Wait until no call is in flight: a thread may need a moment to end."""
-    await eventually(lambda: not limiter.stats().in_flight)
+    await until(lambda: not limiter.stats().in_flight)
 
 
 class Stuck:
@@ -315,7 +307,7 @@ async def test_full_bridges_leave_the_loops_own_threads_alone(stuck):
     calls = [asyncio.create_task(unlimited("usd")) for _ in range(DEFAULT_THREADS + 1)]
     calls += [asyncio.create_task(limited("usd")) for _ in range(6)]
     calls += [asyncio.create_task(consume())]
-    await eventually(lambda: stuck.calls == DEFAULT_THREADS + 5 + 1)
+    await until(lambda: stuck.calls == DEFAULT_THREADS + 5 + 1)
     before = executor.given
     async with asyncio.timeout(SECONDS):
         answer = await asyncio.to_thread(lambda: "at once")
@@ -334,7 +326,7 @@ async def test_a_thousand_bridged_pairs_leave_no_threads(monkeypatch):
     runs = [entries((fetch, None)).async_.run for _ in range(1000)]
 
     assert await asyncio.gather(*(run("usd") for run in runs)) == ["USD"] * 1000
-    await eventually(lambda: not set(threading.enumerate()) - before)
+    await until(lambda: not set(threading.enumerate()) - before)
 
 
 async def test_a_coroutine_that_a_sync_function_returns_is_within_the_limit():

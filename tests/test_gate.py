@@ -3,10 +3,8 @@
 import asyncio
 import contextvars
 import gc
-import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -174,26 +172,6 @@ class TestKeys:
 
         assert not keyed["a"].acquire(blocking=False)
         assert keyed["b"].acquire(blocking=False)
-
-    def test_record_goes_on_while_new_keys_come(self) -> None:
-        """However many there are, and whatever other threads do."""
-        keyed = KeyedLimiter(lambda key: key, per_hour=10)
-        is_over = threading.Event()
-
-        def bring_keys() -> None:
-            for number in itertools.count():
-                keyed.enter(number, 1, None).leave()
-                if is_over.is_set():
-                    return
-
-        with ThreadPoolExecutor() as pool:
-            bringing = pool.submit(bring_keys)
-            permit = keyed.enter("mine", 1, None)
-            for _ in range(2000):
-                keyed.record(2)
-            permit.leave()
-            is_over.set()
-            bringing.result(SAFETY_NET)
 
     def test_record_outside_a_call_is_an_error(self) -> None:
         """There is nothing to correct, even inside a call of somebody else."""

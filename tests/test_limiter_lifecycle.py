@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,16 +19,7 @@ from asyncify.clock import MonotonicClock
 from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
-
-SAFETY_NET = 30
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds that other threads bring about."""
-    deadline = time.monotonic() + SAFETY_NET
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.crowd import SAFETY_NET, wait_until
 
 
 def run_program(program: str) -> str:
