@@ -384,6 +384,8 @@ def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
 
 def _check_options(name: object, bridge: object) -> None:
     if name is not None and not (isinstance(name, str) and name):
-        raise PairError(f'dual: name={name!r} is none; write name="quotes"')
+        raise PairError(f'dual: name={name!r} is not a name; write name="quotes"')
     if not isinstance(bridge, Executor) and bridge not in ("thread", "error"):
-        raise PairError(f'dual: bridge={bridge!r} is none; write "thread", "error", or a concurrent.futures.Executor')
+        raise PairError(
+            f'dual: bridge={bridge!r} is not a bridge; write "thread", "error", or a concurrent.futures.Executor'
+        )

@@ -96,9 +96,9 @@ class Override(Block):
 class Registry:
     """All decorated pairs, by `module.qualname`.
 
-    A mapping from names to records, in the order of the names: `registry["quotes.fetch"]`, `"fetch" in registry`,
-    `for record in registry`, `len(registry)`. A short name, the end of a full one, finds a pair if it is unique.
-    A pair that nobody else holds any more is forgotten.
+    `registry["quotes.fetch"]` is the record of one, `"fetch" in registry` tells whether there is one, `for record in
+    registry` goes through all, in the order of their names, `len(registry)` counts them. A short name, the end of a
+    full one, finds a pair if it is unique. A pair that nobody else holds any more is forgotten.
     """
 
     def __init__(self) -> None:

@@ -143,7 +143,7 @@ def dual_patch(
 ) -> Patch:
     """Make a pair of a function or a method that is not yours, in its place.
 
-    Everybody who looks it up from then on finds the pair; who imported it by name before keeps the function.
+    Everybody who looks it up from then on finds the pair; whoever imported it by name before keeps the function.
 
     Args:
         target: the function, as "package.module:function" or "package.module:Class.method". If the module is not

@@ -94,9 +94,9 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     ("no parameter, async", lambda: dual(_anothing), r"_anothing .* takes no parameter"),
     ("no parameter, two sides", lambda: dual(sync=_nothing, async_=_anothing), r"_nothing .* takes no parameter"),
     ("a function and sides", lambda: dual(_fetch, async_=_afetch), r"dual: give a function to decorate, or sync= and"),
-    ("a bridge that is none", lambda: dual(_fetch, bridge="loop"), r"bridge='loop' is none; write"),
-    ("an empty name", lambda: dual(_fetch, name=""), r"name='' is none; write name="),
-    ("a name that is no text", lambda: dual(_fetch, name=3), r"name=3 is none"),
+    ("a bridge that is none", lambda: dual(_fetch, bridge="loop"), r"bridge='loop' is not a bridge; write"),
+    ("an empty name", lambda: dual(_fetch, name=""), r"name='' is not a name; write name="),
+    ("a name that is no text", lambda: dual(_fetch, name=3), r"name=3 is not a name"),
     (
         "an executor for an async function",
         lambda: dual(_afetch, bridge=ThreadPoolExecutor(1)),
