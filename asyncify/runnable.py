@@ -186,12 +186,12 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._warn = self._warn if warn is None else warn
         self._assemble()
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any, /) -> None:
         """Set an attribute; who replaces a side, as tests do with `patch.object(pair, "func", fake)`, has it run."""
         super().__setattr__(name, value)
         self._notice_change(name)
 
-    def __delattr__(self, name: str) -> None:
+    def __delattr__(self, name: str, /) -> None:
         """Take an attribute away."""
         super().__delattr__(name)
         self._notice_change(name)
@@ -698,6 +698,9 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 class _Bound(Dual[Any, Any]):
     """A pair as a method of one instance or class; it lives and dies with whoever looked it up."""
 
+    __setattr__ = object.__setattr__  # what is set is not noticed: it is made at each access, and quickly
+    __delattr__ = object.__delattr__
+
     def __init__(self, pair: AnyDual, receiver: object) -> None:  # the pair has been looked at already
         self._pair = pair
         self._receiver = receiver
@@ -705,7 +708,8 @@ class _Bound(Dual[Any, Any]):
         self._on_stub = None
         self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def
-        vars(self).update({name: vars(pair)[name] for name in _COROUTINE_MARKS})
+        if pair._is_async_def:
+            vars(self).update({name: vars(pair)[name] for name in _COROUTINE_MARKS})
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
         if hasattr(pair, "func"):
