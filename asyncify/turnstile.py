@@ -85,7 +85,6 @@ class Turnstile:
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
         self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
-        self._robbed: weakref.WeakSet[Permit] = weakref.WeakSet()  # calls inside whose slots others have given back
         self._timer: Timer | None = None
         self._is_certain = True  # that a permit which looks held is held
 
@@ -330,18 +329,17 @@ class Turnstile:
                     self._dequeue(permit)
                 continue
             self._learn(permit, outcome, permit.at, now)
-            if permit.slots and not self._meter.release(permit) and permit in self._robbed:
+            if permit.slots and not self._meter.release(permit) and permit in _robbed:
                 self._rob(permit)
             permit.at = None  # two threads may have given it up at the same moment; it is taken back once
 
     def _rob(self, permit: Permit) -> None:
         """Give back the slot of some other call, as this call's own is gone; that other will do the same."""
-        self._robbed.discard(permit)
         for other in tuple(self._meter.inside):
-            self._robbed.add(other)  # before its slot is taken, or it could leave without being seen
+            _robbed.add(other)  # before its slot is taken, or it could leave without being seen
             if self._meter.release(other):
                 return
-            self._robbed.discard(other)
+            _robbed.discard(other)
 
     def _learn(self, permit: Permit, outcome: object, at: float, now: float) -> None:
         if outcome is _UNUSED:
@@ -393,7 +391,7 @@ class Turnstile:
         self._is_certain = False
         permit = Permit(self, 1, 1)
         permit.at = self._now()
-        self._robbed.add(permit)
+        _robbed.add(permit)
         permit.end(error)
 
     def give_up(self, permit: Permit) -> None:
@@ -491,6 +489,9 @@ def check_affordable(cost: float, limits: Limits, what: str) -> None:
         tightest = min(limits.rates, key=lambda rate: rate.amount)
         raise ValueError(f"{what}: a cost of {shown(cost)} can never be admitted, as the limit is {tightest}")
 
+
+_robbed: weakref.WeakSet[Permit] = weakref.WeakSet()
+"""Calls inside whose slots others have given back; of all limiters, as there is hardly ever one."""
 
 _turnstiles: weakref.WeakSet[Turnstile] = weakref.WeakSet()
 
