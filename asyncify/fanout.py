@@ -17,6 +17,7 @@ from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from inspect import isasyncgen
 from itertools import islice
 from time import monotonic
@@ -329,14 +330,13 @@ class Threads(Blocking):
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
         self._at_work: set[int] = set()  # those that have an item in hand
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Drop the items that have not started or wait for a limiter, and wait for the end of those that run."""
         if self._is_deserted():
             return
         with self._lock:
             self._inbox.clear()
-        self._scope.cancel()
-        with self._lock:
+        with self._scope.cancelled() if error[0] is not None else nullcontext(), self._lock:
             # A garbage collector runs anywhere, also in one of these threads.
             self._changed.wait_for(lambda: not self._at_work - {get_ident()})
 

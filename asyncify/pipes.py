@@ -19,7 +19,7 @@ from langchain_core.runnables.utils import AddableDict
 
 from asyncify.background import background
 from asyncify.batches import Batches
-from asyncify.branches import amerge, merge
+from asyncify.branches import amerge, end_all, merge
 from asyncify.bridge import ThreadPool
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
@@ -234,8 +234,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             done = wait(futures, return_when=FIRST_EXCEPTION).done  # all of them, or one that raises its error here
             return {key: future.result() for key, future in zip(steps, futures, strict=True) if future in done}
         finally:
-            scope.cancel()
-            wait(futures)
+            end_all(futures, scope)
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import pytest
@@ -206,6 +206,41 @@ class TestLeaving:
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
 
 
+class TestWhatIsLeftRunning:
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_a_thread_that_an_item_has_left_behind_waits_on(self, *, fails: bool) -> None:
+        """It has the item's context, and ends when it ends: the batch knows nothing of it."""
+        limiter = Limiter(limit=1)
+        go_on, ends = threading.Event(), list[str]()
+
+        def report() -> None:
+            go_on.wait(SAFETY_NET)
+            try:
+                with limiter:
+                    ends.append("in")
+            except asyncio.CancelledError:
+                ends.append("called off")
+
+        def work(value: int) -> None:
+            if value == 0:
+                threads.append(threading.Thread(target=contextvars.copy_context().run, args=(report,)))
+                threads[0].start()
+                if fails:
+                    raise RefusalError
+
+        threads: list[threading.Thread] = []
+        holder = limiter.enter()
+        with pytest.raises(RefusalError) if fails else nullcontext():
+            Dual(work).batch([0, 1, 2])
+        go_on.set()
+        while not limiter.stats().waiting and not ends:
+            threads[0].join(0.001)
+        holder.leave()
+        threads[0].join(SAFETY_NET)
+
+        assert ends == ["in"]
+
+
 class TestScope:
     def test_a_wait_in_a_scope_that_has_ended_does_not_begin(self, limiter: Limiter) -> None:
         """A thread that comes late is told so at once, and leaves nothing in the queue."""
@@ -213,8 +248,7 @@ class TestScope:
         context = contextvars.Context()
         context.run(scope.enter)
         limiter.acquire()
-        scope.cancel()
-        with pytest.raises(asyncio.CancelledError, match="has ended while it waited"):
+        with scope.cancelled(), pytest.raises(asyncio.CancelledError, match="has ended while it waited"):
             context.run(limiter.enter)
 
         assert (limiter.stats().waiting, limiter.stats().in_flight) == (0, 0)
@@ -238,11 +272,11 @@ class TestScope:
             threads = [threading.Thread(target=contextvars.Context().run, args=(wait,)) for _ in range(3)]
             for thread in threads:
                 thread.start()
-            threads.append(threading.Thread(target=scope.cancel))
+            threads.append(threading.Thread(target=holder.end))
             threads[-1].start()
-            holder.end()
-            for thread in threads:
-                thread.join(SAFETY_NET)
+            with scope.cancelled():
+                for thread in threads:
+                    thread.join(SAFETY_NET)
 
             assert len(ends) == 3
             assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
