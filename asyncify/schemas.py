@@ -6,12 +6,13 @@ a description, and calls the runnable with a mapping. A pair answers `tool`, and
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, TypeGuard, get_type_hints
 
 from langchain_core.callbacks import Callbacks
@@ -71,6 +72,7 @@ def from_tool(fn: Function, value: dict[str, _Argument]) -> tuple[Any, dict[str,
 def tool_schema(fn: Function, name: str) -> type[BaseModel]:
     """Return the function's parameters as `tool` is to take them."""
     _check_names(fn)
+    _check_types(fn)
     return parameters_schema(fn, name, base=_Arguments)
 
 
@@ -117,6 +119,20 @@ def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = BaseMo
     return create_model(name, __base__=base, **fields)
 
 
+def _check_types(fn: Function) -> None:
+    """Check that the type of each parameter is known.
+
+    Raises:
+        PairError: one is not, and it could be one that is to be kept from the model.
+    """
+    hints = _hints(fn)
+    if unknown := [parameter for parameter in _parameters(fn) if parameter.name not in hints]:
+        raise PairError(
+            f"{describe(fn)} can't be a tool: nothing is known at run time of the type in {unknown[0]}, which a model "
+            "might not be meant to see; import what it names outside of TYPE_CHECKING, at the top of the module"
+        )
+
+
 def _check_names(fn: Function) -> None:
     """Check that what a tool hands on beside the input reaches the function.
 
@@ -139,10 +155,21 @@ def _parameters(fn: Function) -> list[Parameter]:
 
 
 def _hints(fn: Function) -> dict[str, Any]:
-    try:
-        return get_type_hints(plain(inspect.unwrap(fn)), include_extras=True)
-    except (NameError, TypeError):  # a name that only a type checker knows; an object that has no annotations
-        return {}
+    """Return the parameters' types, each for itself, without those that only a type checker can resolve."""
+    hints: dict[str, Any] = {}
+    for parameter in _parameters(fn):
+        with contextlib.suppress(AttributeError, NameError, SyntaxError, TypeError):
+            hints[parameter.name] = _resolved(fn, parameter.annotation)
+    return hints
+
+
+def _resolved(fn: Function, annotation: Any) -> Any:
+    """Return the type that an annotation of the function stands for, in the function's module if it is a string."""
+    written: Any = inspect.unwrap(plain(inspect.unwrap(fn)))
+    alone = SimpleNamespace(__annotations__={"it": Any if annotation is Parameter.empty else annotation})
+    names = getattr(written, "__globals__", None) or getattr(inspect.getmodule(written), "__dict__", {})
+    declared = {parameter.__name__: parameter for parameter in getattr(written, "__type_params__", ())}
+    return get_type_hints(alone, names, declared, include_extras=True)["it"]
 
 
 def tool_of(
@@ -160,6 +187,8 @@ def tool_of(
     """
     if keys is None:
         _check_names(fn)
+    if keys is None and schema is None:
+        _check_types(fn)
 
     def taken(alone: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if alone:

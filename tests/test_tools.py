@@ -1,12 +1,14 @@
 """Pairs as tools, as schemas and in graphs."""
 
 import functools
+import sys
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
-from langchain_core.tools import tool
+from langchain_core.tools import InjectedToolArg, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.prebuilt import ToolNode
 from pydantic import BaseModel, Field, ValidationError
@@ -307,6 +309,85 @@ def test_an_annotation_may_be_a_string() -> None:
 
     assert late.get_input_jsonschema()["properties"]["digits"]["type"] == "integer"
     assert tool(late).invoke({"rounding": {"digits": 4}}) == 5
+
+
+def _pay(order: Any, token: Any, note: Any = "") -> Any:
+    return type(order).__name__, token, note
+
+
+def test_an_annotation_that_only_a_checker_knows_hides_no_other() -> None:
+    """Each parameter has its own type, whatever the result or another parameter is said to be."""
+    pay = dual(name="pay")(_pay)
+    token = Annotated[str, InjectedToolArg]
+    pay.func.__annotations__ = {"order": "Rounding", "token": token, "note": "str", "return": "Unknown"}
+    made = [tool(pay), pay.as_tool()]
+    pay.func.__annotations__["note"] = "Unknown"
+
+    assert [set(each.args) for each in made] == [{"order", "note"}] * 2
+    assert made[0].invoke({"order": {"digits": 1}, "token": "t"}) == ("Rounding", "t", "")
+    assert pay.get_input_jsonschema()["properties"]["token"]["type"] == "string"
+    assert pay.InputType is Rounding
+
+
+@pytest.mark.parametrize("unknown", ["Unknown", "typing.Unknown", "list[Rounding", "'str' | None"])
+@each_form
+def test_a_tools_parameter_of_a_type_that_only_a_checker_knows_is_told(make: Any, unknown: str) -> None:
+    """It might be one that the model must not see."""
+
+    @dual(name=f"hidden_{id(make)}_{unknown}")
+    def hidden(query: str, token: Any) -> None: ...
+
+    hidden.func.__annotations__["token"] = unknown
+
+    with pytest.raises(PairError, match="nothing is known at run time of the type in token: "):
+        make(hidden)
+    assert hidden.as_tool(Described).args.keys() == {"query"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the syntax is that of Python 3.12")
+def test_an_annotation_may_name_a_type_parameter() -> None:
+    """It is found where it is declared."""
+    names: dict[str, Any] = {}
+    exec("def first[T: int](items: 'list[T]') -> T: return items[0]", names)  # noqa: S102
+
+    assert dual(names["first"], name="first").InputType.__args__ == names["first"].__type_params__
+
+
+def late(rounding: "Rounding", more: int = 1) -> int:
+    """Add digits."""
+    return rounding.digits + more
+
+
+class Wrapper:
+    """A callable made of a function, by a module that does not know the function's names."""
+
+    __call__ = eval("lambda self, *args: 0", {})  # noqa: S307
+
+    def __init__(self, fn: Any) -> None:
+        functools.update_wrapper(self, fn)
+
+
+any_late: Any = late
+
+
+@pytest.mark.parametrize(
+    "fn", [Wrapper(late), functools.partial(contextmanager(any_late), more=2)], ids=["wrapper", "partial"]
+)
+def test_an_annotation_is_looked_up_where_it_is_written(fn: Any) -> None:
+    """Under whatever wraps the function, names are those of its own module."""
+    assert dual(fn, name="late wrapped").InputType is Rounding
+
+
+def test_the_annotations_of_a_class_are_those_of_its_parameters() -> None:
+    """A class makes a pair too; its attributes may have other types."""
+
+    class Parsed:
+        text: int
+
+        def __init__(self, text: "Rounding", digits: "int") -> None:
+            """Keep neither."""
+
+    assert dual(Parsed, name="parsed").get_input_jsonschema()["properties"]["text"] == {"$ref": "#/$defs/Rounding"}
 
 
 def test_a_graph_shows_a_pair_by_name() -> None:
