@@ -596,10 +596,9 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         return super().get_input_schema(config)
 
     def get_input_jsonschema(self, config: RunnableConfig | None = None) -> dict[str, Any]:
-        """Return the JSON schema of the input; for LangChain's `tool`, of the function's parameters."""
+        """Return the JSON schema of the input; for LangChain's `tool`, what it asks: whether this is an object."""
         if asks_for_tool(sys._getframe(1)):
-            schema = self._keys_schema() or parameters_schema(self.__wrapped__, self.get_name("Input"))
-            return schema.model_json_schema()
+            return {"type": "object"}
         return super().get_input_jsonschema(config)
 
     @property

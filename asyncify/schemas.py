@@ -18,7 +18,7 @@ from typing import Any, TypeGuard, get_type_hints
 from langchain_core.callbacks import Callbacks
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool, StructuredTool
-from pydantic import BaseModel, RootModel, create_model
+from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from typing_extensions import is_typeddict
 
 from asyncify.errors import PairError
@@ -46,7 +46,13 @@ class _Argument:
     value: Any
 
 
-class _Arguments(BaseModel):
+class _Parameters(BaseModel):
+    """A model of a function's parameters, which may be of any class."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+class _Arguments(_Parameters):
     """A model out of which `tool` reads the arguments that it hands on."""
 
     def __getattribute__(self, name: str) -> Any:
@@ -106,7 +112,7 @@ def schema_of_types(name: str, types: dict[str, type]) -> type[BaseModel]:
     return create_model(name, **fields)
 
 
-def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
+def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = _Parameters) -> type[BaseModel]:
     """Return a model whose fields are the function's parameters, with their types and defaults."""
     hints = _hints(fn)
     fields: dict[str, Any] = {

@@ -390,6 +390,28 @@ def test_the_annotations_of_a_class_are_those_of_its_parameters() -> None:
     assert dual(Parsed, name="parsed").get_input_jsonschema()["properties"]["text"] == {"$ref": "#/$defs/Rounding"}
 
 
+class Session:
+    """A class that pydantic knows nothing of."""
+
+
+@dual
+def load(key: str, session: Annotated[Session, InjectedToolArg], other: Session | None = None) -> str:
+    """Load."""
+    return f"{key} {type(session).__name__}"
+
+
+async def test_a_parameter_may_be_of_any_class() -> None:
+    """As with LangChain's own: in a schema, in a graph, and where a tool is told what the model is not."""
+    model: Any = load.get_input_schema()
+
+    assert model.model_fields["session"].annotation is Session
+    assert "load_input --> load;" in load.get_graph().draw_mermaid()
+    for made in (load.as_tool(), tool(load)):
+        assert made.invoke({"key": "a", "session": Session()}) == "a Session"
+        with pytest.raises(ValidationError, match="session"):
+            await made.ainvoke({"key": "a", "session": 3})
+
+
 def test_a_graph_shows_a_pair_by_name() -> None:
     """A drawing of a pipe names the pair, and its input."""
     drawn = (convert | RunnableLambda(str.upper)).get_graph().draw_mermaid()
