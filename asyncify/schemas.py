@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter
 from types import FrameType, SimpleNamespace
-from typing import Any, TypeGuard, get_type_hints
+from typing import Annotated, Any, TypeGuard, get_args, get_type_hints
 
 from langchain_core.callbacks import Callbacks
-from langchain_core.runnables import Runnable
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.tools import BaseTool, InjectedToolArg, StructuredTool
 from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from typing_extensions import is_typeddict
 
@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 Function = Callable[..., Any]
+
+CALLBACKS = "callbacks"
+"""The parameter that a tool gives the callback manager of its run, whatever its type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,7 @@ def from_tool(fn: Function, value: dict[str, _Argument]) -> tuple[Any, dict[str,
 def tool_schema(fn: Function, name: str) -> type[BaseModel]:
     """Return the function's parameters as `tool` is to take them."""
     _check_names(fn)
-    _check_types(fn)
-    return parameters_schema(fn, name, base=_Arguments)
+    return _arguments_schema(fn, name, _Arguments)
 
 
 def resolved_input(fn: Function) -> Any:
@@ -112,17 +114,33 @@ def schema_of_types(name: str, types: dict[str, type]) -> type[BaseModel]:
     return create_model(name, **fields)
 
 
-def parameters_schema(fn: Function, name: str, *, base: type[BaseModel] = _Parameters) -> type[BaseModel]:
+def parameters_schema(fn: Function, name: str) -> type[BaseModel]:
     """Return a model whose fields are the function's parameters, with their types and defaults."""
+    return create_model(name, __base__=_Parameters, **_fields(fn))
+
+
+def _arguments_schema(fn: Function, name: str, base: type[BaseModel]) -> type[BaseModel]:
+    """Return a model of what a tool calls the function with; what LangChain injects is in it, kept from the model."""
+    _check_types(fn)
+    injected: dict[str, Any] = dict.fromkeys(_configs(fn), (Annotated[Any, InjectedToolArg], None))
+    fields = {name: field for name, field in _fields(fn).items() if name != CALLBACKS}
+    return create_model(name, __base__=base, **fields | injected)
+
+
+def _fields(fn: Function) -> dict[str, Any]:
     hints = _hints(fn)
-    fields: dict[str, Any] = {
+    return {
         parameter.name: (
             hints.get(parameter.name, Any),
             ... if parameter.default is Parameter.empty else parameter.default,
         )
         for parameter in _parameters(fn)
     }
-    return create_model(name, __base__=base, **fields)
+
+
+def _configs(fn: Function) -> list[str]:
+    """Return the parameters that a tool gives the config of its call, as their type says."""
+    return [name for name, hint in _hints(fn).items() if RunnableConfig in (hint, *get_args(hint))]
 
 
 def _check_types(fn: Function) -> None:
@@ -193,13 +211,11 @@ def tool_of(
     """
     if keys is None:
         _check_names(fn)
-    if keys is None and schema is None:
-        _check_types(fn)
 
     def taken(alone: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if alone:
-            return alone[0], {}
-        return _split(fn, given) if keys is None else (given, {})
+        if keys is not None:
+            return (alone[0] if alone else given), {}
+        return _split(fn, {_parameters(fn)[0].name: alone[0]} if alone else given)
 
     def run(*alone: Any, callbacks: Callbacks = None, **given: Any) -> Any:
         value, rest = taken(alone, given)
@@ -214,12 +230,19 @@ def tool_of(
         arun,
         name=name,
         description=description or description_of(fn, name),
-        args_schema=schema or keys or parameters_schema(fn, name),
+        args_schema=schema or keys or _arguments_schema(fn, name, _Parameters),
     )
 
 
 def _split(fn: Function, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a tool's arguments as a runnable takes them: its input, and what is handed on beside it."""
+    """Return a tool's arguments as a runnable takes them: its input, and what is handed on beside it.
+
+    Among them is what LangChain injects into a function by a parameter's type or name, and into no runnable.
+    """
+    config = ensure_config()  # that of the tool's run, which is the ambient one
+    given |= dict.fromkeys(_configs(fn), config)
+    if any(parameter.name == CALLBACKS for parameter in _parameters(fn)):
+        given[CALLBACKS] = config.get("callbacks")
     if len(shape_of(fn).required) > 1:
         return given, {}
     first, *_ = _parameters(fn)

@@ -6,11 +6,14 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import pytest
-from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.runnables import RunnableLambda
+from langchain_core.callbacks import BaseCallbackHandler, Callbacks
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.tools import InjectedToolArg, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from langgraph.prebuilt import ToolNode
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.prebuilt import InjectedState, ToolNode
+from langgraph.prebuilt.tool_node import ToolRuntime
 from pydantic import BaseModel, Field, ValidationError
 from typing_extensions import TypedDict
 
@@ -219,6 +222,59 @@ def test_a_pair_is_a_tool_of_a_graphs_tool_node() -> None:
         ("fetch", "Fetch one quote."),
         ("convert", "Convert an amount."),
     ]
+
+
+def _by_config(query: str, run_config: RunnableConfig) -> str:
+    return f"{query} {run_config['configurable']['user']} {type(run_config['callbacks']).__name__}"
+
+
+def _by_optional_config(query: str, run_config: RunnableConfig | None = None) -> str:
+    assert run_config
+    return _by_config(query, run_config)
+
+
+def _by_config_alone(run_config: RunnableConfig) -> str:
+    return _by_config("EUR", run_config)
+
+
+def _by_callbacks(query: str, callbacks: Callbacks = None) -> str:
+    return f"{query} me {type(callbacks).__name__}"
+
+
+INJECTED: list[Any] = [_by_config, _by_optional_config, _by_config_alone, _by_callbacks]
+
+
+@pytest.mark.parametrize("callbacks", [[], [BaseCallbackHandler()]], ids=["unobserved", "observed"])
+@pytest.mark.parametrize("fn", INJECTED)
+@each_form
+async def test_a_tool_gives_what_langchain_injects_and_hides_it(make: Any, fn: Any, callbacks: Any) -> None:
+    """A config by its type and callbacks by their name, as for a function; a model can't give them."""
+    made = make(dual(name=f"{fn.__name__}_{id(make)}_{len(callbacks)}")(fn))
+    given = {"query": "EUR"} if "query" in made.args else {}
+    config: RunnableConfig = {"configurable": {"user": "me"}, "callbacks": callbacks}
+
+    assert set(made.args) <= {"query"}
+    assert made.invoke(given | {"run_config": {"configurable": {"user": "forged"}}}, config) == "EUR me CallbackManager"
+    assert await made.ainvoke(given, config) == "EUR me AsyncCallbackManager"
+
+
+@dual
+def ask(query: str, runtime: ToolRuntime, state: Annotated[dict[str, Any], InjectedState]) -> str:
+    """Ask."""
+    return f"{query} {runtime.tool_call_id} {len(state['messages'])}"
+
+
+async def test_a_tool_node_injects_into_a_pair_what_it_injects_into_a_function() -> None:
+    """Its runtime, by the parameter's type, and the graph's state, by its annotation; the model sees neither."""
+    graph: Any = StateGraph(MessagesState)
+    graph.add_node("tools", ToolNode([ask])).add_edge(START, "tools")
+    app = graph.compile()
+    call = {"name": "ask", "args": {"query": "EUR"}, "id": "7", "type": "tool_call"}
+    given = {"messages": [AIMessage("", tool_calls=[call])]}
+
+    assert app.invoke(given)["messages"][-1].content == "EUR 7 1"
+    assert (await app.ainvoke(given))["messages"][-1].content == "EUR 7 1"
+    assert set(tool(ask).args) == {"query"}
 
 
 async def test_a_tool_of_one_parameter_takes_it_alone() -> None:
