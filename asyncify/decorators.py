@@ -19,7 +19,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
 from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
-from asyncify.runnable import AnyDual, Binding, Dual, function_of, gate_of, is_pair, side_beside, unwrapped
+from asyncify.runnable import AnyDual, Binding, Dual, Nothing, function_of, gate_of, is_pair, side_beside, unwrapped
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
@@ -80,6 +80,8 @@ class Decorator(Protocol):
     @overload
     def __call__(self, fn: D, /) -> D: ...
     @overload
+    def __call__(self, fn: Callable[P, Nothing], /) -> Dual[Any, Any, P, Any]: ...
+    @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[Any, Any, T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -95,6 +97,10 @@ class Decorator(Protocol):
 
 @overload
 def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> D: ...
+@overload
+def dual(
+    fn: Callable[P, Nothing], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+) -> Dual[Any, Any, P, Any]: ...
 @overload
 def dual(
     fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -141,6 +147,10 @@ def dual(
     bridge: Bridge = "thread",
     warn: bool = True,
 ) -> Callable[[Callable[P, T]], Dual[Any, T, P, T]]: ...
+@overload
+def dual(
+    *, sync: Callable[P, Nothing], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[Any, Any, T]]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from concurrent.futures import Executor
 from contextlib import aclosing, closing
 from types import MethodType, new_class
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, final, overload
 
 from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.runnables import RunnableLambda
@@ -52,7 +52,7 @@ from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_
 from asyncify.streams import astart_run, closable, fold, start_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
-__all__ = ["AnyDual", "Binding", "Dual", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
+__all__ = ["AnyDual", "Binding", "Dual", "Nothing", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
 
 Input = TypeVar("Input", default=Any)
 Output = TypeVar("Output", default=Any)
@@ -74,6 +74,11 @@ def _coroutine_marks() -> dict[str, object]:
 
 
 _COROUTINE_MARKS = _coroutine_marks()
+
+
+@final
+class Nothing:
+    """To a checker, what no function returns: only `Any` passes for it, and the result of what never returns."""
 
 
 class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
@@ -111,6 +116,13 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             given = given if isinstance(given, tuple) else (given,)
             return super().__class_getitem__((*given, *(Any, Any, ..., Any, Any, Any)[len(given) :]))
 
+    @overload
+    def __init__(
+        self: Dual[Any, Any, P, Any],
+        func: Callable[P, Nothing],
+        afunc: Callable[P, Coroutine[Any, Any, Any]] | None = None,
+        name: str | None = None,
+    ) -> None: ...
     @overload
     def __init__(
         self: Dual[Any, T, P, Coroutine[Any, Any, T]],
@@ -276,6 +288,10 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Dual[Input, Output, [Nothing], Returned, Called, Acalled], instance: object, owner: type | None = None
+    ) -> Dual[Any, Output, ..., Returned, Called, Acalled]: ...
     @overload
     def __get__(
         self: Dual[Input, Output, Concatenate[Any, P], Returned, Called, Acalled],

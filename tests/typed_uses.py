@@ -7,7 +7,7 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
 from functools import partial
-from typing import Any, assert_type
+from typing import Any, NoReturn, assert_type
 
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import RunnableSerializable
@@ -305,6 +305,65 @@ async def streams() -> None:
     assert_type(dual(sync=generator_sync, async_=generator_async).acall("EUR"), AsyncIterator[float])
     assert_type(dual(sync=generator_sync, async_=ticks_async).call("EUR"), Iterator[float])
     ticks(3)  # type: ignore[arg-type]
+
+
+# --- results that are Any ---
+
+
+def any_sync(query: str) -> Any:
+    return query
+
+
+async def any_async(query: str) -> Any:
+    return query
+
+
+@dual
+def any_alone(query: str) -> Any:
+    return query
+
+
+@dual(async_=any_async)
+def any_on_sync(query: str) -> Any:
+    return query
+
+
+@dual(sync=any_sync)
+async def any_on_async(query: str) -> Any:
+    return query
+
+
+@concurrency(limit=3)
+def any_limited(query: str) -> Any:
+    return query
+
+
+@dual(name="never")
+def never(query: str) -> NoReturn:
+    raise ValueError(query)
+
+
+class Feed:
+    @dual
+    def read(self, query: str) -> Any:
+        return query
+
+
+async def any_results(feed: Feed) -> None:
+    """`Any` is neither taken for an awaitable nor for an iterator; nor is what never returns."""
+    assert_type(any_alone("EUR"), Any)
+    assert_type(any_alone.call("EUR"), Any)
+    assert_type(any_alone.invoke("EUR"), Any)
+    assert_type(any_on_sync("EUR"), Any)
+    assert_type(await any_on_async("EUR"), Any)
+    assert_type(any_on_async.call("EUR"), Any)
+    assert_type(any_limited("EUR"), Any)
+    assert_type(Dual(any_sync)("EUR"), Any)
+    assert_type(dual(sync=any_sync, async_=any_async)("EUR"), Any)
+    assert_type(never("EUR"), Any)
+    assert_type(feed.read("EUR"), Any)
+    any_alone(3)  # pyright: ignore[reportArgumentType]
+    feed.read(3)  # pyright: ignore[reportArgumentType]
 
 
 # --- limits, in either order ---
