@@ -291,13 +291,13 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
     @overload
     def __get__(
         self: Dual[Input, Output, [Nothing], Returned, Called, Acalled], instance: object, owner: type | None = None
-    ) -> Dual[Any, Output, ..., Returned, Called, Acalled]: ...
+    ) -> Dual[Input, Output, ..., Returned, Called, Acalled]: ...
     @overload
     def __get__(
         self: Dual[Input, Output, Concatenate[Any, P], Returned, Called, Acalled],
         instance: object,
         owner: type | None = None,
-    ) -> Dual[Any, Output, P, Returned, Called, Acalled]: ...
+    ) -> Dual[Input, Output, P, Returned, Called, Acalled]: ...
     def __get__(self, instance: object, owner: type | None = None) -> AnyDual:
         """Bind like the function that it was: an equal pair on each access, under the one limit."""
         if self.binding == "nothing" or (self.binding == "instance" and instance is None):

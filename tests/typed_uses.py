@@ -6,6 +6,7 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 # ruff: noqa: D103  (what a function here is for is the comment over it)
 
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, assert_type
 
@@ -446,6 +447,23 @@ async def methods(desk: Desk) -> None:
     assert_type(Desk.of_none("EUR"), str)
     desk.fetch(3)  # type: ignore[arg-type]
     desk.fetch.call(text="EUR")  # type: ignore[call-arg]
+
+
+@dataclass
+class Step:
+    run: Dual[str, Quote]
+
+    @property
+    def bound(self) -> Dual[str, Quote]:
+        return self.run
+
+
+def attributes(step: Step) -> None:
+    """What is said of the input of a pair that an object holds or gives is kept."""
+    assert_type(step.run.invoke("EUR"), Quote)
+    assert_type(step.bound.call("EUR"), Quote)
+    step.run.invoke(3)  # type: ignore[arg-type]
+    step.bound.invoke(3)  # type: ignore[arg-type]
 
 
 # --- the drop-in, the registry, other people's code ---
