@@ -136,6 +136,18 @@ def dual(
     warn: bool = True,
 ) -> _OverStub[T, P]: ...
 @overload
+def dual(  # type: ignore[overload-overlap]
+    *, async_: Dual[Any, T, ..., T, T, Any], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+) -> Callable[[Callable[P, T]], Dual[Any, T, P, T]]: ...
+@overload
+def dual(
+    *,
+    sync: Dual[Any, T, ..., Coroutine[Any, Any, T], T, Any],
+    name: str | None = None,
+    bridge: Bridge = "thread",
+    warn: bool = True,
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[Any, Any, T]]]: ...
+@overload
 def dual(
     *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[[Callable[P, Iterator[T]]], Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]]: ...

@@ -466,6 +466,32 @@ def attributes(step: Step) -> None:
     step.bound.invoke(3)  # type: ignore[arg-type]
 
 
+class Dealer(Desk):
+    @dual(async_=Desk.fetch)
+    def fetch(self, query: str, count: int = 2) -> Quote:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {query: count}
+
+    @dual(sync=Desk.news)
+    async def news(self, query: str) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return query
+
+
+class Broker(Desk):
+    @dual(sync=Desk.fetch)  # type: ignore[arg-type]
+    async def fetch(self, query: str, count: int = 2) -> Quote:  # type: ignore[override]
+        return {query: count}
+
+
+async def overrides(dealer: Dealer, broker: Broker) -> None:
+    """A side beside the parent's pair has parameters of its own; a pair of the other colour is an error."""
+    assert_type(dealer.fetch("EUR", count=2), Quote)
+    assert_type(await dealer.fetch.acall("EUR"), Quote)
+    assert_type(await broker.fetch("EUR"), Quote)
+    news: str = await dealer.news("EUR")  # to mypy it is Any
+    dealer.fetch(news, "2")  # type: ignore[arg-type]
+    dual(async_=Desk.fetch)(whole_sync)  # type: ignore[arg-type]
+
+
 # --- the drop-in, the registry, other people's code ---
 
 
