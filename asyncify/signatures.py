@@ -189,7 +189,8 @@ class Shape:
     """How a function takes its input and what it gives back, looked up once.
 
     `required` are the names of the parameters that have no default, without those that LangChain injects;
-    `takes_input_alone` says that a call needs nothing but the input: neither spread over parameters, nor a config.
+    `takes_input_alone` says that a call needs nothing but the input: neither spread over parameters, nor a config;
+    and that what is given beside it is taken by name.
     """
 
     is_async: bool
@@ -205,7 +206,8 @@ class Shape:
     def __post_init__(self) -> None:
         """Work out what follows from the rest."""
         is_spread = len(self.required) > 1 or any(name in self.keyword_only for name in self.required)
-        takes_input_alone = not (is_spread or self.takes_config or self.takes_run_manager)
+        is_placed = len(self.positional_only) > 1
+        takes_input_alone = not (is_spread or is_placed or self.takes_config or self.takes_run_manager)
         object.__setattr__(self, "takes_input_alone", takes_input_alone)
 
     def arguments(
@@ -218,9 +220,10 @@ class Shape:
         """
         missing = [name for name in self.required if name not in kwargs]
         if len(missing) <= 1:
-            name = missing[0] if missing else ""
-            by_name = name in self.keyword_only or name in self.required[1:]  # the others before it are in `kwargs`
-            if by_name and name not in self.positional_only:
+            name = missing[0] if missing else next(iter(self.positional_only), "")
+            if self.positional_only and name not in kwargs:
+                return self._by_place(fn, {name: value, **kwargs})
+            if name in self.keyword_only or name in self.required[1:]:  # the others before it are in `kwargs`
                 return (), {name: value, **kwargs}
             return (value,), dict(kwargs)
         if not isinstance(value, Mapping):
@@ -234,7 +237,10 @@ class Shape:
                 f"{describe(fn)} takes {', '.join(missing)}: its input has no {', '.join(absent)}; "
                 f"it has {', '.join(map(str, given)) or 'nothing'}"
             )
-        spread: dict[str, Any] = {**given, **kwargs}
+        return self._by_place(fn, {**given, **kwargs})
+
+    def _by_place(self, fn: Callable[..., Any], spread: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments by name as `fn` takes them: those that have no keyword by their place."""
         by_place = [name for name in self.positional_only if name in spread]
         if by_place != list(self.positional_only[: len(by_place)]):  # one that is left out has its default
             parameters = inspect.signature(fn).parameters

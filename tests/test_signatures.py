@@ -255,6 +255,25 @@ def test_a_positional_only_parameter_that_is_left_out_keeps_its_place() -> None:
     assert shape.arguments(_with_defaults, {"amount": 1, "rate": 2}, {}) == ((1, 2), {})
 
 
+def _defaulted(amount: float = 1, digits: int = 4, /) -> float:
+    return round(amount, digits)
+
+
+def _half_named(amount: float, /, rate: float, **more: float) -> float:
+    return amount * rate
+
+
+def test_a_positional_only_parameter_beside_the_input_goes_in_its_place() -> None:
+    """It has no keyword, but `bind` and a call of the runnable give it by one."""
+    shape, half, defaulted = shape_of(_positional), shape_of(_half_named), shape_of(_defaulted)
+
+    assert shape.arguments(_positional, 1.5, {"rate": 2}) == ((1.5, 2), {})
+    assert shape.arguments(_positional, 1.5, {"amount": 2}) == ((2, 1.5), {})
+    assert half.arguments(_half_named, 1.5, {"amount": 2, "fee": 3}) == ((2,), {"rate": 1.5, "fee": 3})
+    assert defaulted.arguments(_defaulted, 1.5, {"digits": 2}) == ((1.5, 2), {})
+    assert defaulted.arguments(_defaulted, 1.5, {"amount": 2}) == ((1.5,), {"amount": 2})  # which Python refuses
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -505,6 +505,23 @@ async def test_the_tool_of_a_function_that_takes_its_argument_by_name_alone() ->
     assert shout.batch(["a", "b"]) == ["A", "B"]
 
 
+@pytest.mark.parametrize("callbacks", [[], [BaseCallbackHandler()]], ids=["unobserved", "observed"])
+async def test_a_default_of_a_function_that_takes_its_arguments_by_place_alone(callbacks: Any) -> None:
+    """A tool, `bind` and a call give another value by its name."""
+
+    @dual(name=f"cut_{len(callbacks)}")
+    def cut(text: str, length: int = 3, /) -> str:
+        """Cut a text."""
+        return text[:length]
+
+    config: RunnableConfig = {"callbacks": callbacks}
+
+    for made in (cut.as_tool(), tool(cut)):
+        assert made.invoke({"text": "abcd", "length": 2}, config) == "ab"
+        assert await made.ainvoke({"text": "abcd"}, config) == "abc"
+    assert cut.invoke("abcd", config, length=2) == await cut.bind(length=2).ainvoke("abcd", config) == "ab"
+
+
 class Described(BaseModel):
     """What a model is told instead."""
 
