@@ -158,11 +158,13 @@ def _check_types(fn: Function) -> None:
 
 
 def _check_names(fn: Function) -> None:
-    """Check that what a tool hands on beside the input reaches the function.
+    """Check that a model has arguments to give, and that what a tool hands on beside the input reaches the function.
 
     Raises:
-        PairError: it is called as something of LangChain's own.
+        PairError: there are none, or one is called as something of LangChain's own.
     """
+    if all(parameter.name == CALLBACKS for parameter in _parameters(fn)):
+        raise PairError(f"{describe(fn)} can't be a tool: it has no parameter that a model could give by its name")
     beside = [] if len(shape_of(fn).required) > 1 else [parameter.name for parameter in _parameters(fn)[1:]]
     if taken := RESERVED.intersection(beside):
         raise PairError(

@@ -522,6 +522,14 @@ async def test_a_default_of_a_function_that_takes_its_arguments_by_place_alone(c
     assert cut.invoke("abcd", config, length=2) == await cut.bind(length=2).ainvoke("abcd", config) == "ab"
 
 
+@pytest.mark.parametrize("fn", [lambda *words: words, lambda **words: words, lambda callbacks: callbacks, getattr])
+@each_form
+def test_a_function_without_a_parameter_that_a_model_can_name_is_no_tool(make: Any, fn: Any) -> None:
+    """A model gives its arguments by name."""
+    with pytest.raises(PairError, match="can't be a tool: it has no parameter that a model could give by its name"):
+        make(dual(fn, name=f"nameless_{id(make)}_{id(fn)}"))
+
+
 class Described(BaseModel):
     """What a model is told instead."""
 
