@@ -260,7 +260,8 @@ def concurrency(
     """Put one limit on a function or a pair, for every path, thread, event loop, pipe and batch together.
 
     A plain function becomes a pair. The order with `dual` is free. What `key` and `cost` are called with is the
-    argument of a function that has or needs one, and else, or of a method, a mapping of all its arguments by name.
+    argument of a function that has or needs one, and else a mapping of all its arguments by name; of a method always
+    that, if its first parameter is called `self` or `cls`.
 
     Args:
         limit: calls that may run at once; or an `Adaptive`, which finds the number.
