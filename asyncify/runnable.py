@@ -44,6 +44,7 @@ from asyncify.schemas import (
     keys_schema,
     parameters_schema,
     resolved_input,
+    resolved_output,
     schema_of_types,
     tool_of,
     tool_schema,
@@ -604,6 +605,12 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """The type of the input: that of the first parameter, where its annotation is a string too."""
         declared: Any = super().InputType
         return resolved_input(self.__wrapped__) if isinstance(declared, str) else declared
+
+    @property
+    def OutputType(self) -> Any:  # noqa: N802
+        """The type of the output: that of the result or of a chunk, where the annotation is a string too."""
+        declared: Any = super().OutputType
+        return resolved_output(self.__wrapped__) if isinstance(declared, str) else declared
 
     def get_input_schema(self, config: RunnableConfig | None = None) -> TypeBaseModel:
         """Return the schema of the input: of the mapping, for a function with two required parameters or more."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter
 from types import FrameType, SimpleNamespace
-from typing import Annotated, Any, TypeGuard, get_args, get_type_hints
+from typing import Annotated, Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
@@ -30,7 +30,10 @@ __all__ = [
     "description_of",
     "from_tool",
     "is_from_tool",
+    "keys_schema",
     "parameters_schema",
+    "resolved_input",
+    "resolved_output",
     "schema_of_types",
     "tool_of",
     "tool_schema",
@@ -38,8 +41,11 @@ __all__ = [
 
 Function = Callable[..., Any]
 
-CALLBACKS = "callbacks"
+_CALLBACKS = "callbacks"
 """The parameter that a tool gives the callback manager of its run, whatever its type."""
+
+_UNRESOLVED = (AttributeError, NameError, SyntaxError, TypeError)
+"""What comes of an annotation that means something to type checkers only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,15 @@ def resolved_input(fn: Function) -> Any:
     return next((_hints(fn).get(parameter.name, Any) for parameter in _parameters(fn)), Any)
 
 
+def resolved_output(fn: Function) -> Any:
+    """Return the type of the result, whose annotation is a string; of an iterator that of its chunks."""
+    try:
+        result = _resolved(fn, inspect.signature(fn).return_annotation)
+    except _UNRESOLVED:
+        return Any
+    return get_args(result)[0] if get_origin(result) in (Iterator, AsyncIterator) else result
+
+
 def keys_schema(fn: Function, name: str, own: type[BaseModel]) -> type[BaseModel] | None:
     """Return the keys of an input that is a mapping, where LangChain takes them for a tool's arguments.
 
@@ -123,7 +138,7 @@ def _arguments_schema(fn: Function, name: str, base: type[BaseModel]) -> type[Ba
     """Return a model of what a tool calls the function with; what LangChain injects is in it, kept from the model."""
     _check_types(fn)
     injected: dict[str, Any] = dict.fromkeys(_configs(fn), (Annotated[Any, InjectedToolArg], None))
-    fields = {name: field for name, field in _fields(fn).items() if name != CALLBACKS}
+    fields = {name: field for name, field in _fields(fn).items() if name != _CALLBACKS}
     return create_model(name, __base__=base, **fields | injected)
 
 
@@ -163,7 +178,7 @@ def _check_names(fn: Function) -> None:
     Raises:
         PairError: there are none, or one is called as something of LangChain's own.
     """
-    if all(parameter.name == CALLBACKS for parameter in _parameters(fn)):
+    if all(parameter.name == _CALLBACKS for parameter in _parameters(fn)):
         raise PairError(f"{describe(fn)} can't be a tool: it has no parameter that a model could give by its name")
     beside = [] if len(shape_of(fn).required) > 1 else [parameter.name for parameter in _parameters(fn)[1:]]
     if taken := RESERVED.intersection(beside):
@@ -184,7 +199,7 @@ def _hints(fn: Function) -> dict[str, Any]:
     """Return the parameters' types, each for itself, without those that only a type checker can resolve."""
     hints: dict[str, Any] = {}
     for parameter in _parameters(fn):
-        with contextlib.suppress(AttributeError, NameError, SyntaxError, TypeError):
+        with contextlib.suppress(*_UNRESOLVED):
             hints[parameter.name] = _resolved(fn, parameter.annotation)
     return hints
 
@@ -243,8 +258,8 @@ def _split(fn: Function, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """
     config = ensure_config()  # that of the tool's run, which is the ambient one
     given |= dict.fromkeys(_configs(fn), config)
-    if any(parameter.name == CALLBACKS for parameter in _parameters(fn)):
-        given[CALLBACKS] = config.get("callbacks")
+    if any(parameter.name == _CALLBACKS for parameter in _parameters(fn)):
+        given[_CALLBACKS] = config.get("callbacks")
     if len(shape_of(fn).required) > 1:
         return given, {}
     first, *_ = _parameters(fn)

@@ -858,8 +858,19 @@ def test_schemas_come_from_the_signature(make: Make) -> None:
     ours, theirs = make(reply, areply), make_lambda(reply, areply)
 
     assert ours.get_input_jsonschema() == theirs.get_input_jsonschema()
-    assert ours.get_output_jsonschema() == theirs.get_output_jsonschema()
     assert ours.get_input_jsonschema()["properties"]["text"]["type"] == "string"
+
+
+def test_the_schema_of_an_output_is_that_of_its_class() -> None:
+    """Of a string annotation too, which a lambda's schema wraps in another."""
+
+    def unquoted(question: Question) -> Answer:
+        return reply(question)
+
+    schema = make_lambda(unquoted).get_output_jsonschema()
+
+    assert make_pair(reply, areply).get_output_jsonschema() == schema
+    assert make_lambda(reply, areply).get_output_jsonschema()["$defs"] == {"Answer": schema}
 
 
 def test_a_lambda_around_a_pair_loses_the_async_side() -> None:

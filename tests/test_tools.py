@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Iterator  # noqa: F401  (an annotation in a string names it)
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -365,6 +366,22 @@ def test_an_annotation_may_be_a_string() -> None:
 
     assert late.get_input_jsonschema()["properties"]["digits"]["type"] == "integer"
     assert tool(late).invoke({"rounding": {"digits": 4}}) == 5
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [("Rounding", Rounding), ("Iterator[Rounding]", Rounding), ("list[Rounding]", list[Rounding]), ("Unknown", Any)],
+)
+def test_the_annotation_of_a_result_may_be_a_string(written: str, kind: Any) -> None:
+    """As that of a parameter may be; the schema of the output knows it."""
+
+    def late_result(query: str) -> Any: ...
+
+    late_result.__annotations__["return"] = written
+    pair = dual(late_result, name=f"late result {written}")
+
+    assert pair.OutputType == kind
+    assert ("Rounding" in str(pair.get_output_jsonschema())) == (kind is not Any)
 
 
 def _pay(order: Any, token: Any, note: Any = "") -> Any:
