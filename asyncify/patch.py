@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import wrapt
 
@@ -34,7 +34,7 @@ class Patch:
         self.pair: AnyDual | None = None
         self._make = make
         self._undone = False
-        self._module, _, self._path = target.partition(":")
+        self._module, _, self._path = str(target).partition(":")
         if not (self._module and self._path):
             raise PairError(f"dual_patch: {target!r} is no path; write it as in 'package.module:Class.method'")
 
@@ -59,6 +59,8 @@ class Patch:
             raise PairError(f"dual_patch: there is no {self.target}: {error}") from error
         if is_pair(original):
             raise PairError(f"dual_patch: {self.target} is a pair already ({original!r}); undo what made it one first")
+        if not hasattr(self._parent, "__dict__"):
+            raise PairError(f"dual_patch: {self.target} can't be replaced where it stands: {self._parent!r} has slots")
         self._own: Any = vars(self._parent).get(self._name)  # None for what is inherited
         pair = self._make(original)
         try:
@@ -67,6 +69,7 @@ class Patch:
             registry.discard(pair)
             raise PairError(f"dual_patch: {self.target} can't be replaced where it stands: {error}") from error
         self.pair = pair
+        self._spec = getattr(self._parent, "__spec__", None)
 
     def undo(self) -> None:
         """Put the function back; before its module is imported, leave it alone when it is.
@@ -83,18 +86,24 @@ class Patch:
         self._undone = True
 
     def _put_back(self) -> None:
-        found = vars(self._parent).get(self._name)
-        if not is_pair(found) or found is not self.pair:
+        pair, found = cast("AnyDual", self.pair), vars(self._parent).get(self._name)
+        if found is pair:
+            self._restore()
+        elif (
+            getattr(self._parent, "__spec__", None) is self._spec
+        ):  # else it was reloaded, and what is there is its own
             raise PairError(
                 f"dual_patch: {self.target} is {found!r} by now, and no longer the pair; undo that first, the last "
                 "patch before the first"
             )
+        registry.discard(pair)
+        self.pair = None
+
+    def _restore(self) -> None:
         if self._own is None:
             delattr(self._parent, self._name)
         else:
             setattr(self._parent, self._name, self._own)
-        registry.discard(found)
-        self.pair = None
 
     def __enter__(self) -> Self:
         """Return the patch itself."""

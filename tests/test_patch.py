@@ -262,9 +262,47 @@ def test_what_cant_be_replaced_is_left_alone() -> None:
 
     with pytest.raises(
         PairError, match=r"dual_patch: datetime:datetime.now can't be replaced where it stands: .*immut"
-    ):
+    ) as refused:  # which keeps the pair that was made
         dual_patch("datetime:datetime.now")
     assert list(registry) == before
+    assert refused.value.__cause__
+
+
+def test_a_method_of_an_object_with_slots_is_left_alone(module: ModuleType) -> None:
+    """It has no place for a method of its own."""
+
+    class Slotted:
+        __slots__ = ()
+        fetch = module.Client.fetch
+
+    vars(module)["client"] = Slotted()
+
+    with pytest.raises(PairError, match=r":client.fetch can't be replaced where it stands: <.*Slotted.*> has slots"):
+        dual_patch(f"{module.__name__}:client.fetch")
+
+
+def test_a_target_is_a_path() -> None:
+    """Whatever else is given is refused by the same error."""
+    target: Any = None
+
+    with pytest.raises(PairError, match="dual_patch: None is no path; write it as in"):
+        dual_patch(target)
+
+
+def test_a_patch_is_undone_of_a_module_that_was_reloaded(module: ModuleType) -> None:
+    """The module has its own function again, and keeps it; of a class that was patched the old one gets its own."""
+    client, before = module.Client, list(registry)
+    patches = [dual_patch(f"{module.__name__}:{path}") for path in ("fetch", "Client.fetch")]
+    importlib.reload(module)
+    reloaded = module.fetch
+    for patch in patches:
+        patch.undo()
+
+    assert module.fetch is reloaded
+    assert client().fetch("EUR") == "sync client EUR"
+    assert list(registry) == before
+    with dual_patch(f"{module.__name__}:fetch") as again:
+        assert module.fetch is again.pair
 
 
 def test_a_second_patch_of_one_function_is_refused(module: ModuleType) -> None:
