@@ -302,6 +302,20 @@ def test_a_drop_in_takes_the_keys_of_its_input(make: Any, fn: Any) -> None:
     assert made.args == RunnableLambda(fn).as_tool(description="Orders.").args
 
 
+@each_form
+def test_a_drop_in_with_two_required_parameters_takes_these(make: Any) -> None:
+    """Not the keys of the first."""
+
+    def price(order: Order, unit: str) -> str:
+        """Price an order."""
+        return f"{order['amount']} {unit}"
+
+    made = make(Dual(price))
+
+    assert set(made.args) == {"order", "unit"}
+    assert made.invoke({"order": {"amount": 2, "rate": 3}, "unit": "USD"}) == "2.0 USD"
+
+
 def test_only_tool_sees_other_schemas_and_docs() -> None:
     """Whoever else asks is told the input's own schema and the pair's `repr`; a mapping stays what it is."""
     tool(count)
