@@ -59,7 +59,7 @@ class Items:
         asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
-        self.scope = CancelScope()
+        self.scope: CancelScope = CancelScope()
         """That of the items in threads."""
         self._context_of_threads = background.context_of_waiter(self.scope)
 

@@ -1,10 +1,9 @@
 """Pairs as tools, as schemas and in graphs."""
 
 import functools
-import sys
 from collections.abc import Iterator  # noqa: F401  (an annotation in a string names it)
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler, Callbacks
@@ -260,7 +259,7 @@ async def test_a_tool_gives_what_langchain_injects_and_hides_it(make: Any, fn: A
 
 
 @dual
-def ask(query: str, runtime: ToolRuntime, state: Annotated[dict[str, Any], InjectedState]) -> str:
+def consult(query: str, runtime: ToolRuntime, state: Annotated[dict[str, Any], InjectedState]) -> str:
     """Ask."""
     return f"{query} {runtime.tool_call_id} {len(state['messages'])}"
 
@@ -268,14 +267,14 @@ def ask(query: str, runtime: ToolRuntime, state: Annotated[dict[str, Any], Injec
 async def test_a_tool_node_injects_into_a_pair_what_it_injects_into_a_function() -> None:
     """Its runtime, by the parameter's type, and the graph's state, by its annotation; the model sees neither."""
     graph: Any = StateGraph(MessagesState)
-    graph.add_node("tools", ToolNode([ask])).add_edge(START, "tools")
+    graph.add_node("tools", ToolNode([consult])).add_edge(START, "tools")
     app = graph.compile()
-    call = {"name": "ask", "args": {"query": "EUR"}, "id": "7", "type": "tool_call"}
+    call = {"name": "consult", "args": {"query": "EUR"}, "id": "7", "type": "tool_call"}
     given = {"messages": [AIMessage("", tool_calls=[call])]}
 
     assert app.invoke(given)["messages"][-1].content == "EUR 7 1"
     assert (await app.ainvoke(given))["messages"][-1].content == "EUR 7 1"
-    assert set(tool(ask).args) == {"query"}
+    assert set(tool(consult).args) == {"query"}
 
 
 async def test_a_tool_of_one_parameter_takes_it_alone() -> None:
@@ -431,13 +430,13 @@ def test_a_tools_parameter_of_a_type_that_only_a_checker_knows_is_told(make: Any
     assert hidden.as_tool(Described).args.keys() == {"query"}
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="the syntax is that of Python 3.12")
 def test_an_annotation_may_name_a_type_parameter() -> None:
-    """It is found where it is declared."""
-    names: dict[str, Any] = {}
-    exec("def first[T: int](items: 'list[T]') -> T: return items[0]", names)  # noqa: S102
+    """It is found where it is declared, which since Python 3.12 is the function itself."""
+    item: Any = TypeVar("item")
+    first: Any = lambda items: items[0]  # noqa: E731  (annotated below, as the syntax would)
+    first.__annotations__, first.__type_params__ = {"items": "list[item]"}, (item,)
 
-    assert dual(names["first"], name="first").InputType.__args__ == names["first"].__type_params__
+    assert dual(first, name="first").InputType == list[item]
 
 
 def late(rounding: "Rounding", more: int = 1) -> int:
