@@ -87,11 +87,10 @@ class Patch:
 
     def _put_back(self) -> None:
         pair, found = cast("AnyDual", self.pair), vars(self._parent).get(self._name)
+        was_reloaded = getattr(self._parent, "__spec__", None) is not self._spec  # and what is there now is its own
         if found is pair:
             self._restore()
-        elif (
-            getattr(self._parent, "__spec__", None) is self._spec
-        ):  # else it was reloaded, and what is there is its own
+        elif not was_reloaded:
             raise PairError(
                 f"dual_patch: {self.target} is {found!r} by now, and no longer the pair; undo that first, the last "
                 "patch before the first"
