@@ -17,7 +17,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Sequence,
-    Sized,
 )
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
@@ -245,17 +244,17 @@ class _Options:
         codec: Codec,
     ) -> None:
         _check_runnable(runnable)
-        if not isinstance(inputs, (Iterable, AsyncIterable)):
+        if not isinstance(inputs, (Iterable, AsyncIterable)) and not hasattr(type(inputs), "__getitem__"):
             raise TypeError(f"inputs={inputs!r}: must be an iterable of inputs, as in [{inputs!r}]")
         if codec not in ("json", "pickle"):
             raise ValueError(f'codec={codec!r}: must be "json" or "pickle"')
         if key is not None and checkpoint is None:
             raise TypeError('key= names inputs in a checkpoint; give that too, as in checkpoint="run.sqlite"')
         self.name = runnable.get_name()
-        self.total = len(inputs) if isinstance(inputs, Sized) else None
         self.progress = progress
         self.key = key
         self.has_checkpoint = checkpoint is not None
+        self._inputs: Any = inputs
         self._work = _work_of(runnable)
         self._checkpoint = checkpoint
         self._codec: Codec = codec
@@ -266,6 +265,15 @@ class _Options:
     def items(self) -> Items:
         """Return what runs an input, in the context in which this is called."""
         return self._items_of()
+
+    def total(self) -> int | None:
+        """Return how many inputs there are, if that is known and asked for: to count them may fetch them all."""
+        if self.progress is False:
+            return None
+        try:
+            return len(self._inputs)
+        except TypeError:  # what wraps a generator may have a `__len__` all the same
+            return None
 
     def window(self, items: Items) -> float:
         """Return how many inputs may be in flight or waiting to be yielded, as things stand now."""
@@ -332,7 +340,7 @@ def _drive(
     held = 0
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(options.checkpoint(), options.key, line.put))
-        tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total))
+        tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         fan = _fan(via, items, window, options.name, return_exceptions=return_exceptions)
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         stack.enter_context(fan)
@@ -389,7 +397,7 @@ async def _adrive(
     fan = Tasks(start, inputs, items.tasks, partial(options.window, items))
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(Journal(await _opened(options), options.key, fan.settle))
-        tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total))
+        tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         await stack.enter_async_context(fan)
         while group := await fan.take():

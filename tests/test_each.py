@@ -189,6 +189,21 @@ def test_an_endless_source_is_read_as_far_as_the_window_goes(way: str) -> None:
     assert read <= 10 + 5
 
 
+class Indexed:
+    """A sequence of the old kind, which has neither a length nor an `__iter__`."""
+
+    def __getitem__(self, index: int) -> int:
+        return [1, 2, 3][index]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_a_loop_takes_is_a_source(way: str) -> None:
+    """A sequence that has nothing but its items is one."""
+    source: Any = Indexed()
+
+    assert collect(way, Pair(same, same_async), source) == [1, 2, 3]
+
+
 @pytest.mark.parametrize("way", [THREADS, LOOP, TASKS])
 def test_leaving_early_closes_the_source(way: str) -> None:
     """A generator that was the source has been closed when the stream is, though somebody still holds it."""

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +73,39 @@ def test_the_total_of_an_iterator_is_unknown() -> None:
     list(each(Pair(fail_on_odd), iter([2]), progress=told.append))
 
     assert (told[0].total, told[0].seconds_left) == (None, None)
+
+
+class Wrapped:
+    """Inputs whose length is asked for at a price, or not there at all, as that of `tqdm(generator)`."""
+
+    def __init__(self, length: int | None) -> None:
+        self.length = length
+        self.asked = 0
+
+    def __len__(self) -> int:
+        self.asked += 1
+        if self.length is None:
+            raise TypeError("object of type 'generator' has no len()")
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([2])
+
+
+def test_the_length_is_asked_for_only_if_it_is_told() -> None:
+    """Without progress nobody wants it, and to count the rows of a query may fetch them all."""
+    inputs = Wrapped(1)
+    list(each(Pair(fail_on_odd), inputs))
+
+    assert inputs.asked == 0
+
+
+def test_a_length_that_is_not_there_is_an_unknown_total() -> None:
+    """A `__len__` may raise a TypeError, and the inputs be there all the same."""
+    told: list[Progress] = []
+
+    assert list(each(Pair(fail_on_odd), Wrapped(None), progress=told.append)) == [2]
+    assert told[0].total is None
 
 
 def test_results_from_a_checkpoint_count_as_done(tmp_path: Any) -> None:
