@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from langchain_core.runnables.base import Runnable
+from langchain_core.runnables.base import Runnable, RunnableBindingBase
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 
 from asyncify.background import background
@@ -22,7 +22,7 @@ from asyncify.fanout import aas_completed, agather, as_completed, gather
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
 
-__all__ = ["Batches", "Items", "checked_count"]
+__all__ = ["Batches", "Items", "checked_count", "layers"]
 
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
 
@@ -54,6 +54,7 @@ class Items:
         self._ours = runnable if isinstance(runnable, Batches) and not is_reserved(kwargs) else None
         self._is_one_for_all = not isinstance(config, Sequence)
         unobserved = self._is_one_for_all and not observed(self._shared)
+        self._limited = layers(runnable)[-1]
         self._quiet = self._ours if unobserved and not self._needs_a_run(is_async=False) else None
         self._aquiet = self._ours if unobserved and not self._needs_a_run(is_async=True) else None
         asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
@@ -119,7 +120,7 @@ class Items:
         return min(self._asked or math.inf, admitted or math.inf)
 
     def _admitted(self) -> int | None:
-        return self._ours.admits() if self._ours is not None else None
+        return self._limited.admits() if isinstance(self._limited, Batches) else None
 
 
 class Batches:
@@ -198,6 +199,12 @@ class Batches:
             """Run as `abatch` does and yield index and output as each input ends; leaving the loop cancels the rest."""
             items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
             return aas_completed(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
+
+
+def layers(runnable: object) -> list[Any]:
+    """Return the bindings that a runnable is, from the outside in, and last what they bind."""
+    its: Any = runnable
+    return [its, *layers(its.bound)] if isinstance(runnable, RunnableBindingBase) else [its]
 
 
 def checked_count(name: str, value: object) -> int | None:

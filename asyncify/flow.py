@@ -32,7 +32,7 @@ from langchain_core.runnables.base import (
 )
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 
-from asyncify.batches import Items, checked_count
+from asyncify.batches import Items, checked_count, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
 from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome
@@ -259,6 +259,7 @@ class _Options:
         self._checkpoint = checkpoint
         self._codec: Codec = codec
         self._asked_window = checked_count("window", window)
+        config = _bounded(config, runnable)
         self._items_of = partial(Items, runnable, config, get_config_list(config, 2), {})
         self._items_of()  # a wrong max_concurrency is told of at once
 
@@ -433,6 +434,13 @@ def _check_runnable(runnable: object) -> None:
             f"each() and aeach() take a runnable, not {runnable!r}; make one of a function, as in "
             "each(dual(fetch), inputs)"
         )
+
+
+def _bounded(config: RunnableConfig | None, runnable: object) -> RunnableConfig | None:
+    """Return a config with the `max_concurrency` of the outermost binding that has one, unless it has one itself."""
+    configs: list[RunnableConfig] = [config or {}, *(binding.config for binding in layers(runnable)[:-1])]
+    asked = next((bound for one in configs if (bound := one.get("max_concurrency")) is not None), None)
+    return config if asked is None else {**(config or {}), "max_concurrency": asked}
 
 
 def _work_of(runnable: object) -> str:

@@ -387,6 +387,74 @@ def test_max_concurrency_holds_within_the_window(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "bind",
+    [
+        lambda pair: pair.with_config(max_concurrency=2),
+        lambda pair: pair.with_config(max_concurrency=2).with_retry(),
+        lambda pair: pair.with_config(max_concurrency=1).with_config(max_concurrency=2),
+        lambda pair: pair.with_config(max_concurrency=0).with_config(max_concurrency=2).bind(),
+    ],
+    ids=["one", "within another", "the outer one", "the outer one within another"],
+)
+def test_max_concurrency_of_a_binding_holds(way: str, bind: Callable[[Pair], Any]) -> None:
+    """What `with_config` gives bounds a stream as it does a batch; the outer one counts."""
+    seen, pair = meeting(2)
+
+    assert collect(way, bind(pair), range(12)) == list(range(12))
+    assert seen.peak == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_max_concurrency_of_the_call_counts_for_more_than_a_bindings(way: str) -> None:
+    """As in a batch."""
+    seen, pair = meeting(3)
+
+    bound = pair.with_config(max_concurrency=2)
+    assert collect(way, bound, range(12), config={"max_concurrency": 3}) == list(range(12))
+    assert seen.peak == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "bind",
+    [lambda pair: pair, lambda pair: pair.bind(), lambda pair: pair.with_config(tags=["t"]).with_retry()],
+    ids=["the pair", "a binding", "bindings"],
+)
+def test_the_window_is_twice_the_limit(way: str, bind: Callable[[Pair], Any]) -> None:
+    """So much is read ahead of the results, and no more, of a pair behind bindings too."""
+    far_ahead = threading.Event()
+    ahead: list[int] = []
+    done = 0
+
+    def call(value: int) -> int:
+        assert far_ahead.wait(SAFETY_NET)
+        return value
+
+    async def call_async(value: int) -> int:
+        async with asyncio.timeout(SAFETY_NET):
+            while not far_ahead.is_set():  # noqa: ASYNC110  (a threading.Event serves all four ways)
+                await asyncio.sleep(0)
+        return value
+
+    def source() -> Iterator[int]:
+        for number in range(20):
+            ahead.append(number + 1 - done)
+            if number == 3:
+                far_ahead.set()
+            yield number
+
+    def count(state: Progress) -> None:
+        nonlocal done
+        done = state.done
+
+    limited: Any = concurrency(limit=2)(Pair(call, call_async, name="call"))
+
+    assert collect(way, bind(limited), source(), progress=count) == list(range(20))
+    assert max(ahead) == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_the_limit_of_a_pair_gives_the_window(way: str) -> None:
     """Without a window all slots of a limit are used, and never more."""
     seen, pair = meeting(4)
