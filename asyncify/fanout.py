@@ -344,11 +344,15 @@ class Threads(Blocking):
         """Start items, each an index and an input, as threads come free."""
         with self._lock:
             self._inbox.extend(items)
-        while self._needs_thread() and self._hire():
-            pass
+        self._hire_all()
 
     def _is_idle(self) -> bool:
         return not self._hired and not self._inbox
+
+    def _hire_all(self) -> None:
+        """Hire as many threads as there is use for."""
+        while self._needs_thread() and self._hire():
+            pass
 
     def _needs_thread(self) -> bool:
         with self._lock:
@@ -375,6 +379,8 @@ class Threads(Blocking):
                     self._inbox.clear()
             self._ended.append(ended)
             self._tell()
+            if self._hired < self._width():  # the limit was raised, say
+                self._hire_all()
 
     def _next(self) -> tuple[int, Any] | None:
         with self._lock:

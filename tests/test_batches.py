@@ -241,6 +241,23 @@ def test_max_concurrency_holds_beside_a_higher_limit(path: str) -> None:
     assert seen.peak == 2
 
 
+@pytest.mark.parametrize("run", [batch, completed])
+def test_a_batch_in_threads_grows_with_the_limit(run: Callable[..., list[Any]]) -> None:
+    """A limit that is raised during a batch lets more calls in, as an adaptive one has to be."""
+    all_in = threading.Barrier(8)
+
+    def call(value: int) -> int:
+        if value:
+            all_in.wait(SAFETY_NET)
+        else:
+            limited.limiter.resize(limit=8)
+        return value
+
+    limited: Any = concurrency(limit=1)(Pair(call, name="call"))
+
+    assert len(run("sync", limited, range(9))) == 9
+
+
 async def test_the_limit_holds_over_batches_together() -> None:
     """Two batches of 3 at once over a pair limited to 4, one on each path, never run more than 4 calls."""
     seen, pair = rendezvous(1)
