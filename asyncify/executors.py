@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from asyncify.errors import BridgeError, PairError
@@ -117,7 +118,7 @@ class Parcel:
         return uuid.uuid4().hex
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
     """How a call in another process has ended, pickled: with a result, or with an error and its traceback's text."""
 
@@ -129,14 +130,13 @@ class Outcome:
         """What the call returned."""
         return pickle.loads(self.packed)  # noqa: S301  (it comes from our own worker)
 
-    @property
+    @cached_property
     def error(self) -> BaseException | None:
         """What the call raised, caused by the traceback it had there."""
         if not self.traceback:
             return None
         try:
-            unpacked: Any = pickle.loads(self.packed)  # noqa: S301  (it comes from our own worker)
-            error: BaseException = unpacked.rebuild() if isinstance(unpacked, _Bare) else unpacked
+            error = _unpacked_error(self.packed)
         except Exception:  # noqa: BLE001  (its class is not here, say)
             error = BridgeError(f"the call failed in its process with {self.traceback.strip().splitlines()[-1]}")
         error.__cause__ = _RemoteTracebackError(self.traceback)
@@ -152,15 +152,21 @@ class _RemoteTracebackError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Bare:
-    """An error without its constructor, which may want more than the `args` that `pickle` gives it."""
+    """An error without its constructor, which may want more than the `args` that `pickle` gives it, or change them."""
 
     kind: type[BaseException]
     args: tuple[Any, ...]
     attributes: dict[str, Any]
+    errors: tuple[bytes, ...] = ()
+    """Those of a group, each packed by itself."""
 
     def rebuild(self) -> BaseException:
-        error = self.kind.__new__(self.kind, *self.args)
-        error.args = self.args
+        if self.errors:
+            make: Any = BaseExceptionGroup.__new__
+            error: BaseException = make(self.kind, *self.args, list(map(_unpacked_error, self.errors)))
+        else:
+            error = self.kind.__new__(self.kind, *self.args)
+            error.args = self.args
         error.__dict__.update(self.attributes)
         return error
 
@@ -177,12 +183,34 @@ def _packed_result(fn: Function, result: Any) -> bytes:
 
 
 def _packed_error(error: BaseException) -> bytes:
+    its: Any = error
+    if isinstance(error, BaseExceptionGroup):
+        return _packed_bare(its, (its.message,), tuple(map(_packed_error, its.exceptions)))
     packed = _pickled(error)
-    if packed is not None:
-        return packed
+    if packed is None or not _is_kept(error, packed):
+        return _packed_bare(error, error.args)
+    return packed
+
+
+def _packed_bare(error: BaseException, args: tuple[Any, ...], errors: tuple[bytes, ...] = ()) -> bytes:
     attributes = {name: _portable(value) for name, value in vars(error).items()}
-    bare = _Bare(type(error), tuple(map(_portable, error.args)), attributes)
+    bare = _Bare(type(error), tuple(map(_portable, args)), attributes, errors)
     return _pickled(bare) or b""  # nothing of it survives but its traceback
+
+
+def _is_kept(error: BaseException, packed: bytes) -> bool:
+    """Tell whether an error comes back as it was: its constructor was given its `args`, and may have changed them."""
+    try:
+        back = pickle.loads(packed)  # noqa: S301  (packed by `_pickled`)
+        return bool(type(back) is type(error) and back.args == error.args and str(back) == str(error))
+    except Exception:  # noqa: BLE001  (arrays, say, have no single answer)
+        return False
+
+
+def _unpacked_error(packed: bytes) -> BaseException:
+    unpacked: Any = pickle.loads(packed)  # noqa: S301  (it comes from our own worker)
+    error: BaseException = unpacked.rebuild() if isinstance(unpacked, _Bare) else unpacked
+    return error
 
 
 def _portable(value: Any) -> Any:

@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from contextvars import ContextVar
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import loky  # type: ignore[import-untyped]  # it has no types
 import pytest
@@ -55,6 +55,24 @@ class Refused(Exception):  # noqa: N818  (as users name theirs)
         self.response = threading.Lock()  # stands for the connection that a real one holds
 
 
+class HttpError(Exception):
+    """An error whose constructor makes a text of its argument."""
+
+    def __init__(self, status_code: int) -> None:
+        super().__init__(f"HTTP {status_code}")
+        self.status_code = status_code
+
+
+class Several(ExceptionGroup[Exception]):
+    """A group with a constructor of its own."""
+
+    def __new__(cls, *codes: int) -> Self:
+        return super().__new__(cls, "several", list(map(HttpError, codes)))
+
+    def __init__(self, *codes: int) -> None:
+        self.codes = codes
+
+
 @dual(bridge=engine)
 def score(text: str, key: int = 1, retries: int = 0) -> tuple[int, int]:
     """Return a number and the process that it was made in; Dask would take `key` and `retries` for its own."""
@@ -68,6 +86,10 @@ def fail(kind: str) -> None:
         raise KeyError("no such text")
     if kind == "stop":
         raise StopIteration
+    if kind == "text":
+        raise HttpError(404)
+    if kind == "group":
+        raise ExceptionGroup("of two", [HttpError(404), Several(500, 503)])
     raise Refused("too many requests", status_code=429)
 
 
@@ -200,6 +222,27 @@ async def test_an_error_that_pickle_refuses_comes_back(remote):
     assert caught.value.status_code == 429
     assert "lock" in str(caught.value.response)
     assert (await score.acall("abc"))[0] == 3
+
+
+async def test_an_error_comes_back_with_the_text_it_had(remote):
+    """Its constructor does not make another text of its text."""
+    with pytest.raises(HttpError) as caught:
+        await fail.acall("text")
+
+    assert (str(caught.value), caught.value.status_code) == ("HTTP 404", 404)
+
+
+async def test_the_errors_of_a_group_come_back_as_they_were(remote):
+    """Groups within the group too, whatever their constructors want."""
+    with pytest.raises(ExceptionGroup, match="of two") as caught:
+        await fail.acall("group")
+
+    one, several = caught.value.exceptions
+    assert isinstance(one, HttpError)
+    assert str(one) == "HTTP 404"
+    assert isinstance(several, Several)
+    assert several.codes == (500, 503)
+    assert list(map(str, several.exceptions)) == ["HTTP 500", "HTTP 503"]
 
 
 async def test_stop_iteration_comes_back_as_a_runtime_error(remote):
