@@ -92,21 +92,42 @@ def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
     return next((ticket for ticket in tickets if ticket.redeem() is fn), None)
 
 
-@dataclass(frozen=True, slots=True)
 class Parcel:
-    """A call, ready to be sent: called in another process, it makes it."""
+    """A call, ready to be sent: called in another process, it makes it.
 
-    fn: Function | Ticket
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    The arguments are packed here and unpacked by the call: what fails then is the error of this call alone, where a
+    `ProcessPoolExecutor` that has to do it is of no use any more.
+
+    Raises:
+        PicklingError: the arguments can't be pickled.
+    """
+
+    def __init__(self, fn: Function | Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.fn = fn
+        is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # whose classes are there under that name
+        try:
+            self._packed = (pickle.dumps if is_of_main else _dumps)((args, kwargs))
+        except Exception as error:
+            raise pickle.PicklingError(f"{type(error).__name__}: {error}") from error
 
     def __call__(self) -> Outcome:
         """Make the call; whatever it raises is part of the outcome."""
         try:
             fn = self.fn.redeem() if isinstance(self.fn, Ticket) else self.fn
-            return Outcome(_packed_result(fn, fn(*self.args, **self.kwargs)))
+            args, kwargs = self._unpacked(fn)
+            return Outcome(_packed_result(fn, fn(*args, **kwargs)))
         except Exception as error:  # noqa: BLE001  (it is raised where the call is awaited)
             return Outcome(_packed_error(error), "".join(traceback.format_exception(error)))
+
+    def _unpacked(self, fn: Function) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            args, kwargs = pickle.loads(self._packed)  # noqa: S301  (packed by ourselves)
+        except Exception as error:
+            raise BridgeError(
+                f"{describe(fn)}: its arguments can't be read in its process ({type(error).__name__}: {error}); "
+                "give it plain data"
+            ) from error
+        return args, kwargs
 
     @property
     def __name__(self) -> str:
@@ -173,13 +194,17 @@ class _Bare:
 
 def _packed_result(fn: Function, result: Any) -> bytes:
     # Dask loses a result that can't be pickled, a process pool says so without a name: here it is told in time.
-    pickler: Any = sys.modules.get("cloudpickle", pickle)  # what loky and Dask have loaded
     try:
-        return bytes(pickler.dumps(result))
+        return _dumps(result)
     except Exception as error:
         raise BridgeError(
             f"{describe(fn)}: its result, of type {type(result).__name__}, can't be pickled: {error}"
         ) from error
+
+
+def _dumps(value: Any) -> bytes:
+    pickler: Any = sys.modules.get("cloudpickle", pickle)  # what loky and Dask have loaded
+    return bytes(pickler.dumps(value))
 
 
 def _packed_error(error: BaseException) -> bytes:

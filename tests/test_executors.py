@@ -272,6 +272,27 @@ async def test_an_argument_that_can_not_be_pickled_is_told(remote):
         await score.acall(threading.Lock())  # type: ignore[arg-type]  # that is the point
 
 
+class Closed:
+    """What raises an error of its own when it is to be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("the database is closed")
+
+
+async def test_an_argument_that_raises_when_it_is_pickled_is_told(remote):
+    """Whatever it raises, it is the argument that can't be pickled."""
+    with pytest.raises(BridgeError, match=r"score .*the database is closed.* can't be pickled: .* bridge=\"thread\""):
+        await score.acall(Closed())  # type: ignore[arg-type]  # that is the point
+
+
+async def test_an_argument_that_can_not_be_read_is_told(remote):
+    """Only this call fails: the pool lives on."""
+    with pytest.raises(BridgeError, match=r"score .*: its arguments can't be read in its process \(TypeError: "):
+        await score.acall([Odd(text="text")])  # type: ignore[arg-type]  # that is the point
+
+    assert (await score.acall("abc"))[0] == 3
+
+
 async def test_a_result_that_can_not_be_pickled_is_told(remote):
     """A result that can't travel gets an error that names its type."""
     with pytest.raises(BridgeError, match=r"give_lock \(.*\): its result, of type lock, can't be pickled"):
