@@ -7,6 +7,7 @@ those that a checkpoint has and records the others, and a line gives the results
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections import deque
 from collections.abc import (
@@ -451,7 +452,7 @@ def _work_of(runnable: object) -> str:
     its: Any = runnable
     if isinstance(runnable, RunnableBindingBase):
         given = {**its.config.get("configurable", {}), **its.kwargs}
-        arguments = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(given.items()))
+        arguments = ", ".join(f"{name}={_digest(value)}" for name, value in sorted(given.items()))
         return f"{_work_of(its.bound)}({arguments})" if arguments else _work_of(its.bound)
     if isinstance(runnable, RunnableSequence):
         return " | ".join(map(_work_of, its.steps))
@@ -476,10 +477,10 @@ def _parts_of(runnable: object) -> Iterator[Any]:
             found[:0] = value.values()
 
 
-def _shown(value: object) -> str:
-    """Show an argument as it is in every process, or else its type."""
+def _digest(value: object) -> str:
+    """Return a digest of an argument, which may be a secret and is not to stand in a file; or else its type."""
     try:
-        fingerprint(value)
+        written = fingerprint(value)
     except TypeError:
         return type(value).__name__
-    return repr(value)
+    return hashlib.blake2b(written.encode(), digest_size=8).hexdigest()
