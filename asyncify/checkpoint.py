@@ -435,7 +435,7 @@ def _canonical(value: object) -> str:
         number = cast("int", value)
         return repr(number) if number.bit_length() < _LONG_BITS else hex(number)
     if kind in _WRITTEN_AS_THEY_ARE:
-        return repr(value)
+        return ascii(value)  # `repr` depends on the characters that a version of Python knows
     if kind is list or kind is tuple:
         parts = ",".join(map(_canonical, _as_list(value)))
         return f"[{parts}]" if kind is list else f"({parts})"

@@ -455,6 +455,12 @@ def test_a_short_input_is_its_own_key() -> None:
     assert fingerprint("x" * 30) != f"'{'x' * 30}'"
 
 
+def test_a_fingerprint_is_the_same_in_every_version_of_python() -> None:
+    """The characters that Python writes as they are become more with each; so none but the oldest is."""
+    assert fingerprint("Zürich") == r"'Z\xfcrich'"
+    assert fingerprint({"\U0001fae8": 1}) == r"{'\U0001fae8':1}"
+
+
 def test_fingerprints_tell_types_apart() -> None:
     """What is equal to `==` and not the same to a function has another fingerprint."""
     values = [1, True, 1.0, "1", b"1", [1], (1,), {1: 1}, {"1": 1}, None, "None"]
