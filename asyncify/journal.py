@@ -123,9 +123,9 @@ class Journal:
         """Record what was taken down, and wait for what another thread is just recording."""
         with self._recording:
             rows = self._rows[:]
-            del self._rows[: len(rows)]  # more may have been taken down meanwhile, by a stream that is left
             if rows and self._checkpoint is not None:
-                self._checkpoint.record(rows)
+                self._checkpoint.record(rows)  # if it fails, leaving the stream tries again: they are paid for
+            del self._rows[: len(rows)]  # more may have been taken down meanwhile, by a stream that is left
 
 
 def _nothing(error: BaseException | None) -> None:

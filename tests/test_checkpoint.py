@@ -938,6 +938,34 @@ def test_a_full_disk_is_not_called_damage(path: Path) -> None:
         assert (checkpoint.find("small"), checkpoint.find("large")) == ((1,), None)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_result_outlives_a_failure_to_record_it(
+    way: str, failures: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream ends with the error and yields no more; as it is left it tries once more, and closes the file."""
+    counted = Counted()
+    record = Checkpoint.record
+    failed = itertools.count(1)
+
+    def fail_first(self: Checkpoint, rows: Any) -> None:
+        if next(failed) <= failures:
+            raise CheckpointError("database is locked")
+        record(self, rows)
+
+    monkeypatch.setattr(Checkpoint, "record", fail_first)
+    told: list[Any] = []
+    with pytest.raises(CheckpointError, match="database is locked"):
+        collect(way, counted.pair(), range(3), checkpoint=path, progress=told.append)
+    paid = set(counted.calls)
+    with Checkpoint(path, "counted", "json") as checkpoint:
+        kept = {value for value in range(3) if checkpoint.find(fingerprint(value)) is not None}
+
+    assert not told
+    assert paid
+    assert kept == (paid if failures == 1 else set())
+
+
 # --- the death of a process, and two at once ---
 
 WINDOW = 8
