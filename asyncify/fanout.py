@@ -39,6 +39,7 @@ __all__ = [
     "ended_task",
     "gather",
     "outcome",
+    "tell_of_closing",
 ]
 
 Ended = tuple[int, Any, BaseException | None]
@@ -75,6 +76,13 @@ def outcome(ended: Ended, *, return_exceptions: bool) -> Any:
 
 def _is_returned(error: BaseException, *, return_exceptions: bool) -> bool:
     return return_exceptions and isinstance(error, Exception)
+
+
+def tell_of_closing(closing: BaseException, error: BaseException | None) -> None:
+    """Raise what a source has raised as it was closed, or note it on the error that it was closed for."""
+    if error is None or isinstance(error, GeneratorExit):
+        raise closing
+    error.add_note(f"The source raised {closing!r} as it was closed.")
 
 
 class _Signal:
@@ -135,20 +143,25 @@ class Tasks:
         self._feeder.add_done_callback(lambda _: self._news.set())
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        """Cancel what is still in flight and wait for its end, however often this wait is itself cancelled."""
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Cancel what is still in flight and wait for its end, however often this wait is itself cancelled.
+
+        Raises:
+            Exception: what the source has raised as it was closed, unless there is another error under way.
+        """
         interrupted: asyncio.CancelledError | None = None
         self._is_left = True
+        is_closed = self._feeder.done()
         self._feeder.cancel()
         for task in self._alive:
             task.cancel()
         while self._alive or not self._feeder.done():
             try:
                 await asyncio.wait([self._feeder, *self._alive])
-            except asyncio.CancelledError as error:
-                interrupted = error
-        if not self._feeder.cancelled():
-            self._feeder.exception()  # seen, so that nobody is told of it again
+            except asyncio.CancelledError as interruption:
+                interrupted = interruption
+        if not is_closed and not self._feeder.cancelled() and (closing := self._feeder.exception()) is not None:
+            tell_of_closing(closing, interrupted or error)
         if interrupted is not None:
             raise interrupted
 

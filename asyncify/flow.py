@@ -36,7 +36,7 @@ from langchain_core.runnables.config import RunnableConfig, get_config_list
 from asyncify.batches import Items, checked_count, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
-from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome
+from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tell_of_closing
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
@@ -305,9 +305,12 @@ class _Source:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._close is not None:
-            self._close()
+            try:
+                self._close()
+            except Exception as closing:  # noqa: BLE001  (it is raised, or noted)
+                tell_of_closing(closing, error)
 
     def read(self) -> list[tuple[int, Any]]:
         """Return the next input with its index, in a list of one; none at the end or after an error."""

@@ -269,6 +269,46 @@ def test_an_error_in_the_source_comes_after_the_results_before_it(way: str, orde
     assert done == list(range(1, 8))
 
 
+def closing_badly() -> Iterator[int]:
+    """Yield numbers, and raise when that is to end."""
+    try:
+        yield from itertools.count()
+    finally:
+        raise OSError("the cursor is gone")
+
+
+async def closing_badly_async() -> AsyncIterator[int]:
+    """Do the same on the other path."""
+    try:
+        for number in itertools.count():
+            yield number
+    finally:
+        raise OSError("the cursor is gone")
+
+
+closing_ways = pytest.mark.parametrize(
+    ("way", "source"),
+    [*itertools.product([THREADS, LOOP, TASKS], [closing_badly]), (TASKS, closing_badly_async)],
+    ids=WAYS,
+)
+
+
+@closing_ways
+def test_what_a_source_raises_as_it_is_closed_is_raised(way: str, source: Callable[[], Any]) -> None:
+    """Who leaves a stream early is told."""
+    with pytest.raises(OSError, match="the cursor is gone"):
+        collect(way, Pair(same, same_async), source(), take=2)
+
+
+@closing_ways
+def test_what_a_source_raises_as_it_is_closed_hides_no_error(way: str, source: Callable[[], Any]) -> None:
+    """The error that the source is closed for is raised, with a note of the other."""
+    with pytest.raises(OddError) as raised:
+        collect(way, Foreign(), source())
+
+    assert "the cursor is gone" in raised.value.__notes__[0]
+
+
 async def test_a_source_that_swallows_its_cancellation_is_left_at_once() -> None:
     """What it gives then is not called, and it is asked for no more."""
     started: list[int] = []
