@@ -18,7 +18,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from inspect import isasyncgen
 from itertools import islice
 from time import monotonic
 from typing import Any, Self
@@ -237,7 +236,7 @@ class Tasks:
                 self._run(index, value)
                 index += 1
         finally:
-            if isasyncgen(values):
+            if isinstance(values, AsyncGenerator):
                 await values.aclose()
 
     def _run(self, index: int, value: Any) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -267,6 +267,29 @@ def test_an_error_in_the_source_comes_after_the_results_before_it(way: str, orde
 
     assert raised.value is boom
     assert done == list(range(1, 8))
+
+
+class Numbers(AsyncGenerator[int, None]):
+    """An async generator by its methods, as compiled ones are; it knows whether it was closed."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._numbers = itertools.count()
+
+    async def asend(self, value: None, /) -> int:
+        return next(self._numbers)
+
+    async def athrow(self, *_: Any) -> int:
+        self.closed = True
+        raise StopAsyncIteration
+
+
+def test_leaving_early_closes_an_async_source_of_another_kind() -> None:
+    """What has the methods of an async generator is closed as one, as on the sync path."""
+    numbers: Any = Numbers()
+    collect(TASKS, Pair(same, same_async), numbers, take=2)
+
+    assert numbers.closed
 
 
 def closing_badly() -> Iterator[int]:
