@@ -37,6 +37,7 @@ __all__ = [
     "attempt",
     "ended_task",
     "gather",
+    "is_raised",
     "outcome",
     "tell_of_closing",
 ]
@@ -68,13 +69,14 @@ def outcome(ended: Ended, *, return_exceptions: bool) -> Any:
     _, output, error = ended
     if error is None:
         return output
-    if _is_returned(error, return_exceptions=return_exceptions):
-        return error
-    raise error
+    if is_raised(ended, return_exceptions=return_exceptions):
+        raise error
+    return error
 
 
-def _is_returned(error: BaseException, *, return_exceptions: bool) -> bool:
-    return return_exceptions and isinstance(error, Exception)
+def is_raised(ended: Ended, *, return_exceptions: bool) -> bool:
+    """Tell whether an ended item has an error that its caller is not given but sees raised."""
+    return ended[2] is not None and not (return_exceptions and isinstance(ended[2], Exception))
 
 
 def tell_of_closing(closing: BaseException, error: BaseException | None) -> None:
@@ -113,6 +115,7 @@ class Tasks:
         source: the inputs; read by a task of its own, and never further than there is room.
         width: tasks alive.
         window: items that are alive or have not been let go by `free()`.
+        return_exceptions: go on after an error; otherwise the source is read no further and no item starts.
     """
 
     def __init__(
@@ -121,15 +124,18 @@ class Tasks:
         source: Iterable[Any] | AsyncIterable[Any],
         width: Width,
         window: Width = lambda: math.inf,
+        *,
+        return_exceptions: bool,
     ) -> None:
         self._start = start
         self._source = source
         self._width = width
         self._window = window
+        self._return_exceptions = return_exceptions
         self._held = 0
         self._alive: dict[asyncio.Task[Any], int] = {}
         self._ended: deque[Ended] = deque()
-        self._is_left = False
+        self._is_over = False
         self._room_made = _Signal()
         self._news = _Signal()
 
@@ -149,7 +155,7 @@ class Tasks:
             Exception: what the source has raised as it was closed, unless there is another error under way.
         """
         interrupted: asyncio.CancelledError | None = None
-        self._is_left = True
+        self._is_over = True
         is_closed = self._feeder.done()
         self._feeder.cancel()
         for task in self._alive:
@@ -194,7 +200,7 @@ class Tasks:
         self._room_made.set()
 
     def _room(self) -> float:
-        return min(self._width() - len(self._alive), self._window() - self._held)
+        return 0 if self._is_over else min(self._width() - len(self._alive), self._window() - self._held)
 
     async def _feed(self, source: Iterable[Any]) -> None:
         values = iter(source)
@@ -231,7 +237,7 @@ class Tasks:
                     value = await anext(values)
                 except StopAsyncIteration:
                     return
-                if self._is_left:  # the source has swallowed the cancellation
+                if self._is_over:  # it was waited for, or has swallowed the cancellation
                     return
                 self._run(index, value)
                 index += 1
@@ -247,7 +253,9 @@ class Tasks:
             task.add_done_callback(self._on_end)
 
     def _on_end(self, task: asyncio.Task[Any]) -> None:
-        self._ended.append(ended_task(self._alive.pop(task), task))
+        ended = ended_task(self._alive.pop(task), task)
+        self._is_over |= is_raised(ended, return_exceptions=self._return_exceptions)
+        self._ended.append(ended)
         self._room_made.set()
         self._news.set()
 
@@ -261,9 +269,15 @@ def ended_task(index: int, task: asyncio.Task[Any]) -> Ended:
 
 
 class Blocking(ABC):
-    """Items that run elsewhere, for a caller who blocks until they end."""
+    """Items that run elsewhere, for a caller who blocks until they end.
 
-    def __init__(self) -> None:
+    Args:
+        return_exceptions: go on after an error; otherwise no item starts after one.
+    """
+
+    def __init__(self, *, return_exceptions: bool) -> None:
+        self._return_exceptions = return_exceptions
+        self._is_over = False
         self._lock = threading.Lock()  # taken by itself: an interrupt as a Condition is entered leaves that taken
         self._changed = threading.Condition(self._lock)
         self._inbox: deque[tuple[int, Any]] = deque()
@@ -333,11 +347,10 @@ class Threads(Blocking):
         return_exceptions: bool,
         scope: CancelScope,
     ) -> None:
-        super().__init__()
+        super().__init__(return_exceptions=return_exceptions)
         self._call = call
         self._width = width
         self._scope = scope
-        self._return_exceptions = return_exceptions
         self._pool = ThreadPool(None, name)
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
         self._at_work: set[int] = set()  # those that have an item in hand
@@ -355,7 +368,8 @@ class Threads(Blocking):
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as threads come free."""
         with self._lock:
-            self._inbox.extend(items)
+            if not self._is_over:
+                self._inbox.extend(items)
         self._hire_all()
 
     def _is_idle(self) -> bool:
@@ -386,8 +400,9 @@ class Threads(Blocking):
     def _work(self) -> None:
         while (item := self._next()) is not None:
             ended = attempt(self._call, *item)
-            if ended[2] is not None and not _is_returned(ended[2], return_exceptions=self._return_exceptions):
+            if is_raised(ended, return_exceptions=self._return_exceptions):
                 with self._lock:
+                    self._is_over = True
                     self._inbox.clear()
             self._ended.append(ended)
             self._tell()
@@ -431,7 +446,7 @@ async def agather(
 ) -> list[Any]:
     """Return the outputs of all items, in order; the first error cancels the rest."""
     outputs: list[Any] = [None] * len(inputs)
-    async with Tasks(start, inputs, width) as fan:
+    async with Tasks(start, inputs, width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
             for ended in group:
                 outputs[ended[0]] = outcome(ended, return_exceptions=return_exceptions)
@@ -459,7 +474,7 @@ async def aas_completed(
     start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
 ) -> AsyncGenerator[tuple[int, Any]]:
     """Yield index and output of each item as it ends; the first error, or closing this, cancels the rest."""
-    async with Tasks(start, inputs, width) as fan:
+    async with Tasks(start, inputs, width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
             for ended in group:
                 yield ended[0], outcome(ended, return_exceptions=return_exceptions)

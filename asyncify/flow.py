@@ -36,7 +36,7 @@ from langchain_core.runnables.config import RunnableConfig, get_config_list
 from asyncify.batches import Items, checked_count, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
-from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tell_of_closing
+from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, is_raised, outcome, tell_of_closing
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
@@ -364,6 +364,7 @@ def _drive(
             must_wait = not line.is_ready() and (held >= window() or source.is_done)
             for ended in journal.settle(fan.take() if must_wait else fan.take_at_once()):
                 line.put(ended)
+                source.is_done |= is_raised(ended, return_exceptions=return_exceptions)
             if (result := line.pop()) is not None:
                 held -= 1
                 tell(1, result[2] is not None)
@@ -376,7 +377,7 @@ def _drive(
 
 def _fan(via: str, items: Items, window: Width, name: str, *, return_exceptions: bool) -> Blocking:
     if via == "async":
-        return LoopTasks(items.start, lambda: min(window(), items.tasks()))
+        return LoopTasks(items.start, lambda: min(window(), items.tasks()), return_exceptions=return_exceptions)
     return Threads(
         items.call,
         lambda: min(window(), items.bound() or math.inf),
@@ -399,7 +400,7 @@ async def _adrive(
     def start(index: int, value: Any) -> asyncio.Task[Any] | None:
         return items.start(index, value) if journal.must_run(index, value) else None
 
-    fan = Tasks(start, inputs, items.tasks, partial(options.window, items))
+    fan = Tasks(start, inputs, items.tasks, partial(options.window, items), return_exceptions=return_exceptions)
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(Journal(await _opened(options), options.key, fan.settle))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))

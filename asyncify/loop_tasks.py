@@ -8,7 +8,7 @@ from contextvars import copy_context
 from typing import Any, Self
 
 from asyncify.background import background
-from asyncify.fanout import Blocking, Width, ended_task
+from asyncify.fanout import Blocking, Width, ended_task, is_raised
 
 __all__ = ["LoopTasks"]
 
@@ -19,10 +19,13 @@ class LoopTasks(Blocking):
     Args:
         start: makes the task of an item from its index and its input; called on that loop.
         width: tasks alive.
+        return_exceptions: go on after an error; otherwise no item starts after one.
     """
 
-    def __init__(self, start: Callable[[int, Any], asyncio.Task[Any]], width: Width) -> None:
-        super().__init__()
+    def __init__(
+        self, start: Callable[[int, Any], asyncio.Task[Any]], width: Width, *, return_exceptions: bool
+    ) -> None:
+        super().__init__(return_exceptions=return_exceptions)
         self._start = start
         self._width = width
         self._alive: dict[asyncio.Task[Any], int] = {}
@@ -61,6 +64,8 @@ class LoopTasks(Blocking):
     # The caller may look at any moment: an item leaves one place when it is in the next.
 
     def _drain(self) -> None:
+        if self._is_over:
+            self._inbox.clear()
         while self._inbox and len(self._alive) < self._width():
             index, value = self._inbox[0]
             try:
@@ -77,7 +82,9 @@ class LoopTasks(Blocking):
         self._tell()
 
     def _on_end(self, task: asyncio.Task[Any]) -> None:
-        self._ended.append(ended_task(self._alive[task], task))
+        ended = ended_task(self._alive[task], task)
+        self._is_over |= is_raised(ended, return_exceptions=self._return_exceptions)
+        self._ended.append(ended)
         del self._alive[task]
         self._drain()
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
@@ -158,7 +159,7 @@ def test_an_input_that_can_not_be_started_is_a_failure() -> None:
     found: list[Any] = []
 
     def run() -> None:
-        with LoopTasks(start, lambda: 2) as fan:
+        with LoopTasks(start, lambda: 2, return_exceptions=False) as fan:
             fan.run(enumerate("abc"))
             while group := fan.take():
                 found.extend(group)
@@ -383,6 +384,41 @@ def test_a_source_is_read_in_the_callers_thread(way: str) -> None:
             yield threading.get_ident()
 
     assert collect(way, Pair(same, same_async), source(), window=2) == [threading.get_ident()] * 10
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bound", [2, None])
+def test_nothing_begins_after_an_error_that_will_be_raised(way: str, bound: int | None) -> None:
+    """While a slow call before it holds the error back, the source is read no further and no call starts."""
+    started: list[int] = []
+    read: list[int] = []
+
+    def begin(value: int) -> float:
+        started.append(value)
+        if value == 1:
+            raise OddError(value)
+        return 0.5 if value == 0 else 0.0
+
+    def call(value: int) -> None:
+        time.sleep(begin(value))
+
+    async def call_async(value: int) -> None:
+        await asyncio.sleep(begin(value))
+
+    def source() -> Iterator[int]:
+        for value in range(1000):
+            read.append(value)
+            if value > 2:
+                time.sleep(0.02)
+            yield value
+
+    config: RunnableConfig = {"max_concurrency": bound} if bound else {}
+    with pytest.raises(OddError):
+        collect(way, Pair(call, call_async, name="call"), source(), window=500, config=config)
+
+    if bound:
+        assert sorted(started) == [0, 1]
+    assert len(read) < 15
 
 
 # --- how many at once ---
