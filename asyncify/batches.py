@@ -223,8 +223,11 @@ def checked_count(name: str, value: object) -> int | None:
 
 
 def _count(config: Configs, inputs: Sequence[Any]) -> int:
-    """Return how many configs a batch needs: a config for all differs only in its first, which has the run id."""
-    return len(inputs) if isinstance(config, Sequence) else min(max(len(inputs), 1), 2)
+    """Return how many configs a batch needs: a config for all differs only in its first, which has the run id.
+
+    Of a list all are: it is as long as the inputs, or there are none.
+    """
+    return len(inputs) or len(config) if isinstance(config, Sequence) else min(max(len(inputs), 1), 2)
 
 
 def _name(runnable: Any) -> str:

@@ -126,9 +126,10 @@ def test_a_batch_raises_what_the_loop_raises(path: str, inputs: list[int], bound
 
 @pytest.mark.parametrize("run", [batch, completed])
 @pytest.mark.parametrize("path", PATHS)
-def test_no_inputs_give_no_outputs(path: str, run: Callable[..., list[Any]]) -> None:
-    """An empty batch calls nothing."""
-    assert run(path, Pair(steps, steps_async), []) == []
+@pytest.mark.parametrize("config", [None, {}, [], [{}]])
+def test_no_inputs_give_no_outputs(path: str, run: Callable[..., list[Any]], config: Any) -> None:
+    """An empty batch calls nothing, whatever configs it is given."""
+    assert run(path, Pair(steps, steps_async), [], config) == []
 
 
 @pytest.mark.parametrize("path", PATHS)
