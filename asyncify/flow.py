@@ -22,7 +22,8 @@ from collections.abc import (
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
-from os import PathLike
+from inspect import iscoroutinefunction
+from os import PathLike, fspath
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from langchain_core.runnables.base import (
@@ -149,7 +150,7 @@ def each(
     Raises:
         CheckpointError: the file is of other work or damaged, or can't keep an output.
     """
-    if isinstance(inputs, AsyncIterable):
+    if isinstance(inputs, AsyncIterable) and not _is_iterable(inputs):
         raise TypeError("each() takes an iterable, and this is an async one; write `async for output in aeach(...)`")
     if via not in ("threads", "async"):
         raise ValueError(f'via={via!r}: must be "threads" or "async"')
@@ -245,12 +246,11 @@ class _Options:
         codec: Codec,
     ) -> None:
         _check_runnable(runnable)
-        if not isinstance(inputs, (Iterable, AsyncIterable)) and not hasattr(type(inputs), "__getitem__"):
+        if not _is_iterable(inputs) and not isinstance(inputs, AsyncIterable):
             raise TypeError(f"inputs={inputs!r}: must be an iterable of inputs, as in [{inputs!r}]")
-        if codec not in ("json", "pickle"):
-            raise ValueError(f'codec={codec!r}: must be "json" or "pickle"')
-        if key is not None and checkpoint is None:
-            raise TypeError('key= names inputs in a checkpoint; give that too, as in checkpoint="run.sqlite"')
+        _check_config(config)
+        _check_progress(progress)
+        _check_checkpoint(checkpoint, key, codec)
         self.name = runnable.get_name()
         self.progress = progress
         self.key = key
@@ -439,6 +439,46 @@ def _check_runnable(runnable: object) -> None:
             f"each() and aeach() take a runnable, not {runnable!r}; make one of a function, as in "
             "each(dual(fetch), inputs)"
         )
+
+
+def _is_iterable(inputs: object) -> bool:
+    """Tell whether a loop takes it, without beginning one."""
+    return isinstance(inputs, Iterable) or hasattr(type(inputs), "__getitem__")
+
+
+def _check_config(config: object) -> None:
+    if config is not None and not isinstance(config, dict):
+        raise TypeError(
+            f'config={config!r}: must be one config for all inputs, as in config={{"tags": ["t"]}}; '
+            "a config for each goes to batch"
+        )
+
+
+def _check_progress(progress: object) -> None:
+    if isinstance(progress, bool):
+        return
+    if not callable(progress) or iscoroutinefunction(progress):
+        raise TypeError(
+            f"progress={progress!r}: must be True, False or a function that is called with a Progress and not awaited, "
+            "as in progress=print"
+        )
+
+
+def _check_checkpoint(checkpoint: object, key: object, codec: str) -> None:
+    path: Any = checkpoint
+    if codec not in ("json", "pickle"):
+        raise ValueError(f'codec={codec!r}: must be "json" or "pickle"')
+    if key is not None and not callable(key):
+        raise TypeError(f'key={key!r}: must be a function of an input, as in key=lambda document: document["id"]')
+    if checkpoint is None:
+        if key is not None:
+            raise TypeError('key= names inputs in a checkpoint; give that too, as in checkpoint="run.sqlite"')
+        if codec != "json":
+            raise TypeError('codec= is how a checkpoint keeps outputs; give that too, as in checkpoint="run.sqlite"')
+    elif not isinstance(checkpoint, (str, PathLike)):
+        raise TypeError(f'checkpoint={checkpoint!r}: must be the path of a file, as in checkpoint="run.sqlite"')
+    elif fspath(path) in ("", ":memory:"):  # which SQLite takes for no file
+        raise ValueError(f'checkpoint={checkpoint!r}: must be the path of a file, as in checkpoint="run.sqlite"')
 
 
 def _bounded(config: RunnableConfig | None, runnable: object) -> RunnableConfig | None:

@@ -205,6 +205,22 @@ def test_whatever_a_loop_takes_is_a_source(way: str) -> None:
     assert collect(way, Pair(same, same_async), source) == [1, 2, 3]
 
 
+class Both:
+    """Inputs that can be read on either path."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([1, 2])
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return slowly([3, 4])
+
+
+@pytest.mark.parametrize(("way", "expected"), [(THREADS, [1, 2]), (LOOP, [1, 2]), (TASKS, [3, 4])])
+def test_inputs_of_both_paths_are_read_on_that_of_the_stream(way: str, expected: list[int]) -> None:
+    """`each` reads them as a loop does, and `aeach` as an `async for`."""
+    assert collect(way, Pair(same, same_async), Both()) == expected
+
+
 @pytest.mark.parametrize("way", [THREADS, LOOP, TASKS])
 def test_leaving_early_closes_the_source(way: str) -> None:
     """A generator that was the source has been closed when the stream is, though somebody still holds it."""
@@ -837,12 +853,23 @@ def test_via_async_runs_the_native_async_side_for_a_sync_caller() -> None:
         ({"config": {"max_concurrency": 0}}, ValueError, "max_concurrency=0"),
         ({"codec": "yaml"}, ValueError, "codec='yaml'"),
         ({"key": str}, TypeError, "checkpoint="),
+        ({"key": "id", "checkpoint": "run.sqlite"}, TypeError, "key='id': .* key=lambda"),
+        ({"codec": "pickle"}, TypeError, 'checkpoint="run.sqlite"'),
+        ({"config": [{"tags": ["t"]}]}, TypeError, "one config for all inputs"),
+        ({"config": "tags"}, TypeError, "config='tags'"),
+        ({"progress": None}, TypeError, "progress=None: .* progress=print"),
+        ({"progress": 0}, TypeError, "progress=0"),
+        ({"progress": "no"}, TypeError, "progress='no'"),
+        ({"progress": same_async}, TypeError, "not awaited"),
+        ({"checkpoint": True}, TypeError, 'checkpoint=True: .* checkpoint="run.sqlite"'),
+        ({"checkpoint": ""}, ValueError, "checkpoint='': .* checkpoint=\"run.sqlite\""),
+        ({"checkpoint": ":memory:"}, ValueError, "checkpoint=':memory:'"),
     ],
 )
 def test_a_wrong_option_is_refused(way: str, options: Any, error: type[Exception], says: str) -> None:
-    """The message names the argument and what to write instead."""
+    """The message names the argument and what to write instead, when the stream is made."""
     with pytest.raises(error, match=says):
-        collect(way, Pair(same, same_async), [1], **options)
+        (each if way in SYNC_WAYS else aeach)(Pair(same, same_async), [1], **options)
 
 
 def test_a_wrong_argument_is_refused_by_the_call_itself() -> None:
