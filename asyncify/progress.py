@@ -63,16 +63,18 @@ def reporting(
     A bar of rich in a terminal or a notebook, or else of tqdm if that is what is installed; a line every ten seconds
     where no one looks on. A function of one's own is called with a `Progress` each time.
     """
-    if asked is False:
+    where = file or sys.stderr
+    if asked is False or (asked is True and not where):  # a program without a console has no standard error
         yield lambda more, more_failed: None
         return
     began = now()
     done = failed = 0
 
     def state() -> Progress:
-        return Progress(done, failed, total, now() - began)
+        known = total if total is None or done <= total else None  # a list may grow while it is read
+        return Progress(done, failed, known, now() - began)
 
-    with _shown(asked, title, total, now, file or sys.stderr) as show:
+    with _shown(asked, title, total, now, where) as show:
 
         def add(more: int, more_failed: int) -> None:
             nonlocal done, failed
@@ -106,11 +108,16 @@ def _shown(
 
 def _kind(file: TextIO) -> Literal["rich", "tqdm", "log"]:
     notebook = _in_notebook()
-    if not notebook and not file.isatty():
+    if not notebook and not _is_terminal(file):
         return "log"
     if find_spec("rich") and (find_spec("ipywidgets") or not notebook):  # in a notebook rich shows nothing without
         return "rich"
     return "tqdm" if find_spec("tqdm") else "log"
+
+
+def _is_terminal(file: object) -> bool:
+    """Tell whether somebody looks on; what stands in for a file may not know, or be None."""
+    return bool(getattr(file, "isatty", bool)())
 
 
 def _in_notebook() -> bool:
@@ -137,9 +144,10 @@ def _rich(title: str, total: int | None, file: TextIO) -> Generator[Report]:
     from rich.progress import BarColumn, TextColumn  # noqa: PLC0415
     from rich.progress import Progress as Bars  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+    title_column = TextColumn("{task.description}", markup=False)  # a name may have brackets
+    columns = (title_column, BarColumn(), TextColumn("{task.fields[state]}"))
     # A terminal shows what the program prints above the bar; what goes elsewhere has to arrive there.
-    console, stdout = Console(file=file), sys.stdout.isatty()
+    console, stdout = Console(file=file), _is_terminal(sys.stdout)
     with Bars(*columns, console=console, auto_refresh=False, redirect_stdout=stdout) as bars:
         bar = bars.add_task(title, total=total, state="")
         yield lambda progress: bars.update(bar, completed=progress.done, state=str(progress), refresh=True)

@@ -108,6 +108,20 @@ def test_a_length_that_is_not_there_is_an_unknown_total() -> None:
     assert told[0].total is None
 
 
+def test_a_total_that_is_passed_is_known_no_more() -> None:
+    """A list may grow while it is read, as one of work to do; nothing is left in less than no time."""
+    told: list[Progress] = []
+    work = [0, 2]
+
+    outputs = each(Pair(fail_on_odd), work, window=1, progress=told.append)
+    next(outputs)
+    work.append(4)
+
+    assert list(outputs) == [2, 4]
+    assert [(state.done, state.total) for state in told] == [(1, 2), (2, 2), (3, None)]
+    assert told[-1].seconds_left is None
+
+
 def test_results_from_a_checkpoint_count_as_done(tmp_path: Any) -> None:
     """What an earlier run has finished is progress too."""
     told: list[Progress] = []
@@ -196,6 +210,65 @@ def test_a_terminal_gets_the_bar_of_rich(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert "━" in file.getvalue()
     assert "100/100 done, 2 failed" in file.getvalue()
+
+
+def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets in it are no markup."""
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+
+    with reporting(True, title="a[b] c[/d]", total=1, file=file) as tell:  # noqa: FBT003  (as a user does)
+        tell(1, 0)
+
+    assert "a[b] c[/d]" in file.getvalue()
+
+
+class Sink:
+    """What some programs put in the place of a file: it can be written to, and no more."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_stand_in_for_standard_error_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not know whether it is a terminal."""
+    sink = Sink()
+    monkeypatch.setattr(sys, "stderr", sink)
+
+    list(each(Pair(fail_on_odd, name="even"), [2, 4], progress=True))
+
+    assert sink.text.startswith("even: 2/2 done")
+
+
+def test_without_a_console_nothing_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program of windows has neither standard error nor output; a function of one's own is called all the same."""
+    told: list[Progress] = []
+    monkeypatch.setattr(sys, "stderr", None)
+
+    assert list(each(Pair(fail_on_odd), [2], progress=True)) == [2]
+    assert list(each(Pair(fail_on_odd), [2], progress=told.append)) == [2]
+    assert capsys.readouterr().out == ""
+    assert len(told) == 1
+
+
+def test_a_bar_does_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks whether that is a terminal, and there may be none."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", None)
+    file = Terminal()
+
+    show(file, Clock())
+
+    assert "100/100" in file.getvalue()
 
 
 def test_a_terminal_gets_the_bar_of_tqdm_where_rich_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
