@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from functools import cache
 from itertools import chain
 from os import PathLike
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Literal, Self, cast
 from zlib import crc32
@@ -98,6 +99,7 @@ class Checkpoint:
 
     def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec, *, has_key: bool = False) -> None:
         self.path = path
+        self._place = Path(path).absolute()  # a program may go to another directory
         self._encode, self._decode = _CODECS[codec]
         self._ids = _Ids()
         with self._explained():
@@ -209,7 +211,11 @@ class Checkpoint:
         return key, encoded, checksum
 
     def record(self, rows: Sequence[Row]) -> None:
-        """Record inputs that have ended, all or none; they are safe when this returns."""
+        """Record inputs that have ended, all or none; they are safe when this returns.
+
+        Raises:
+            CheckpointError: they can't be written, or nobody will find them, as the file is not at its path any more.
+        """
         failures = [(key, said) for key, output, said in rows if output is None]
         outputs = [row for row in rows if row[1] is not None] if failures else rows
         last = self._last_seen
@@ -222,6 +228,11 @@ class Checkpoint:
                 self._writer.executemany(_INSERT_FAILURE, failures)
             if outputs:
                 self._take_in([row[0] for row in outputs], last)
+        if not self._place.exists():
+            raise CheckpointError(
+                f"checkpoint {self.path}: the file was moved or deleted during the run; put it back, beside the -wal "
+                "file that is a part of it, or begin anew"
+            )
 
     def _take_in(self, keys: list[str], last: int) -> None:
         """Remember where the outputs of some keys are, the last of them there."""

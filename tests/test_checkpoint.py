@@ -966,6 +966,37 @@ def test_a_result_outlives_a_failure_to_record_it(
     assert kept == (paid if failures == 1 else set())
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fate", ["moved", "deleted"])
+def test_a_file_that_is_taken_away_during_a_run_is_told(way: str, fate: str, tmp_path: Path) -> None:
+    """What is recorded after that nobody would find; a file that is put back has it."""
+    file, elsewhere = tmp_path / "run.sqlite", tmp_path / "elsewhere.sqlite"
+
+    def take_away(_: object) -> None:
+        if file.exists():
+            file.rename(elsewhere)
+            if fate == "deleted":
+                elsewhere.unlink()
+
+    with pytest.raises(CheckpointError, match=r"run.sqlite: the file was moved or deleted during the run"):
+        collect(way, Counted().pair(), range(9), checkpoint=file, window=1, progress=take_away)
+
+    if fate == "moved":
+        elsewhere.rename(file)
+        with Checkpoint(file, "counted", "json") as checkpoint:
+            assert [checkpoint.find(str(value)) for value in (0, 1)] == [(0,), (10,)]
+
+
+def test_a_program_may_go_to_another_directory_during_a_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is that of the directory in which the stream began."""
+    monkeypatch.chdir(path.parent)
+
+    def leave(_: object) -> None:
+        monkeypatch.chdir("/")
+
+    assert list(each(Counted().pair(), range(3), checkpoint=path.name, window=1, progress=leave)) == [0, 10, 20]
+
+
 # --- the death of a process, and two at once ---
 
 WINDOW = 8
