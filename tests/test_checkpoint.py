@@ -120,6 +120,37 @@ def test_equal_inputs_are_called_once(
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("window", "calls"), [(1, 4), (2, 2), (4, 1)])
+def test_equal_inputs_in_flight_share_a_failure(way: str, window: int, calls: int, path: Path) -> None:
+    """One that is read after the failure is called again."""
+    counted = Counted()
+    counted.failing = {"a"}
+    may_fail = threading.Event()
+
+    def source() -> Iterator[str]:
+        for number in range(4):
+            if number % window == window - 1:
+                may_fail.set()
+            yield "a"
+
+    def wait(value: Any) -> Any:
+        may_fail.wait(SAFETY_NET)
+        may_fail.clear()
+        return counted(value)
+
+    async def wait_async(value: Any) -> Any:
+        await asyncio.to_thread(may_fail.wait, SAFETY_NET)
+        may_fail.clear()
+        return counted(value)
+
+    pair: Pair = Dual(wait, wait_async, name="wait")
+    found = collect(way, pair, source(), checkpoint=path, window=window, return_exceptions=True)
+
+    assert [type(error) for error in found] == [LookupError] * 4
+    assert counted.calls == {"a": calls}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_failures_are_recorded_and_tried_again(way: str, path: Path) -> None:
     """The file says what went wrong and how often it was tried; the next run calls those alone."""
     counted = Counted()
