@@ -18,6 +18,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
 
 from asyncify import Dual, UnboundedWarning, concurrency, dual, each, fanout, registry
+from asyncify.bridge import ThreadPool
 from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
 
 PATHS = ["sync", "async"]
@@ -645,6 +646,31 @@ def test_leaving_the_loop_stops_the_rest() -> None:
     assert not closing.is_alive()
     assert seen.now == 0
     assert seen.started < 100
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+def test_a_batch_for_which_there_is_no_thread_says_so(
+    run: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one at least it goes on; with none nobody would end it."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            run("sync", Pair(times_ten), [1, 2])
+        except RuntimeError as error:
+            caught.append(error)
+
+    monkeypatch.setattr(ThreadPool, "submit", refuse)
+    running = threading.Thread(target=call, daemon=True)
+    running.start()
+    running.join(SAFETY_NET)
+
+    assert [str(error) for error in caught] == ["can't start new thread"]
 
 
 async def test_the_calls_go_on_while_the_loop_body_is_busy() -> None:

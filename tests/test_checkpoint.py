@@ -349,6 +349,40 @@ def test_what_ends_while_others_are_being_recorded_is_recorded_too() -> None:
     assert recorded == ["0", "1", "2", "closed"]
 
 
+async def test_the_event_loop_does_not_wait_for_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`aeach` records in a thread, while the loop goes on."""
+    record = Checkpoint.record
+    recorded_in: list[int] = []
+
+    def note_thread(self: Checkpoint, rows: Any) -> None:
+        recorded_in.append(threading.get_ident())
+        record(self, rows)
+
+    monkeypatch.setattr(Checkpoint, "record", note_thread)
+    async for _ in aeach(Counted().pair(), range(20), checkpoint=path, window=3):
+        pass
+
+    assert recorded_in
+    assert threading.get_ident() not in recorded_in
+
+
+def test_a_fork_leaves_the_file_to_its_parent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is closed in a forked process records nothing there and closes nothing."""
+    checkpoint = Checkpoint(path, "work", "json")
+    journal = Journal(checkpoint, None, lambda _: None)
+    journal.must_run(0, 0)
+    journal.note([(0, 0, None)])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: -1)
+        journal.__exit__()
+    assert checkpoint.find("0") is None
+
+    journal.__exit__()
+    with Checkpoint(path, "work", "json") as again:
+        assert again.find("0") == (0,)
+
+
 def read_all(results: Any) -> None:
     """Read a stream to its end."""
     for _ in results:

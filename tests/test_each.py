@@ -779,6 +779,98 @@ async def test_cancelling_a_stream_leaves_nothing_behind() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_a_cancellation_while_a_stream_is_left_is_not_lost() -> None:
+    """Who waits for the end of the calls and is cancelled sees it when they have ended."""
+    cancelled, may_end = asyncio.Event(), asyncio.Event()
+
+    async def call(value: int) -> int:
+        if value:
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+            except asyncio.CancelledError:
+                cancelled.set()
+                await asyncio.wait_for(may_end.wait(), SAFETY_NET)
+                raise
+        return value
+
+    results = aeach(Pair(same, call), range(2))
+    assert await anext(results) == 0
+    leaving = asyncio.ensure_future(results.aclose())
+    await cancelled.wait()
+    leaving.cancel()
+    await asyncio.sleep(0)
+    assert not leaving.done()
+    may_end.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS)
+def test_an_interrupt_in_the_source_is_raised_at_once(way: str) -> None:
+    """What is no `Exception` does not wait until the results before it are yielded."""
+    may_end = threading.Event()
+    told: list[Progress] = []
+
+    def call(value: int) -> int:
+        assert may_end.wait(SAFETY_NET)
+        return value
+
+    async def call_async(value: int) -> int:
+        return await asyncio.to_thread(call, value)
+
+    def source() -> Iterator[int]:
+        yield from range(2)
+        may_end.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(way, Pair(call, call_async, name="call"), source(), progress=told.append)
+
+    assert told == []
+
+
+class Interrupted(LoopTasks):
+    """A fan-out to which the caller gives items just when the loop has seen that there are none."""
+
+    is_told = False
+
+    @property
+    def _drain_is_due(self) -> bool:
+        return self._is_due
+
+    @_drain_is_due.setter
+    def _drain_is_due(self, is_due: bool) -> None:
+        if not is_due and not self.is_told and hasattr(self, "_loop"):
+            self.is_told = True
+            self.run([(1, "late")])
+        self._is_due = is_due
+
+
+def test_an_item_that_comes_as_the_loop_looks_away_is_not_lost() -> None:
+    """The loop looks again when it has said that it is not on its way: no task may be alive whose end it would see."""
+
+    def start(index: int, value: Any) -> "asyncio.Task[Any]":
+        if index == 0:
+            raise OddError(index)
+        return asyncio.get_running_loop().create_task(same_async(value))
+
+    found: list[Any] = []
+
+    def run() -> None:
+        with Interrupted(start, lambda: 2, return_exceptions=False) as fan:
+            fan.run([(0, "early")])
+            while group := fan.take():
+                found.extend(group)
+
+    running = threading.Thread(target=run, daemon=True)
+    running.start()
+    running.join(SAFETY_NET)
+
+    assert found == [(0, None, OddError(0)), (1, "late", None)]
+
+
 # --- contexts, kinds of argument ---
 
 seen_by_caller: ContextVar[str] = ContextVar("seen_by_caller", default="nobody")
