@@ -101,10 +101,7 @@ class Items:
 
     def threads(self) -> float:
         """Return how many threads to use, as things stand now."""
-        admitted = self._admitted()
-        if self._asked is None and admitted is None:
-            return DEFAULT_THREADS
-        return min(self._asked or math.inf, admitted or math.inf)
+        return self.bound() or DEFAULT_THREADS
 
     def tasks(self) -> float:
         """Return how many tasks to have alive, as things stand now."""

@@ -76,7 +76,7 @@ class Journal:
         """Do the same, without holding the event loop up."""
         keys = self.note(group)
         if self._rows:
-            await self._pool.call(self.flush, _nothing, Context())
+            await self._pool.call(self.flush, lambda _: None, Context())
         return self._with_equals(group, keys)
 
     def note(self, group: list[Ended]) -> list[str | None]:
@@ -126,10 +126,6 @@ class Journal:
             if rows and self._checkpoint is not None:
                 self._checkpoint.record(rows)  # if it fails, leaving the stream tries again: they are paid for
             del self._rows[: len(rows)]  # more may have been taken down meanwhile, by a stream that is left
-
-
-def _nothing(error: BaseException | None) -> None:
-    pass
 
 
 def _checked_key(key: object) -> str:
