@@ -19,7 +19,7 @@ from asyncify.bridge import ThreadPool
 from asyncify.scopes import CancelScope
 from asyncify.streams import closable
 
-__all__ = ["amerge", "end_all", "merge"]
+__all__ = ["amerge", "merge"]
 
 
 def merge(
@@ -38,7 +38,7 @@ def merge(
         for (key, branch), copy in zip(branches.items(), copies, strict=True):
             streams[key] = branch(copy)
             stack.callback(streams[key].close)
-        stack.callback(end_all, futures, scope)
+        stack.callback(_end, futures, scope)
         for key in streams:
             ask(key)
         while futures:
@@ -49,7 +49,7 @@ def merge(
                     ask(key)
 
 
-def end_all(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
+def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
     """Drop what has not begun, call off what waits for a limiter, and wait for the rest."""
     running = [future for future in futures if not future.cancel() and not future.done()]
     if running:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import wait
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,7 +20,7 @@ from langchain_core.runnables.utils import AddableDict
 
 from asyncify.background import background
 from asyncify.batches import Batches
-from asyncify.branches import amerge, end_all, merge
+from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
@@ -225,16 +226,29 @@ class DualParallel(Piped, RunnableParallel[Input]):
             return self._invoke_upstream(value, config)
         config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
-        scope = CancelScope()
-        futures = [
-            pool.submit(background.context_of_waiter(scope).run, step.run_unobserved, value, config, {})
-            for step in _pairs(steps.values())
-        ]
+        scope, errors = CancelScope(), list[BaseException]()
+
+        def run(step: Piped, context: Context) -> Any:
+            try:
+                return context.run(step.run_unobserved, value, config, {})
+            except BaseException as error:
+                errors.append(error)
+                scope.cancel()
+                raise
+
+        futures = [pool.submit(run, step, background.context_of_waiter(scope)) for step in _pairs(steps.values())]
         try:
-            done = wait(futures, return_when=FIRST_EXCEPTION).done  # all of them, or one that raises its error here
-            return {key: future.result() for key, future in zip(steps, futures, strict=True) if future in done}
+            for future in futures:
+                future.exception()  # waits for it, as `wait` does, which takes longer
+            if errors:
+                raise errors[0]
+            return {key: future.result() for key, future in zip(steps, futures, strict=True)}
         finally:
-            end_all(futures, scope)
+            if errors or not all(future.done() for future in futures):
+                with scope.cancelled():
+                    wait(futures)
+            futures.clear()  # an error's traceback holds this frame
+            errors.clear()
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)

@@ -44,18 +44,22 @@ class CancelScope:
         may_go_on = not self._is_cancelled  # looked at last: who cancels looks for waits last
         return (self._outer is None or self._outer.watch(wait)) and may_go_on
 
+    def cancel(self) -> None:
+        """Call off what waits in it, and what will until the end of `cancelled()`."""
+        self._is_cancelled = True
+        with self._lock:
+            waits = list(self._waits)
+        for wait in waits:
+            wait.call_off()
+
     @contextmanager
     def cancelled(self) -> Generator[None]:
         """Call off what waits in it, and what will while this block waits for the end of all.
 
         What an item has left running may go on in its context, and wait later, when nobody waits for it.
         """
-        self._is_cancelled = True
         try:
-            with self._lock:
-                waits = list(self._waits)
-            for wait in waits:
-                wait.call_off()
+            self.cancel()
             yield
         finally:
             self._is_cancelled = False
