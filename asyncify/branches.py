@@ -53,8 +53,9 @@ def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
     """Drop what has not begun, call off what waits for a limiter, and wait for the rest."""
     running = [future for future in futures if not future.cancel() and not future.done()]
     if running:
-        with scope.cancelled():
-            wait(running)
+        scope.cancel()
+        wait(running)
+    scope.end()
 
 
 async def amerge(

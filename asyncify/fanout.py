@@ -17,7 +17,6 @@ from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from time import monotonic
 from typing import Any, Self
@@ -336,6 +335,7 @@ class Threads(Blocking):
         name: what the threads are called while they work.
         return_exceptions: go on after an error; otherwise no item starts after one.
         scope: what the items run in, so that their waits for a limiter are called off at the end.
+        ordered: after an error, items that came before are still wanted, and may go on to wait.
     """
 
     def __init__(
@@ -346,11 +346,13 @@ class Threads(Blocking):
         name: str,
         return_exceptions: bool,
         scope: CancelScope,
+        ordered: bool = False,
     ) -> None:
         super().__init__(return_exceptions=return_exceptions)
         self._call = call
         self._width = width
         self._scope = scope
+        self._ordered = ordered
         self._pool = ThreadPool(None, name)
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
         self._at_work: set[int] = set()  # those that have an item in hand
@@ -361,9 +363,14 @@ class Threads(Blocking):
             return
         with self._lock:
             self._inbox.clear()
-        with self._scope.cancelled() if error[0] is not None else nullcontext(), self._lock:
-            # A garbage collector runs anywhere, also in one of these threads.
-            self._changed.wait_for(lambda: not self._at_work - {get_ident()})
+        if error[0] is not None:
+            self._scope.cancel()
+        try:
+            with self._lock:
+                # A garbage collector runs anywhere, also in one of these threads.
+                self._changed.wait_for(lambda: not self._at_work - {get_ident()})
+        finally:
+            self._scope.end()
 
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as threads come free."""
@@ -400,11 +407,14 @@ class Threads(Blocking):
     def _work(self) -> None:
         while (item := self._next()) is not None:
             ended = attempt(self._call, *item)
-            if is_raised(ended, return_exceptions=self._return_exceptions):
+            is_error = is_raised(ended, return_exceptions=self._return_exceptions)
+            if is_error:
                 with self._lock:
                     self._is_over = True
                     self._inbox.clear()
             self._ended.append(ended)
+            if is_error and not self._ordered:
+                self._scope.cancel()  # only now, or the end of a wait that was called off would come before the error
             self._tell()
             if self._hired < self._width():  # the limit was raised, say
                 self._hire_all()

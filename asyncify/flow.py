@@ -346,7 +346,7 @@ def _drive(
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(options.checkpoint(), options.key, line.put))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
-        fan = _fan(via, items, window, options.name, return_exceptions=return_exceptions)
+        fan = _fan(via, items, window, options.name, ordered=ordered, return_exceptions=return_exceptions)
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         stack.enter_context(fan)
         source = stack.enter_context(_Source(inputs))
@@ -375,7 +375,7 @@ def _drive(
                 return
 
 
-def _fan(via: str, items: Items, window: Width, name: str, *, return_exceptions: bool) -> Blocking:
+def _fan(via: str, items: Items, window: Width, name: str, *, ordered: bool, return_exceptions: bool) -> Blocking:
     if via == "async":
         return LoopTasks(items.start, lambda: min(window(), items.tasks()), return_exceptions=return_exceptions)
     return Threads(
@@ -384,6 +384,7 @@ def _fan(via: str, items: Items, window: Width, name: str, *, return_exceptions:
         name=name,
         return_exceptions=return_exceptions,
         scope=items.scope,
+        ordered=ordered,
     )
 
 

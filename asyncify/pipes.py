@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from contextvars import Context
 from functools import partial
@@ -226,29 +226,30 @@ class DualParallel(Piped, RunnableParallel[Input]):
             return self._invoke_upstream(value, config)
         config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
-        scope, errors = CancelScope(), list[BaseException]()
+        scope = CancelScope()
 
         def run(step: Piped, context: Context) -> Any:
             try:
                 return context.run(step.run_unobserved, value, config, {})
-            except BaseException as error:
-                errors.append(error)
+            except BaseException:
                 scope.cancel()
                 raise
 
-        futures = [pool.submit(run, step, background.context_of_waiter(scope)) for step in _pairs(steps.values())]
+        futures: list[Future[Any]] = []
         try:
-            for future in futures:
-                future.exception()  # waits for it, as `wait` does, which takes longer
-            if errors:
-                raise errors[0]
+            futures.extend(
+                pool.submit(run, step, background.context_of_waiter(scope)) for step in _pairs(steps.values())
+            )
+            failed = [error for future in futures if (error := future.exception()) is not None]  # waits for each
+            if failed:
+                raise next((error for error in failed if not isinstance(error, asyncio.CancelledError)), failed[0])
             return {key: future.result() for key, future in zip(steps, futures, strict=True)}
         finally:
-            if errors or not all(future.done() for future in futures):
-                with scope.cancelled():
-                    wait(futures)
+            if not all(future.done() for future in futures):
+                scope.cancel()
+                wait(futures)
+            scope.end()
             futures.clear()  # an error's traceback holds this frame
-            errors.clear()
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)

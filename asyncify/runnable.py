@@ -312,7 +312,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if hasattr(self, "func"):
             raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
         plain = function_of(fn, "sync")
-        _check_is_of_class(self, plain, "async_")
+        _check_is_of_class(self, "async_", sys._getframe(1).f_locals)
         check_pair(plain, self.afunc, f"{self.get_name()}.sync")
         gate = gate_of(self, fn)
         self.func = plain
@@ -324,7 +324,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
         plain = function_of(fn, "async")
-        _check_is_of_class(self, plain, "sync")
+        _check_is_of_class(self, "sync", sys._getframe(1).f_locals)
         check_pair(self.func, plain, f"{self.get_name()}.async_")
         gate = gate_of(self, fn)
         self.afunc = plain
@@ -875,13 +875,14 @@ def side_beside(other: Function, side: Function) -> Function:
     return cast("_Bound", side).unbound if takes_class else side
 
 
-def _check_is_of_class(pair: AnyDual, fn: Function, other: str) -> None:
-    """Refuse a second side that is written in a subclass: it would be that of the class, too."""
-    own, written = (getattr(side, "__qualname__", "").rpartition(".")[0] for side in (pair, fn))
-    if own != written and not any(name == "" or name.endswith("<locals>") for name in (own, written)):
+def _check_is_of_class(pair: AnyDual, other: str, body: dict[str, Any]) -> None:
+    """Refuse a second side that is written in the body of a subclass: it would be that of the class, too."""
+    own = pair.__qualname__.rpartition(".")[0]
+    written = body.get("__qualname__", own)
+    if written != own:
         raise PairError(
-            f"{describe(fn)} is written in {written}, and would become a side of {own}'s own "
-            f"{pair.get_name()}; to override it in {written} alone, write @dual({other}={own}.{pair.get_name()})"
+            f"a side that {written} gives {describe(pair)} would be {own}'s own, too; to override it in {written} "
+            f"alone, write @dual({other}={own}.{pair.get_name()})"
         )
 
 

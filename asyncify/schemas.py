@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -155,7 +156,7 @@ def _fields(fn: Function) -> dict[str, Any]:
 
 def _configs(fn: Function) -> list[str]:
     """Return the parameters that a tool gives the config of its call, as their type says."""
-    return [name for name, hint in _hints(fn).items() if RunnableConfig in (hint, *get_args(hint))]
+    return [name for name, hint in _hints(fn).items() if any(t is RunnableConfig for t in (hint, *get_args(hint)))]
 
 
 def _check_types(fn: Function) -> None:
@@ -256,11 +257,45 @@ def _split(fn: Function, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     Among them is what LangChain injects into a function by a parameter's type or name, and into no runnable.
     """
-    config = ensure_config()  # that of the tool's run, which is the ambient one
-    given |= dict.fromkeys(_configs(fn), config)
-    if any(parameter.name == _CALLBACKS for parameter in _parameters(fn)):
-        given[_CALLBACKS] = config.get("callbacks")
-    if len(shape_of(fn).required) > 1:
+    uses = _uses_of(fn)
+    if uses.configs or uses.callbacks:
+        config = ensure_config()  # that of the tool's run, which is the ambient one
+        given |= dict.fromkeys(uses.configs, config)
+        if uses.callbacks:
+            given[_CALLBACKS] = config.get("callbacks")
+    if uses.first is None:
         return given, {}
-    first, *_ = _parameters(fn)
-    return given.pop(first.name, first.default), given
+    return given.pop(uses.first.name, uses.first.default), given
+
+
+@dataclass(frozen=True, slots=True)
+class _Uses:
+    """What a function makes of a tool's arguments."""
+
+    configs: tuple[str, ...]
+    """The parameters that are given the config."""
+
+    callbacks: bool
+    """Whether it is given the callbacks."""
+
+    first: Parameter | None
+    """The parameter that is the input; None if all of them are."""
+
+
+_known: weakref.WeakKeyDictionary[Function, _Uses] = weakref.WeakKeyDictionary()
+
+
+def _uses_of(fn: Function) -> _Uses:
+    """Look at a function once, so that no call of a tool has to."""
+    with contextlib.suppress(KeyError, TypeError):  # of what has no hash, or takes no weak reference
+        return _known[fn]
+    parameters = _parameters(fn)
+    is_spread = len(shape_of(fn).required) > 1
+    uses = _Uses(
+        configs=tuple(_configs(fn)),
+        callbacks=any(parameter.name == _CALLBACKS for parameter in parameters),
+        first=None if is_spread else parameters[0],
+    )
+    with contextlib.suppress(TypeError):
+        _known[fn] = uses
+    return uses

@@ -6,10 +6,8 @@ runs, is left alone on the sync path.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -20,18 +18,23 @@ class Wait(Protocol):
     """Something that a call waits for."""
 
     def call_off(self) -> None:
-        """Wake whoever waits, to give up; of no effect when the wait is over. Never blocks."""
+        """Have whoever waits give up; of no effect when the wait is over. Never blocks."""
         ...
 
 
 class CancelScope:
-    """The waits of a fan-out's items, whatever thread or loop they are in, those of scopes inside it included."""
+    """The waits of a fan-out's items, whatever thread or loop they are in, those of scopes inside it included.
+
+    No lock is taken, for a finalizer may come in between and a process be forked: each change is one step of C.
+    """
 
     def __init__(self) -> None:
         self._outer = current_scope.get()
-        self._lock = threading.RLock()  # as a finalizer may come in between
-        self._waits: weakref.WeakSet[Wait] = weakref.WeakSet()
+        self._waits: set[weakref.ref[Wait]] = set()
         self._is_cancelled = False
+        self._has_ended = False
+        for _ in self._alive():
+            pass  # forgets those that have ended, or a chain of tasks would keep all of its scopes
 
     def enter(self) -> None:
         """Put this context into the scope, and what will be copied from it."""
@@ -39,30 +42,33 @@ class CancelScope:
 
     def watch(self, wait: Wait) -> bool:
         """Note a wait that has begun, and tell whether it may go on."""
-        with self._lock:
-            self._waits.add(wait)
-        may_go_on = not self._is_cancelled  # looked at last: who cancels looks for waits last
-        return (self._outer is None or self._outer.watch(wait)) and may_go_on
+        may_go_on = True
+        for scope in self._alive():
+            scope._waits.add(weakref.ref(wait, scope._waits.discard))
+            may_go_on &= not scope._is_cancelled  # looked at last: who cancels looks for waits last
+        return may_go_on
 
     def cancel(self) -> None:
-        """Call off what waits in it, and what will until the end of `cancelled()`."""
+        """Call off what waits in it, and what will until its end."""
         self._is_cancelled = True
-        with self._lock:
-            waits = list(self._waits)
-        for wait in waits:
-            wait.call_off()
+        for known in list(self._waits):
+            if (wait := known()) is not None:
+                wait.call_off()
 
-    @contextmanager
-    def cancelled(self) -> Generator[None]:
-        """Call off what waits in it, and what will while this block waits for the end of all.
+    def end(self) -> None:
+        """Let go of it: what an item has left running may go on in its context, and wait there again."""
+        self._has_ended = True
 
-        What an item has left running may go on in its context, and wait later, when nobody waits for it.
-        """
-        try:
-            self.cancel()
-            yield
-        finally:
-            self._is_cancelled = False
+    def _alive(self) -> Iterator[CancelScope]:
+        """Yield this scope and those around it, from the inside out, without those that have ended."""
+        scope: CancelScope | None = self
+        while scope is not None:
+            if not scope._has_ended:
+                yield scope
+            outer = scope._outer  # looked at once, as others go the same way
+            while outer is not None and outer._has_ended:
+                outer = outer._outer
+            scope._outer = scope = outer
 
 
 current_scope: ContextVar[CancelScope | None] = ContextVar("asyncify_scope", default=None)

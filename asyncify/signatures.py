@@ -255,6 +255,7 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
     parameters = list(signature.parameters.values()) if signature is not None else []
     own = [parameter for parameter in parameters if parameter.name not in INJECTED]
     named = {parameter.name for parameter in parameters if parameter.kind in _NAMED}
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
     return Shape(
         is_async=is_async(fn),
         is_generator=is_generator(fn),
@@ -265,7 +266,12 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
             for parameter in own
             if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
         ),
-        positional_only=tuple(p.name for p in own if p.kind is Parameter.POSITIONAL_ONLY),
+        positional_only=tuple(
+            p.name
+            for p in own
+            if p.kind is Parameter.POSITIONAL_ONLY
+            and (p.default is Parameter.empty or not takes_any)  # else the name is one of the keywords
+        ),
         keyword_only=tuple(p.name for p in own if p.kind is Parameter.KEYWORD_ONLY),
         has_parameters=bool(own) or signature is None,
     )

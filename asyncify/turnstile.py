@@ -36,10 +36,13 @@ RECENT = 1000
 _ABANDONED = 64
 """Places in a queue that may be left empty before it is looked at whether they are most of it."""
 
-_CALLED_OFF = "what this call is part of has ended while it waited for a limiter"
-
 _UNUSED = object()
 """The outcome of a call that never started, be it that it gave up before or after it was admitted."""
+
+_CALLED_OFF = object()
+"""That of a call that is to give up if it waits still."""
+
+_END = "what this call is part of has ended while it waited for a limiter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +222,7 @@ class Turnstile:
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         if (scope := current_scope.get()) is not None and not scope.watch(permit):
-            raise asyncio.CancelledError(_CALLED_OFF)
+            raise asyncio.CancelledError(_END)
         return permit.queue is not None
 
     def _expire(self, permit: Permit) -> None:
@@ -235,10 +238,11 @@ class Turnstile:
     def _check_in_time(self, permit: Permit) -> None:
         if permit.timer is not None:
             permit.timer.cancel()
+        waits = permit.queue is not None  # asked first: who is admitted has its time before it leaves the queue
         if permit.at is None:
-            if permit.queue is not None:
+            if waits or permit.ended:
                 permit.give_up()
-                raise asyncio.CancelledError(_CALLED_OFF)
+                raise asyncio.CancelledError(_END)
             check_affordable(permit.cost, self._meter.limits, self._title())
             paused = self._paused_for()
             raise LimitTimeout(
@@ -325,9 +329,12 @@ class Turnstile:
         while self._departed:
             permit, outcome = self._departed.popleft()
             if permit.at is None:
-                if outcome is _UNUSED and permit.queue is self._queue:
+                if permit.queue is self._queue and (outcome is _UNUSED or outcome is _CALLED_OFF):
+                    permit.ended = True
                     self._dequeue(permit)
                 continue
+            if outcome is _CALLED_OFF:
+                continue  # it came in before
             self._learn(permit, outcome, permit.at, now)
             if permit.slots and not self._meter.release(permit) and permit in _robbed:
                 self._rob(permit)
@@ -400,8 +407,10 @@ class Turnstile:
         self._settle()
 
     def call_off(self, permit: Permit) -> None:
-        """Wake a call that still waits, to give up."""
+        """Have a call give up that still waits: its place is taken at once, and it is woken to hear of it."""
         if permit.queue is not None:
+            self._departed.append((permit, _CALLED_OFF))
+            self._settle()
             self._wake([permit])
 
     def _judge(self, error: BaseException) -> _Failure:

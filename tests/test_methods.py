@@ -797,17 +797,44 @@ def test_a_second_side_in_a_subclass_is_refused() -> None:
         async def quote(self, query: str) -> str:
             return "base"
 
-    async def price(self: Base, query: str) -> str:
-        return "live"
+    with pytest.raises(PairError, match=r"^a side that .*Live gives .* write @dual\(sync=.*Base.price\)$"):
 
-    def quote(self: Base, query: str) -> str:
-        return "live"
+        class Live(Base):
+            @Base.price.async_  # type: ignore[arg-type]
+            async def price_async(self, query: str) -> str:
+                return "live"
 
-    price.__qualname__, quote.__qualname__ = "Live.price", "Live.quote"  # as they would be written there
-    with pytest.raises(PairError, match=r"to override it in Live alone, write @dual\(sync=.*Base.price\)$"):
-        Base.price.async_(price)
-    with pytest.raises(PairError, match=r"would become a side of .*Base's own quote.*write @dual\(async_=.*\)$"):
-        Base.quote.sync(quote)
+    with pytest.raises(PairError, match=r"to override it in .*Later alone, write @dual\(async_=.*Base.quote\)$"):
+
+        class Later(Base):
+            @Base.quote.sync  # type: ignore[arg-type]
+            def quote_sync(self, query: str) -> str:
+                return "live"
+
+    assert Base().price.invoke("x") == Base().quote.invoke("x") == "base"
+
+
+async def test_a_second_side_may_come_from_another_class() -> None:
+    """In the body of the pair's own class, or outside of any."""
+
+    class Transport:
+        async def fetch(self, query: str) -> str:
+            return "by the loop"
+
+    class Desk(Transport):
+        @dual
+        def price(self, query: str) -> str:
+            return "here"
+
+        price.async_(Transport.fetch)
+
+        @dual
+        def quote(self, query: str) -> str:
+            return "here"
+
+    Desk.quote.async_(Transport.fetch)
+
+    assert await Desk().price.ainvoke("x") == await Desk().quote.ainvoke("x") == "by the loop"
 
 
 def test_a_drop_in_is_no_method() -> None:

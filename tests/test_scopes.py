@@ -8,9 +8,11 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import Runnable
 
-from asyncify import Dual, Limiter, concurrency, each
+from asyncify import Dual, Limiter, concurrency, dual, each
+from asyncify.permits import Permit
 from asyncify.scopes import CancelScope
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET
@@ -206,7 +208,53 @@ class TestLeaving:
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
 
 
+def test_the_error_of_a_dict_is_that_of_its_first_branch_that_fails() -> None:
+    """Whichever fails first, and as it is where somebody watches."""
+    failed = threading.Event()
+
+    def slow(value: int) -> int:
+        failed.wait(SAFETY_NET)
+        raise ValueError(value)
+
+    def quick(value: int) -> int:
+        failed.set()
+        raise KeyError(value)
+
+    pipe = {"a": dual(slow), "b": dual(quick)} | dual(str)
+    for config in ({}, {"callbacks": [BaseCallbackHandler()]}):
+        with pytest.raises(ValueError, match="1"):
+            pipe.invoke(1, config)  # type: ignore[arg-type]
+        failed.clear()
+
+
 class TestWhatIsLeftRunning:
+    def test_a_wait_under_way_outlives_a_batch_that_ends_well(self) -> None:
+        """Nothing is in the way of its end."""
+        limiter = Limiter(limit=1)
+        ends: list[str] = []
+
+        def report() -> None:
+            try:
+                with limiter:
+                    ends.append("in")
+            except asyncio.CancelledError:
+                ends.append("called off")
+
+        def work(value: int) -> None:
+            if value == 0:
+                threads.append(threading.Thread(target=contextvars.copy_context().run, args=(report,)))
+                threads[0].start()
+                while not limiter.stats().waiting:
+                    threads[0].join(0.001)
+
+        threads: list[threading.Thread] = []
+        holder = limiter.enter()
+        Dual(work).batch([0, 1, 2])
+        holder.leave()
+        threads[0].join(SAFETY_NET)
+
+        assert ends == ["in"]
+
     @pytest.mark.parametrize("fails", [False, True])
     def test_a_thread_that_an_item_has_left_behind_waits_on(self, *, fails: bool) -> None:
         """It has the item's context, and ends when it ends: the batch knows nothing of it."""
@@ -248,10 +296,43 @@ class TestScope:
         context = contextvars.Context()
         context.run(scope.enter)
         limiter.acquire()
-        with scope.cancelled(), pytest.raises(asyncio.CancelledError, match="has ended while it waited"):
+        scope.cancel()
+        with pytest.raises(asyncio.CancelledError, match="has ended while it waited"):
             context.run(limiter.enter)
 
         assert (limiter.stats().waiting, limiter.stats().in_flight) == (0, 0)
+
+    def test_who_is_called_off_is_out_of_the_queue_at_once(self) -> None:
+        """A slot that comes free before its thread has heard of it goes to somebody else."""
+        limiter = Limiter(limit=1)
+        holder = limiter.enter()
+        waits = [Permit(limiter, 1, 1) for _ in range(2)]
+        scope = CancelScope()
+        for permit in waits:
+            assert not limiter._admit(permit)
+        assert scope.watch(waits[0])
+        scope.cancel()
+        holder.leave()
+
+        assert [permit.at is None for permit in waits] == [True, False]
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (1, 0)
+
+    def test_a_chain_of_scopes_keeps_none_that_has_ended(self) -> None:
+        """A task whose batch starts the next task, and so on, has the scopes of all before in its context."""
+        scope = CancelScope()
+
+        def go_on() -> CancelScope:
+            scope.enter()
+            return CancelScope()
+
+        for _ in range(3000):
+            following = contextvars.copy_context().run(go_on)
+            scope.end()
+            scope = following
+        assert scope.watch(Permit(Limiter(limit=1), 1, 1))
+
+        assert len(list(scope._alive())) == 1
+        assert scope._outer is None
 
     def test_who_is_admitted_meanwhile_keeps_the_books_right(self) -> None:
         """Calls that are admitted and called off in the same moment either run or give their slots back."""
@@ -274,9 +355,9 @@ class TestScope:
                 thread.start()
             threads.append(threading.Thread(target=holder.end))
             threads[-1].start()
-            with scope.cancelled():
-                for thread in threads:
-                    thread.join(SAFETY_NET)
+            scope.cancel()
+            for thread in threads:
+                thread.join(SAFETY_NET)
 
             assert len(ends) == 3
             assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)

@@ -6,7 +6,7 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from asyncify import PairError
+from asyncify import Dual, PairError
 from asyncify.signatures import (
     check_pair,
     describe,
@@ -286,3 +286,12 @@ def test_an_input_that_can_not_be_spread_is_refused(value: object, message: str)
     """The error names the function, what it takes and what was given."""
     with pytest.raises(TypeError, match=message):
         shape_of(_two).arguments(_two, value, {})
+
+
+def test_a_positional_only_default_beside_any_keyword_is_one_of_them() -> None:
+    """Python takes the name for a keyword, where a function has `**` for all of them."""
+
+    def fetch(query: int = 1, count: int = 2, /, **more: int) -> tuple[int, int, dict[str, int]]:
+        return query, count, more
+
+    assert Dual(fetch).invoke(5, count=3) == fetch(5, count=3) == (5, 2, {"count": 3})

@@ -574,3 +574,20 @@ async def test_a_tool_whose_arguments_are_described_otherwise_takes_them_as_befo
     assert made.invoke({"query": "EUR"}) == "sync EUR"
     assert await made.ainvoke({"query": "EUR"}) == "async EUR"
     assert made.args["query"]["type"] == "string"
+
+
+class Touchy:
+    """What stands in an annotation, and can't be compared, as an array can't."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError
+
+    __hash__ = object.__hash__
+
+
+def test_what_an_annotation_holds_is_not_compared() -> None:
+    """Its `==` may do anything."""
+
+    def weigh(amount: Annotated[int, Touchy()]) -> None: ...
+
+    assert tool(dual(weigh)).args["amount"]["type"] == "integer"
