@@ -6,8 +6,9 @@ import heapq
 import itertools
 import threading
 import time
+from _thread import allocate_lock
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from contextlib import suppress
 from typing import Protocol
 
 from asyncify.forks import at_fork
@@ -61,7 +62,10 @@ class MonotonicClock:
         # A fork takes no thread along, and a lock that another thread held would stay locked.
         # Both are re-entrant: a finalizer may set a timer in the middle of anything, of `call_at` itself too.
         self._lock = threading.RLock()
-        self._wakeups: SimpleQueue[None] = SimpleQueue()
+        # Released to wake the thread. No queue: `SimpleQueue.get` of Python 3.11 and 3.12 waits for ever if its time is
+        # up as it looks at the clock a second time.
+        self._wakeup = allocate_lock()
+        self._wakeup.acquire()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._sweep_at = _SWEEP
@@ -76,7 +80,8 @@ class MonotonicClock:
         with self._lock:
             if len(self._timers) >= self._sweep_at:
                 self._sweep()
-            heapq.heappush(self._timers, (when, next(self._order), timer))
+            entry = (when, next(self._order), timer)  # made first: a finalizer in between may put another list there
+            heapq.heappush(self._timers, entry)
             if not self._running:
                 self._running = True  # before it starts: a finalizer may set a timer in between
                 try:
@@ -85,12 +90,17 @@ class MonotonicClock:
                     self._running = False
                     raise
             elif self._timers[0][2] is timer:
-                self._wakeups.put(None)
+                self._wake_up()
         return timer
+
+    def _wake_up(self) -> None:
+        with suppress(RuntimeError):  # it has been woken already
+            self._wakeup.release()
 
     def _sweep(self) -> None:
         """Drop the cancelled timers; as the heap must double in between, a timer pays O(1) for it."""
-        timers, self._timers = self._timers, []
+        fresh: list[tuple[float, int, Timer]] = []  # made first, for the same reason
+        timers, self._timers = self._timers, fresh
         self._timers.extend([entry for entry in timers if not entry[2].cancelled])
         heapq.heapify(self._timers)
         self._sweep_at = 2 * len(self._timers) + _SWEEP
@@ -107,11 +117,8 @@ class MonotonicClock:
             while (timer := self._take_due()) is not None:
                 if not timer.cancelled:
                     timer.callback()
-            try:
-                self._wakeups.get(timeout=self._until_next())
-            except Empty:
-                if self._may_end():
-                    return
+            if not self._wakeup.acquire(timeout=self._until_next()) and self._may_end():
+                return
 
     def _take_due(self) -> Timer | None:
         with self._lock:

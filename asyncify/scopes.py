@@ -68,7 +68,8 @@ class CancelScope:
             outer = scope._outer  # looked at once, as others go the same way
             while outer is not None and outer._has_ended:
                 outer = outer._outer
-            scope._outer = scope = outer
+            scope._outer = outer
+            scope = outer
 
 
 current_scope: ContextVar[CancelScope | None] = ContextVar("asyncify_scope", default=None)

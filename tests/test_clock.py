@@ -1,7 +1,10 @@
 """The real clock: one thread for all timers of the process, for as long as there are any."""
 
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +18,36 @@ def timer_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "asyncify-timer"]
 
 
+@pytest.fixture
+def hectic() -> Iterator[None]:
+    """Let threads take turns as often as can be, so that they meet where they hardly ever do."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
 class TestTimerThread:
+    @pytest.mark.usefixtures("hectic")
+    def test_every_timer_fires_however_short_its_time(self) -> None:
+        """One whose time is up while the thread lies down to sleep does not let it sleep for ever."""
+        clock, fired, is_over = MonotonicClock(), threading.Event(), threading.Event()
+
+        def be_in_the_way() -> None:
+            while not is_over.is_set():
+                pass
+
+        with ThreadPoolExecutor(3) as threads:
+            for _ in range(3):
+                threads.submit(be_in_the_way)
+            try:
+                for number in range(3000):
+                    clock.call_at(clock.now() + number % 20 * 1e-6, fired.set)
+                    assert fired.wait(SAFETY_NET)
+                    fired.clear()
+            finally:
+                is_over.set()
+
     def test_it_ends_when_idle_and_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without timers the thread ends; the next timer starts another."""
         monkeypatch.setattr(clock_module, "_IDLE_SECONDS", 0.01)
