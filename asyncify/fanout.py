@@ -440,8 +440,11 @@ def gather(
     scope: CancelScope,
 ) -> list[Any]:
     """Return the outputs of all items, in order; the first error stops the rest."""
-    if len(inputs) == 1:
-        return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)]  # needs no thread
+    if len(inputs) == 1:  # it needs no thread
+        try:
+            return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)]
+        finally:
+            scope.end()
     outputs: list[Any] = [None] * len(inputs)
     with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
         fan.run(enumerate(inputs))

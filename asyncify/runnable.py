@@ -879,7 +879,8 @@ def _check_is_of_class(pair: AnyDual, other: str, body: dict[str, Any]) -> None:
     """Refuse a second side that is written in the body of a subclass: it would be that of the class, too."""
     own = pair.__qualname__.rpartition(".")[0]
     written = body.get("__qualname__", own)
-    if written != own:
+    is_of_class = own != "" and not own.endswith("<locals>")
+    if is_of_class and written != own:
         raise PairError(
             f"a side that {written} gives {describe(pair)} would be {own}'s own, too; to override it in {written} "
             f"alone, write @dual({other}={own}.{pair.get_name()})"

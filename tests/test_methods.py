@@ -834,6 +834,16 @@ async def test_a_second_side_may_come_from_another_class() -> None:
 
     Desk.quote.async_(Transport.fetch)
 
+    @dual
+    def of_no_class(query: str) -> str:
+        return "here"
+
+    class Written:
+        @of_no_class.async_
+        async def elsewhere(query: str) -> str:  # noqa: N805
+            return "by the loop"
+
+    assert await of_no_class.ainvoke("x") == "by the loop"
     assert await Desk().price.ainvoke("x") == await Desk().quote.ainvoke("x") == "by the loop"
 
 

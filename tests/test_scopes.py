@@ -13,7 +13,7 @@ from langchain_core.runnables import Runnable
 
 from asyncify import Dual, Limiter, concurrency, dual, each
 from asyncify.permits import Permit
-from asyncify.scopes import CancelScope
+from asyncify.scopes import CancelScope, current_scope
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET
 
@@ -227,66 +227,79 @@ def test_the_error_of_a_dict_is_that_of_its_first_branch_that_fails() -> None:
         failed.clear()
 
 
+class LeftBehind:
+    """A thread that an item starts and leaves running, in its own context: it waits for a limiter when it may."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self.limiter = limiter
+        self.go_on = threading.Event()
+        self.ends: list[str] = []
+
+    def start(self) -> None:
+        """Start it, in a copy of this context."""
+        self.thread = threading.Thread(target=contextvars.copy_context().run, args=(self.report,))
+        self.thread.start()
+
+    def report(self) -> None:
+        """Note how the wait ends."""
+        self.go_on.wait(SAFETY_NET)
+        try:
+            with self.limiter:
+                self.ends.append("in")
+        except asyncio.CancelledError:
+            self.ends.append("called off")
+
+    def wait_until_it_waits(self) -> None:
+        """Let it wait for the limiter, and return when it does."""
+        self.go_on.set()
+        while not self.limiter.stats().waiting and not self.ends:
+            self.thread.join(0.001)
+
+
 class TestWhatIsLeftRunning:
     def test_a_wait_under_way_outlives_a_batch_that_ends_well(self) -> None:
         """Nothing is in the way of its end."""
-        limiter = Limiter(limit=1)
-        ends: list[str] = []
-
-        def report() -> None:
-            try:
-                with limiter:
-                    ends.append("in")
-            except asyncio.CancelledError:
-                ends.append("called off")
+        left = LeftBehind(Limiter(limit=1))
 
         def work(value: int) -> None:
             if value == 0:
-                threads.append(threading.Thread(target=contextvars.copy_context().run, args=(report,)))
-                threads[0].start()
-                while not limiter.stats().waiting:
-                    threads[0].join(0.001)
+                left.start()
+                left.wait_until_it_waits()
 
-        threads: list[threading.Thread] = []
-        holder = limiter.enter()
+        holder = left.limiter.enter()
         Dual(work).batch([0, 1, 2])
         holder.leave()
-        threads[0].join(SAFETY_NET)
+        left.thread.join(SAFETY_NET)
 
-        assert ends == ["in"]
+        assert left.ends == ["in"]
 
     @pytest.mark.parametrize("fails", [False, True])
-    def test_a_thread_that_an_item_has_left_behind_waits_on(self, *, fails: bool) -> None:
-        """It has the item's context, and ends when it ends: the batch knows nothing of it."""
-        limiter = Limiter(limit=1)
-        go_on, ends = threading.Event(), list[str]()
-
-        def report() -> None:
-            go_on.wait(SAFETY_NET)
-            try:
-                with limiter:
-                    ends.append("in")
-            except asyncio.CancelledError:
-                ends.append("called off")
+    def test_a_wait_that_begins_later_is_its_own(self, *, fails: bool) -> None:
+        """However the batch has ended: it knows nothing of it."""
+        left = LeftBehind(Limiter(limit=1))
 
         def work(value: int) -> None:
             if value == 0:
-                threads.append(threading.Thread(target=contextvars.copy_context().run, args=(report,)))
-                threads[0].start()
+                left.start()
                 if fails:
                     raise RefusalError
 
-        threads: list[threading.Thread] = []
-        holder = limiter.enter()
+        holder = left.limiter.enter()
         with pytest.raises(RefusalError) if fails else nullcontext():
             Dual(work).batch([0, 1, 2])
-        go_on.set()
-        while not limiter.stats().waiting and not ends:
-            threads[0].join(0.001)
+        left.wait_until_it_waits()
         holder.leave()
-        threads[0].join(SAFETY_NET)
+        left.thread.join(SAFETY_NET)
 
-        assert ends == ["in"]
+        assert left.ends == ["in"]
+
+    @pytest.mark.parametrize("inputs", [[1], [1, 2]], ids=["one input", "two inputs"])
+    def test_a_batch_leaves_no_scope_in_a_context(self, inputs: list[int]) -> None:
+        """Or rounds of batches, each started by the one before, would be in all of theirs."""
+        scopes: list[CancelScope | None] = []
+        Dual(lambda value: scopes.append(current_scope.get())).batch(inputs)
+
+        assert [list(scope._alive()) for scope in scopes if scope is not None] == [[]] * len(inputs)
 
 
 class TestScope:
