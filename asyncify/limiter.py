@@ -13,7 +13,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from asyncify.adaptive import Adaptive, AdaptiveLimit
 from asyncify.clock import Clock, monotonic_clock
 from asyncify.meter import PERIODS, Limits, check_cost, check_positive
-from asyncify.permits import Permit, innermost
+from asyncify.permits import Permit, get_innermost
 from asyncify.turnstile import RECENT, Turnstile
 
 __all__ = ["Limiter", "LimiterStats"]
@@ -79,7 +79,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        permit = innermost.get()  # looked up here, as a call of another function is felt in each call that is limited
+        permit = get_innermost()  # looked up here, as a call of another function is felt in each call that is limited
         if permit is None or permit.place is not self or permit.ended:
             self._leave_one(error)
         else:
@@ -90,7 +90,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        permit = innermost.get()
+        permit = get_innermost()
         if permit is None or permit.place is not self or permit.ended:
             self._leave_one(error)
         else:
@@ -184,7 +184,8 @@ class Limiter(Turnstile, BaseRateLimiter):
                 for permit in hopeless:
                     self._turn_away(permit)
         finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
-            self._wake(hopeless)
+            for permit in hopeless:
+                self._wake(permit)
             self._settle()
 
     # --- what it tells ---

@@ -215,6 +215,7 @@ class Meter:
         "largest_cost",
         "limits",
         "paused_until",
+        "slots_alone",
     )
 
     def __init__(self, limits: Limits) -> None:
@@ -240,6 +241,7 @@ class Meter:
         for window in self._windows:
             if (old := logs.get(window.rate.period)) is not None:
                 window.log, window.used = old.log, old.used
+        self.slots_alone: float = -1 if self._windows else self._slots  # the slots, if they are all that limits
         self._longer = self._windows[1:]
         self._only_window = self._windows[0] if len(self._windows) == 1 else None
         interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0

@@ -14,11 +14,13 @@ from asyncify.clock import Timer
 __all__ = [
     "Permit",
     "Place",
+    "get_innermost",
     "hand_over",
     "held_by_this_task",
     "held_by_this_thread",
     "innermost",
     "permits",
+    "set_innermost",
 ]
 
 
@@ -44,6 +46,10 @@ class Place(Protocol):
 
 innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
 """The permit under which this context runs; those around it follow by `outer`."""
+
+# Python looks up a method of an imported name anew at each call, so what every call needs is imported by itself.
+get_innermost = innermost.get
+set_innermost = innermost.set
 
 
 class Permit:
@@ -107,9 +113,7 @@ class Permit:
         self.since = since
         self.ahead = ahead
         self.blocks = ()
-        self.timer = None
-        self.loop = None
-        self.ready = None
+        self.timer = self.loop = self.ready = None
         self.queue = queue
         queue.append(self)
 

@@ -32,7 +32,7 @@ from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_backgr
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
-from asyncify.permits import hand_over, held_by_this_task, innermost
+from asyncify.permits import get_innermost, hand_over, held_by_this_task
 from asyncify.pipes import Piped, is_bounded
 from asyncify.relay import Relay
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
@@ -458,7 +458,7 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         """Start a side in a task of its own; `awaited` says that this task will wait for it and for nothing else."""
         child = quiet_config(config, is_async=True)
         context = context_of(child)
-        if awaited and innermost.get() is not None:
+        if awaited and get_innermost() is not None:
             hand_over(held_by_this_task(), context)
         return asyncio.get_running_loop().create_task(self._arun(entry, value, child, kwargs), context=context)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
-__all__ = ["CancelScope", "current_scope"]
+__all__ = ["CancelScope", "get_scope"]
 
 
 class Wait(Protocol):
@@ -74,3 +74,5 @@ class CancelScope:
 
 current_scope: ContextVar[CancelScope | None] = ContextVar("asyncify_scope", default=None)
 """The innermost scope that this context runs in."""
+
+get_scope = current_scope.get

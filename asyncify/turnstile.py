@@ -13,7 +13,7 @@ import math
 import threading
 import weakref
 from _thread import allocate_lock
-from asyncio import _get_running_loop, get_running_loop
+from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork
 from asyncify.meter import Limits, Meter, check_cost, shown
-from asyncify.permits import Permit, held_by_this_task, held_by_this_thread, innermost, permits
-from asyncify.scopes import current_scope
+from asyncify.permits import Permit, get_innermost, held_by_this_task, held_by_this_thread, permits, set_innermost
+from asyncify.scopes import get_scope
+from asyncify.wakeups import wake_here
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
 
@@ -115,14 +116,15 @@ class Turnstile:
             ready.acquire()
             permit.ready = ready  # only now, as it may be released from this moment on
             try:
-                if self._must_wait(permit, held_by_this_thread, timeout):
+                self._look_after(permit, held_by_this_thread, timeout)
+                if permit.queue is not None:
                     ready.acquire()
             except BaseException:
                 permit.give_up()
                 raise
             if permit.timer is not None or permit.at is None:
                 self._check_in_time(permit)
-        permit.token = innermost.set(permit)  # `begin()`, without a call
+        permit.token = set_innermost(permit)  # `begin()`, without a call
         return permit
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
@@ -132,17 +134,20 @@ class Turnstile:
         permit = Permit(self, cost, slots)
         permit.in_task = True
         if not self._admit(permit):
-            permit.loop = loop = get_running_loop()
-            permit.ready = ready = loop.create_future()
             try:
-                if self._must_wait(permit, held_by_this_task, timeout):
+                ready: asyncio.Future[None] = asyncio.Future()  # it asks which loop runs, which is slow: so let only it
+                permit.loop = ready.get_loop()
+                permit.ready = ready
+                if permit.outer or timeout is not None or self.timeout is not None or get_scope():
+                    self._look_after(permit, held_by_this_task, timeout)
+                if permit.queue is not None:  # asked last: who lets it in looks last whether it can be woken
                     await ready
             except BaseException:
                 permit.give_up()
                 raise
             if permit.timer is not None or permit.at is None:
                 self._check_in_time(permit)
-        permit.token = innermost.set(permit)  # `begin()`, without a call
+        permit.token = set_innermost(permit)  # `begin()`, without a call
         return permit
 
     def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
@@ -150,7 +155,8 @@ class Turnstile:
         lock = self._lock
         lock.acquire()  # not `with`, which takes twice as long
         try:
-            now, at = self._now(), 0.0
+            read = self._now
+            now, at = read(), 0.0
             if self._departed:
                 self._take_back(now)
             if not self._queue or (not permit.slots and self._may_pass()):
@@ -161,7 +167,7 @@ class Turnstile:
                     return True
                 if queue:
                     self._call_back_at(at)
-            if permit.cost > self._meter.largest_cost:
+            if permit.cost != 1 and permit.cost > self._meter.largest_cost:
                 check_affordable(permit.cost, self._meter.limits, self._title())
             if queue:
                 permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
@@ -210,20 +216,15 @@ class Turnstile:
         inside = tuple(self._meter.inside)
         return {other for other in inside if other.thread == permit.thread and other.in_task}
 
-    def _must_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> bool:
-        """Look after a call that has been queued and can be woken now; False if it waits no longer.
-
-        The queue admits a call and then looks whether it can be woken; here it is the other way round: so one sees
-        the other.
-        """
+    def _look_after(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
+        """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
         timeout = self.timeout if timeout is None else timeout
         if permit.slots and (permit.outer is not None or permit.loop is None):
             self._check_certain_end(permit, held(), timeout)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
-        if (scope := current_scope.get()) is not None and not scope.watch(permit):
+        if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_END)
-        return permit.queue is not None
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
@@ -232,7 +233,7 @@ class Turnstile:
             if late:
                 self._turn_away(permit)  # at once, as it might be admitted when the lock is free
         if late:
-            self._wake([permit])
+            self._wake(permit)
         self._settle()
 
     def _check_in_time(self, permit: Permit) -> None:
@@ -274,15 +275,19 @@ class Turnstile:
                 if at := meter.admit(now, permit.cost, permit.since):
                     self._call_back_at(at)
                     break
-            permit.at = now  # before it leaves the queue, as who finds itself outside looks whether it was admitted
-            if permit.slots and not permit.blocks and not self._abandoned:
-                permit.queue = None  # `_dequeue()` of the first, without a call
-                queue.popleft()
-            else:
-                self._dequeue(permit)
-            self._admitted += 1
-            self._waits.append((self._admitted, now - permit.since))
+            self._let_in(permit, now)
             granted.append(permit)
+
+    def _let_in(self, permit: Permit, now: float) -> None:
+        """Take a waiter that the meter has admitted out of the queue, and count it."""
+        permit.at = now  # before it leaves the queue, as who finds itself outside looks whether it was admitted
+        if permit.slots and not permit.blocks and not self._abandoned:
+            permit.queue = None  # `_dequeue()` of the first, without a call
+            self._queue.popleft()
+        else:
+            self._dequeue(permit)
+        self._admitted = admitted = self._admitted + 1
+        self._waits.append((admitted, now - permit.since))
 
     def _dequeue(self, permit: Permit) -> None:
         """Take a waiter out. Unless it is the first, its place is left empty: until it is, or until most are."""
@@ -379,7 +384,7 @@ class Turnstile:
                 pass  # somebody else has given its slot back
             else:
                 if self._queue:
-                    self._settle()
+                    self._pass_on()
                 return
         outcome: object = None
         try:
@@ -411,7 +416,7 @@ class Turnstile:
         if permit.queue is not None:
             self._departed.append((permit, _CALLED_OFF))
             self._settle()
-            self._wake([permit])
+            self._wake(permit)
 
     def _judge(self, error: BaseException) -> _Failure:
         """Return what an error teaches; the error itself must go on, whatever happens as it is looked at."""
@@ -423,6 +428,32 @@ class Turnstile:
             error.add_note(f"{self._title()}: whether this is a congestion can't be told: {failure!r}")
             return _Failure(pause=None, congested=False)
 
+    def _pass_on(self) -> None:
+        """Give a slot that has come free to the first who waits: `_settle()` in short, where only slots limit."""
+        if not self._lock.acquire(False):  # noqa: FBT003  (by its name it takes longer)
+            self._settle()
+            return
+        first = None
+        try:
+            queue, meter, read = self._queue, self._meter, self._now
+            now = read()
+            if (
+                len(meter.inside) + 1 == meter.slots_alone
+                and now >= meter.paused_until
+                and not self._departed
+                and queue
+                and queue[0].slots
+            ):
+                first = queue[0]
+                meter.inside.add(first)
+                self._let_in(first, now)
+        finally:
+            self._lock.release()
+            if first is not None:
+                self._wake(first)
+            if first is None or self._must_look:
+                self._settle()
+
     def _settle(self) -> None:
         """Take back the places of all who left, and admit the next: now, or if another holds the lock, that one next.
 
@@ -433,14 +464,15 @@ class Turnstile:
             granted: list[Permit] = []
             try:
                 self._must_look = False
-                now = self._now()
+                read = self._now
+                now = read()
                 if self._departed:
                     self._take_back(now)
                 self._pump(now, granted)
             finally:
                 self._lock.release()
-                if granted:
-                    self._wake(granted)
+                for permit in granted:
+                    self._wake(permit)
             if not self._must_look:
                 return
 
@@ -449,29 +481,26 @@ class Turnstile:
             self._timer = None
         self._settle()
 
-    def _wake(self, permits: list[Permit]) -> None:
-        for permit in permits:
-            ready = permit.ready
-            if ready is None:
-                continue  # it has not begun to wait, and will see that it is admitted
-            if permit.loop is None:
-                try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
-                    ready.release()
-                except RuntimeError:
-                    pass  # it was woken already: admitted and called off at once
-            elif permit.loop is _get_running_loop():
-                if not ready.done():
-                    ready.set_result(None)
-            else:
-                try:
-                    permit.loop.call_soon_threadsafe(_set_done, ready)
-                except RuntimeError:  # the event loop is closed: nobody is left to start this call
-                    self._departed.append((permit, _UNUSED))
-                    self._must_look = True  # the caller settles; to settle here would nest, once a waiter
+    def _wake(self, permit: Permit) -> None:
+        """Wake who waits with a permit that has been admitted, turned away or called off."""
+        ready = permit.ready
+        if ready is None:
+            return  # it has not begun to wait, and will see what has become of it
+        if permit.loop is None:
+            try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
+                ready.release()
+            except RuntimeError:
+                pass  # it was woken already: admitted and called off at once
+        elif not wake_here(permit.loop, ready):
+            try:
+                permit.loop.call_soon_threadsafe(_set_done, ready)
+            except RuntimeError:  # the event loop is closed: nobody is left to start this call
+                self._departed.append((permit, _UNUSED))
+                self._must_look = True  # the caller settles; to settle here would nest, once a waiter
 
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
-        permit = innermost.get()
+        permit = get_innermost()
         while permit is not None and (permit.place is not self or permit.ended):
             permit = permit.outer
         return permit

@@ -580,7 +580,7 @@ class TestGivingUp:
         def interrupt(*_: object) -> bool:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(limiter, "_must_wait", interrupt)
+        monkeypatch.setattr(limiter, "_look_after", interrupt)
         with pytest.raises(KeyboardInterrupt):
             contextvars.Context().run(limiter.enter)
         permit.leave()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-from _thread import allocate_lock
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from asyncify import turnstile
 from asyncify.adaptive import Adaptive
+from asyncify.clock import Timer
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
@@ -46,6 +45,38 @@ class TestPause:
         await crowd.advance(100)
 
         assert crowd.order == ["a", "b"]
+
+    async def test_a_slot_that_comes_free_in_a_pause_is_given_to_nobody(self, crowd: Crowd) -> None:
+        """The call that ends well says nothing against the pause that another one has learned of."""
+        crowd.limiter_of(limit=1)
+        first = await crowd.come("a")
+        refused = await crowd.come("b", slots=0)
+        await crowd.come("c")
+        await crowd.finish(refused, ServerError(429, {"Retry-After": "3"}))
+        await crowd.finish(first)
+        assert crowd.order == ["a", "b"]
+        await crowd.advance(3)
+
+        assert crowd.order == ["a", "b", "c"]
+
+    async def test_a_slot_that_comes_free_is_not_given_to_who_needs_none(self) -> None:
+        """Though the pause is over for which such a call waits, and the clock has only not called back yet."""
+
+        class LateClock(FakeClock):
+            def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+                return super().call_at(when + 10, callback)
+
+        clock = LateClock()
+        limiter = Limiter(limit=1, clock=clock)
+        inside = limiter.enter()
+        limiter.enter(slots=0).leave(ServerError(429, {"Retry-After": "3"}))
+        waiting = asyncio.create_task(limiter.aacquire())
+        await until(lambda: limiter.stats().waiting == 1)
+        clock.advance(4)
+        inside.leave()
+        await asyncio.wait_for(waiting, SAFETY_NET)
+
+        assert limiter.stats().in_flight == 0
 
     def test_a_pause_that_nobody_waits_for_counts_from_the_refusal(self, clock: FakeClock) -> None:
         """That is noted when the call fails, and not when the next one comes."""
@@ -239,23 +270,18 @@ class TestResize:
         (await asyncio.wait_for(waiting, SAFETY_NET)).leave()
 
     @pytest.mark.parametrize("path", ["sync", "async"])
-    def test_a_call_that_is_about_to_wait_is_told_that_it_never_can(
-        self, path: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_call_that_is_about_to_wait_is_told_that_it_never_can(self, path: str) -> None:
         """The limits change when it has queued, and before it can be woken."""
-        limiter = Limiter(per_second=10)
+
+        class Changing(Limiter):
+            def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
+                admitted = super()._admit(permit, queue=queue)
+                if not admitted:
+                    self.resize(per_second=5)
+                return admitted
+
+        limiter = Changing(per_second=10)
         limiter.enter(cost=10).leave()
-        make_lock, find_loop = allocate_lock, asyncio.get_running_loop
-
-        def after_a_change(make: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> Any:
-                limiter.resize(per_second=5)
-                return make()
-
-            return run
-
-        monkeypatch.setattr(turnstile, "allocate_lock", after_a_change(make_lock))
-        monkeypatch.setattr(turnstile, "get_running_loop", after_a_change(find_loop))
         ways: dict[str, Callable[[], Any]] = {
             "sync": lambda: limiter.enter(cost=10),
             "async": lambda: asyncio.run(asyncio.wait_for(limiter.aenter(cost=10), SAFETY_NET)),

@@ -43,9 +43,9 @@ class Observed(Limiter):
             self.order.append(permit)
         return admitted
 
-    def _pump(self, now: float, granted: list[Permit]) -> None:
-        super()._pump(now, granted)
-        self.order.extend(granted)
+    def _let_in(self, permit: Permit, now: float) -> None:
+        super()._let_in(permit, now)
+        self.order.append(permit)
 
 
 class LimiterMachine(RuleBasedStateMachine):

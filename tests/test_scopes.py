@@ -13,7 +13,7 @@ from langchain_core.runnables import Runnable
 
 from asyncify import Dual, Limiter, concurrency, dual, each
 from asyncify.permits import Permit
-from asyncify.scopes import CancelScope, current_scope
+from asyncify.scopes import CancelScope, get_scope
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET
 
@@ -117,6 +117,27 @@ class TestAnError:
         def work(value: int) -> object:
             if value:
                 return fetch.batch([1, 2, 3])
+            calls.wait_for_others()
+            raise RefusalError
+
+        limiter.acquire()
+        with pytest.raises(RefusalError):
+            run_with_timeout(lambda: Dual(work).batch([0, 1, 2]))
+
+        assert calls.made == []
+        assert limiter.stats().waiting == 0
+
+    def test_ends_the_waits_of_tasks_that_an_item_runs(self, limiter: Limiter) -> None:
+        """An item may run an event loop of its own, whose tasks wait."""
+        calls = Calls(limiter, waiting=2)
+
+        async def wait() -> None:
+            async with limiter:
+                calls.made.append("admitted")
+
+        def work(value: int) -> None:
+            if value:
+                asyncio.run(wait())
             calls.wait_for_others()
             raise RefusalError
 
@@ -297,7 +318,7 @@ class TestWhatIsLeftRunning:
     def test_a_batch_leaves_no_scope_in_a_context(self, inputs: list[int]) -> None:
         """Or rounds of batches, each started by the one before, would be in all of theirs."""
         scopes: list[CancelScope | None] = []
-        Dual(lambda value: scopes.append(current_scope.get())).batch(inputs)
+        Dual(lambda value: scopes.append(get_scope())).batch(inputs)
 
         assert [list(scope._alive()) for scope in scopes if scope is not None] == [[]] * len(inputs)
 
