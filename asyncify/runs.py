@@ -42,6 +42,10 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Python looks up a method of an imported name anew at each call.
+_get_ambient = var_child_runnable_config.get
+_set_ambient = var_child_runnable_config.set
+
 RESERVED = frozenset(("run_type", "serialized", "func", "input_", "input", "value", "run_manager", "defers_inputs"))
 """Keyword arguments that LangChain's own path takes for itself: with one of them a call goes that way."""
 
@@ -61,7 +65,7 @@ def observed(config: RunnableConfig | None) -> bool:
     mode, a configure hook that is set, and a method of LangChain's that somebody has instrumented.
     """
     callbacks: Any = config.get("callbacks") if config else None
-    if callbacks is None and (ambient := var_child_runnable_config.get()) is not None:
+    if callbacks is None and (ambient := _get_ambient()) is not None:
         callbacks = ambient.get("callbacks")
     return (
         (callbacks is not None and _has_handlers(callbacks))
@@ -236,7 +240,7 @@ _new: Callable[[type], Any] = object.__new__  # a manager's own __init__ would m
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
     """Return the config that an unobserved run hands to what runs inside it."""
     manager = _new(_AsyncQuietManager if is_async else _QuietManager)
-    if not config and var_child_runnable_config.get() is None:
+    if not config and _get_ambient() is None:
         return {
             "tags": [],
             "metadata": {},
@@ -278,7 +282,7 @@ def recoloured(config: RunnableConfig, *, is_async: bool) -> RunnableConfig:
 def context_of(config: RunnableConfig) -> Context:
     """Return a copy of this context in which `config` is the ambient one."""
     context = copy_context()
-    context.run(var_child_runnable_config.set, config)
+    context.run(_set_ambient, config)
     return context
 
 
