@@ -5,7 +5,7 @@ from __future__ import annotations
 from _thread import get_ident
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import Context, ContextVar, Token
 from typing import Any, Protocol
 
@@ -48,8 +48,8 @@ innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=Non
 """The permit under which this context runs; those around it follow by `outer`."""
 
 # Python looks up a method of an imported name anew at each call, so what every call needs is imported by itself.
-get_innermost = innermost.get
-set_innermost = innermost.set
+get_innermost: Callable[[], Permit | None] = innermost.get
+set_innermost: Callable[[Permit | None], Token[Permit | None]] = innermost.set
 
 
 class Permit:

@@ -7,7 +7,7 @@ runs, is left alone on the sync path.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -75,4 +75,4 @@ class CancelScope:
 current_scope: ContextVar[CancelScope | None] = ContextVar("asyncify_scope", default=None)
 """The innermost scope that this context runs in."""
 
-get_scope = current_scope.get
+get_scope: Callable[[], CancelScope | None] = current_scope.get

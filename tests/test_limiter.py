@@ -588,6 +588,21 @@ class TestGivingUp:
         assert limiter.stats().waiting == 0
         assert limiter.stats().in_flight == 0
 
+    async def test_a_wait_where_no_event_loop_runs_gives_its_place_back(self) -> None:
+        """The error is asyncio's own."""
+        limiter = Limiter(limit=1)
+        permit = limiter.enter()
+
+        def attempt() -> None:
+            with pytest.raises(RuntimeError, match="no current event loop"):
+                limiter.aenter().send(None)
+
+        await asyncio.to_thread(contextvars.Context().run, attempt)
+        assert limiter.stats().waiting == 0
+        permit.leave()
+
+        assert limiter.stats().in_flight == 0
+
 
 class TestLeftElsewhere:
     """A limiter that is entered in one task and left in another, as a generator does that somebody else closes."""
