@@ -323,6 +323,29 @@ class TestWhatIsLeftRunning:
         assert [list(scope._alive()) for scope in scopes if scope is not None] == [[]] * len(inputs)
 
 
+class Refusable:
+    """A wait that notes that it is called off."""
+
+    is_called_off = False
+
+    def call_off(self) -> None:
+        """Give up."""
+        self.is_called_off = True
+
+
+def nested(depth: int) -> list[CancelScope]:
+    """Return scopes that lie in each other, the outermost first."""
+    scopes: list[CancelScope] = []
+
+    def make() -> None:
+        for _ in range(depth):
+            scopes.append(CancelScope())
+            scopes[-1].enter()
+
+    contextvars.Context().run(make)
+    return scopes
+
+
 class TestScope:
     def test_a_wait_in_a_scope_that_has_ended_does_not_begin(self, limiter: Limiter) -> None:
         """A thread that comes late is told so at once, and leaves nothing in the queue."""
@@ -367,6 +390,35 @@ class TestScope:
 
         assert len(list(scope._alive())) == 1
         assert scope._outer is None
+
+    @pytest.mark.parametrize("cancelled", [0, 1, 2])
+    def test_a_wait_is_in_all_scopes_around_it(self, cancelled: int) -> None:
+        """Whichever of them is cancelled, before it begins or while it lasts."""
+        scopes = nested(3)
+        before, later = Refusable(), Refusable()
+        assert scopes[-1].watch(before)
+        scopes[cancelled].cancel()
+
+        assert before.is_called_off
+        assert not scopes[-1].watch(later)
+
+    def test_one_that_has_ended_hides_none_around_it(self) -> None:
+        """A batch has ended whose item has left a thread running, in a batch that goes on."""
+        outer, ended, inner = nested(3)
+        ended.end()
+        wait = Refusable()
+        assert inner.watch(wait)
+        outer.cancel()
+
+        assert wait.is_called_off
+
+    def test_waits_that_are_over_are_forgotten(self) -> None:
+        """A batch of a million keeps none of them."""
+        scope = CancelScope()
+        for _ in range(100):
+            assert scope.watch(Refusable())
+
+        assert not scope._waits
 
     def test_who_is_admitted_meanwhile_keeps_the_books_right(self) -> None:
         """Calls that are admitted and called off in the same moment either run or give their slots back."""
