@@ -486,6 +486,7 @@ class Turnstile:
         ready = permit.ready
         if ready is None:
             return  # it has not begun to wait, and will see what has become of it
+        permit.ready = None  # it leads to the task, which could not go with its loop while the permit is inside
         if permit.loop is None:
             try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
                 ready.release()

@@ -215,6 +215,26 @@ class TestLoops:
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
 
+    def test_a_loop_closed_with_a_call_in_it_that_was_let_in(self) -> None:
+        """Its task never hears of its slot, as the loop has had its last turn; when the task goes, the slot is free."""
+        limiter = Limiter(limit=1)
+        permit = contextvars.Context().run(limiter.enter)
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(limiter.aenter()) for _ in range(3)]
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.call_soon(loop.stop)
+        loop.call_soon(permit.end)
+        loop.run_forever()
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (1, 2)
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
+        del task
+        tasks.clear()
+        loop.close()
+        gc.collect()
+
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+
     def test_run_cancels_its_waiters(self) -> None:
         """A program that leaves `asyncio.run` with waiters behind leaves none in the queue."""
         limiter = Limiter(limit=1)
