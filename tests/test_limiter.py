@@ -216,11 +216,12 @@ class TestRates:
         assert str(call.error) == "limiter tokens: a cost of 21 can never be admitted, as the limit is 20 per minute"
         assert limiter.stats().waiting == 0
 
-    async def test_it_is_told_behind_a_queue_too(self, crowd: Crowd) -> None:
+    @pytest.mark.parametrize(("per_minute", "cost"), [(20, 21), (1, 2)])
+    async def test_it_is_told_behind_a_queue_too(self, crowd: Crowd, per_minute: float, cost: float) -> None:
         """It does not wait for its turn, which would hold up everybody behind it."""
-        limiter = crowd.limiter_of(per_minute=20)
+        limiter = crowd.limiter_of(per_minute=per_minute)
         await crowd.come_all("ab")
-        call = await crowd.come(cost=21)
+        call = await crowd.come(cost=cost)
 
         assert isinstance(call.error, ValueError)
         assert limiter.stats().waiting == 1
