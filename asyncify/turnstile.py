@@ -27,7 +27,6 @@ from asyncify.forks import at_fork
 from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import Permit, get_innermost, held_by_this_task, held_by_this_thread, permits, set_innermost
 from asyncify.scopes import get_scope
-from asyncify.wakeups import wake_here
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
 
@@ -486,13 +485,14 @@ class Turnstile:
         ready = permit.ready
         if ready is None:
             return  # it has not begun to wait, and will see what has become of it
-        permit.ready = None  # it leads to the task, which could not go with its loop while the permit is inside
         if permit.loop is None:
             try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
                 ready.release()
             except RuntimeError:
                 pass  # it was woken already: admitted and called off at once
-        elif not wake_here(permit.loop, ready):
+        elif permit.loop is _get_running_loop():
+            _set_done(ready)
+        else:
             try:
                 permit.loop.call_soon_threadsafe(_set_done, ready)
             except RuntimeError:  # the event loop is closed: nobody is left to start this call

@@ -53,6 +53,25 @@ class TestSlots:
 
         assert crowd.order == ["thread", "other loop", "this loop"]
 
+    @pytest.mark.parametrize("limit", [1, 2, 5])
+    async def test_tasks_start_in_the_order_of_their_coming(self, limit: int) -> None:
+        """They are let in so, and each goes on before those behind it, though several slots come free at once."""
+        limiter = Limiter(limit=limit)
+        started: list[int] = []
+
+        async def call(number: int) -> None:
+            async with limiter:
+                started.append(number)
+
+        holders = [limiter.enter() for _ in range(limit)]
+        tasks = [asyncio.create_task(call(number)) for number in range(200)]
+        await until(lambda: limiter.stats().waiting == 200)
+        for permit in reversed(holders):
+            permit.leave()
+        await asyncio.gather(*tasks)
+
+        assert started == list(range(200))
+
     async def test_an_error_gives_the_slot_back(self, crowd: Crowd) -> None:
         """A call that fails leaves as well as one that succeeds."""
         limiter = crowd.limiter_of(limit=1)
