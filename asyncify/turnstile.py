@@ -72,7 +72,7 @@ class Turnstile:
         self.timeout = timeout
         self.name = name
         self._clock = clock
-        self._now = clock.now
+        self._now = clock.now  # read before it is called: `self._now()` would be looked up as a method, each time anew
         self._admitted: int = 0
         self._rejected: int = 0
         self._waits: deque[tuple[int, float]] = deque(maxlen=RECENT)  # which admission had to wait, and how long
@@ -154,8 +154,8 @@ class Turnstile:
         lock = self._lock
         lock.acquire()  # not `with`, which takes twice as long
         try:
-            read = self._now
-            now, at = read(), 0.0
+            read_clock, at = self._now, 0.0
+            now = read_clock()
             if self._departed:
                 self._take_back(now)
             if not self._queue or (not permit.slots and self._may_pass()):
@@ -166,7 +166,7 @@ class Turnstile:
                     return True
                 if queue:
                     self._call_back_at(at)
-            if permit.cost != 1 and permit.cost > self._meter.largest_cost:
+            if permit.cost > self._meter.largest_cost:
                 check_affordable(permit.cost, self._meter.limits, self._title())
             if queue:
                 permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
@@ -429,13 +429,13 @@ class Turnstile:
 
     def _pass_on(self) -> None:
         """Give a slot that has come free to the first who waits: `_settle()` in short, where only slots limit."""
+        first = None
         if not self._lock.acquire(False):  # noqa: FBT003  (by its name it takes longer)
             self._settle()
             return
-        first = None
         try:
-            queue, meter, read = self._queue, self._meter, self._now
-            now = read()
+            queue, meter, read_clock = self._queue, self._meter, self._now
+            now = read_clock()
             if (
                 len(meter.inside) + 1 == meter.slots_alone
                 and now >= meter.paused_until
@@ -463,8 +463,8 @@ class Turnstile:
             granted: list[Permit] = []
             try:
                 self._must_look = False
-                read = self._now
-                now = read()
+                read_clock = self._now
+                now = read_clock()
                 if self._departed:
                     self._take_back(now)
                 self._pump(now, granted)
@@ -544,5 +544,7 @@ at_fork(after_in_child=_after_fork)
 
 
 def _set_done(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
+    try:  # noqa: SIM105  (a `with` here is felt by every task that has waited)
         ready.set_result(None)
+    except asyncio.InvalidStateError:
+        pass  # woken or cancelled already: not asked before, as Ctrl-C may cancel its task in between

@@ -384,6 +384,27 @@ class TestFinalizers:
 
         assert number > 30
 
+    def test_a_waiter_is_cancelled_at_any_moment_of_being_let_in(self) -> None:
+        """As by Ctrl-C, which cancels the main task of a program in between two lines of it."""
+        number, fired = 0, True
+        while fired:
+            number += 1
+            limiter = Limiter(limit=1)
+
+            async def act(limiter: Limiter = limiter, number: int = number) -> bool:
+                holder = await limiter.aenter()
+                waiter = asyncio.create_task(limiter.aenter())
+                await asyncio.sleep(0)
+                fired = finalize_at_line(number, holder.end, waiter.cancel)
+                waiter.cancel()
+                await asyncio.wait([waiter])
+                return fired
+
+            fired = run_apart(lambda: asyncio.run(act()))
+            assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0), f"at line {number}"
+
+        assert number > 20
+
     def test_a_generator_under_a_limiter_is_collected_inside_an_admission(self) -> None:
         """It was entered in another context, as in a pool of threads, and is left wherever the collector runs."""
         number, fired = 0, True

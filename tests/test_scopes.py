@@ -109,37 +109,24 @@ class TestAnError:
         assert calls.made == [1]
         assert (limiter.stats().waiting, limiter.stats().rejected) == (0, 0)
 
-    def test_ends_the_waits_of_a_batch_inside(self, limiter: Limiter) -> None:
-        """An item that runs a batch itself, whose calls wait, ends too."""
-        calls = Calls(limiter, waiting=4)
+    @pytest.mark.parametrize(("inside", "waiting"), [("batch", 4), ("loop", 2)])
+    def test_ends_the_waits_of_what_an_item_runs(self, inside: str, waiting: int, limiter: Limiter) -> None:
+        """An item may run a batch itself, or an event loop of its own, whose calls wait."""
+        calls = Calls(limiter, waiting)
         fetch = concurrency(limiter=limiter)(Dual(calls.made.append))
 
-        def work(value: int) -> object:
-            if value:
-                return fetch.batch([1, 2, 3])
-            calls.wait_for_others()
-            raise RefusalError
+        def work(value: int) -> None:
+            if not value:
+                calls.wait_for_others()
+                raise RefusalError
+            if inside == "batch":
+                fetch.batch([1, 2, 3])
+            else:
+                asyncio.run(pass_through())
 
-        limiter.acquire()
-        with pytest.raises(RefusalError):
-            run_with_timeout(lambda: Dual(work).batch([0, 1, 2]))
-
-        assert calls.made == []
-        assert limiter.stats().waiting == 0
-
-    def test_ends_the_waits_of_tasks_that_an_item_runs(self, limiter: Limiter) -> None:
-        """An item may run an event loop of its own, whose tasks wait."""
-        calls = Calls(limiter, waiting=2)
-
-        async def wait() -> None:
+        async def pass_through() -> None:
             async with limiter:
                 calls.made.append("admitted")
-
-        def work(value: int) -> None:
-            if value:
-                asyncio.run(wait())
-            calls.wait_for_others()
-            raise RefusalError
 
         limiter.acquire()
         with pytest.raises(RefusalError):
