@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from _thread import get_ident
-from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import Context, ContextVar, Token
 from typing import Any, Protocol
 
 from asyncify.clock import Timer
+from asyncify.wakeups import Wakeups
 
 __all__ = [
     "Permit",
@@ -63,7 +63,6 @@ class Permit:
         "cost",
         "ended",
         "in_task",
-        "loop",
         "outer",
         "place",
         "queue",
@@ -74,6 +73,7 @@ class Permit:
         "thread",
         "timer",
         "token",
+        "wakeups",
     )
 
     outer: Permit | None
@@ -91,9 +91,10 @@ class Permit:
     """Where it waits; None when it does so no longer."""
     blocks: tuple[Permit, ...]
     timer: Timer | None
-    loop: AbstractEventLoop | None
     ready: Any
-    """What it waits on: a future of `loop`, or a lock."""
+    """What it waits on: a lock, or a future of the loop whose task it is in."""
+    wakeups: Wakeups
+    """Those of that loop."""
 
     def __init__(self, place: Place, cost: float, slots: int) -> None:
         self.place: Place = place
@@ -113,7 +114,7 @@ class Permit:
         self.since = since
         self.ahead = ahead
         self.blocks = ()
-        self.timer = self.loop = self.ready = None
+        self.timer = self.ready = None
         self.queue = queue
         queue.append(self)
 

@@ -27,6 +27,7 @@ from asyncify.forks import at_fork
 from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import Permit, get_innermost, held_by_this_task, held_by_this_thread, permits, set_innermost
 from asyncify.scopes import get_scope
+from asyncify.wakeups import Wakeups, wakeups_of
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
 
@@ -76,6 +77,7 @@ class Turnstile:
         self._admitted: int = 0
         self._rejected: int = 0
         self._waits: deque[tuple[int, float]] = deque(maxlen=RECENT)  # which admission had to wait, and how long
+        self._wakeups: Wakeups | None = None  # those of the loop in which a task last waited
         self._begin()
         _turnstiles.add(self)
 
@@ -135,7 +137,10 @@ class Turnstile:
         if not self._admit(permit):
             try:
                 ready: asyncio.Future[None] = asyncio.Future()  # it asks which loop runs, which is slow: so let only it
-                permit.loop = ready.get_loop()
+                loop, wakeups = ready.get_loop(), self._wakeups
+                if wakeups is None or wakeups.loop() is not loop:
+                    self._wakeups = wakeups = wakeups_of(loop)
+                permit.wakeups = wakeups
                 permit.ready = ready
                 if permit.outer or timeout is not None or self.timeout is not None or get_scope():
                     self._look_after(permit, held_by_this_task, timeout)
@@ -210,7 +215,7 @@ class Turnstile:
 
     def _frozen_by(self, permit: Permit) -> set[Permit]:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
-        if permit.loop is not None or _get_running_loop() is None:
+        if permit.in_task or _get_running_loop() is None:
             return set()
         inside = tuple(self._meter.inside)
         return {other for other in inside if other.thread == permit.thread and other.in_task}
@@ -218,7 +223,7 @@ class Turnstile:
     def _look_after(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
         timeout = self.timeout if timeout is None else timeout
-        if permit.slots and (permit.outer is not None or permit.loop is None):
+        if permit.slots and (permit.outer is not None or not permit.in_task):
             self._check_certain_end(permit, held(), timeout)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
@@ -485,19 +490,19 @@ class Turnstile:
         ready = permit.ready
         if ready is None:
             return  # it has not begun to wait, and will see what has become of it
-        if permit.loop is None:
+        permit.ready = None  # it leads to the task, which could not go with its loop while the permit is inside
+        if permit.in_task:
+            wakeups = permit.wakeups
+            wakeups.woken.append(ready)  # `wake()`, without a call
+            pending = wakeups.pending
+            if pending() is None and not wakeups.schedule():  # the loop is closed: nobody is left to start this call
+                self._departed.append((permit, _UNUSED))
+                self._must_look = True  # the caller settles; to settle here would nest, once a waiter
+        else:
             try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
                 ready.release()
             except RuntimeError:
                 pass  # it was woken already: admitted and called off at once
-        elif permit.loop is _get_running_loop():
-            _set_done(ready)
-        else:
-            try:
-                permit.loop.call_soon_threadsafe(_set_done, ready)
-            except RuntimeError:  # the event loop is closed: nobody is left to start this call
-                self._departed.append((permit, _UNUSED))
-                self._must_look = True  # the caller settles; to settle here would nest, once a waiter
 
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
@@ -541,10 +546,3 @@ def _after_fork() -> None:
 
 
 at_fork(after_in_child=_after_fork)
-
-
-def _set_done(ready: asyncio.Future[None]) -> None:
-    try:  # noqa: SIM105  (a `with` here is felt by every task that has waited)
-        ready.set_result(None)
-    except asyncio.InvalidStateError:
-        pass  # woken or cancelled already: not asked before, as Ctrl-C may cancel its task in between

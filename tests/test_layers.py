@@ -16,6 +16,7 @@ LEVELS = {
     "forks": 0,
     "relay": 0,
     "scopes": 0,
+    "wakeups": 0,
     "clock": 1,
     "meter": 1,
     "congestion": 1,
