@@ -46,22 +46,28 @@ class Wakeups:
     def wake(self, future: asyncio.Future[None]) -> bool:
         """Have the task that awaits a future go on soon; tell whether the loop still runs any. From any thread."""
         self.woken.append(future)
+        pending = self.pending  # `look()`, without a call
+        return pending() is not None or self.schedule()
+
+    def look(self) -> bool:
+        """See to it that a round is pending; tell whether the loop still runs any."""
         pending = self.pending
         return pending() is not None or self.schedule()
 
     def schedule(self) -> bool:
         """Have the loop run a round; tell whether it does."""
         coming = _Round(self)
-        self.pending = weakref.ref(coming, self._replace)  # first, as the loop of another thread may run it at once
-        loop = self.loop()
-        if loop is not None:
-            call_soon = loop.call_soon if loop is _get_running_loop() else loop.call_soon_threadsafe
-            try:
+        try:
+            self.pending = weakref.ref(coming, self._replace)  # first, as another thread's loop may run it at once
+            if (loop := self.loop()) is not None:
+                call_soon = loop.call_soon if loop is _get_running_loop() else loop.call_soon_threadsafe
                 call_soon(coming.run)
-            except RuntimeError:
-                pass  # it is closed
-            else:
                 return True
+        except RuntimeError:
+            pass  # the loop is closed
+        except BaseException:  # an interrupt, whose traceback keeps the round
+            self.pending = _nothing
+            raise
         self.pending = _nothing
         self.woken.clear()  # they would keep their tasks
         return False
@@ -84,25 +90,27 @@ class _Round:
     def run(self) -> None:
         """Have the futures done, and go on with their tasks at once."""
         wakeups = self._wakeups
-        wakeups.pending = _nothing
         woken = wakeups.woken
-        left = len(woken)  # for these the loop itself would call back in this turn, however long it takes
-        end = monotonic() + _STRETCH
-        while woken and (left > 0 or monotonic() < end):
-            left -= 1
-            future = woken.popleft()
+        try:
+            wakeups.pending = _nothing
+            left = len(woken)  # for these the loop itself would call back in this turn, however long it takes
+            end = monotonic() + _STRETCH
+            while woken and (left > 0 or monotonic() < end):
+                left -= 1
+                future = woken.popleft()
+                if woken:
+                    wakeups.look()
+                callbacks = future._callbacks
+                if callbacks and len(callbacks) == 1:
+                    ((go_on, context),) = callbacks
+                    future.remove_done_callback(go_on)
+                    future.set_result(None)
+                    context.run(go_on, future)
+                elif not future.done():  # else its task was cancelled, or it was woken before
+                    future.set_result(None)
+        finally:
             if woken:
-                pending = wakeups.pending
-                if pending() is None:
-                    wakeups.schedule()
-            callbacks = future._callbacks
-            if callbacks and len(callbacks) == 1:
-                ((go_on, context),) = callbacks
-                future.remove_done_callback(go_on)
-                future.set_result(None)
-                context.run(go_on, future)
-            elif not future.done():  # else its task was cancelled, or it was woken before
-                future.set_result(None)
+                wakeups.look()
 
 
 def wakeups_of(loop: AbstractEventLoop) -> Wakeups:
