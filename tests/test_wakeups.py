@@ -434,13 +434,13 @@ class TestLoops:
         assert queue.passed == [0, 1, 2] * 2
 
     def test_one_that_is_closed(self) -> None:
-        """It is told that nobody will go on, and nothing keeps the task."""
+        """Each who wakes a task is told that it will not go on, and nothing keeps the task."""
         loop = asyncio.new_event_loop()
-        crowd = Crowd(loop, None)
+        crowd = Crowd(loop, None, None)
         wakeups = Wakeups(loop)
         loop.close()
 
-        assert not wakeups.wake(crowd.futures[0])
+        assert not any(wakeups.wake(awaited) for awaited in crowd.futures)
         assert not wakeups.woken
         crowd.abandon()
 
