@@ -166,7 +166,6 @@ class Limiter(Turnstile, BaseRateLimiter):
             TypeError, ValueError: nothing would be left to limit, or an argument can't be meant.
         """
         changes = {"per_second": per_second, "per_minute": per_minute, "per_hour": per_hour}
-        hopeless: list[Permit] = []
         try:
             with self._lock:
                 old = self._meter.limits
@@ -180,12 +179,9 @@ class Limiter(Turnstile, BaseRateLimiter):
                 limits = Limits.of(limit=slots, burst=new_burst, **amounts)
                 self._adaptive = adaptive
                 self._meter.configure(limits)
-                hopeless.extend(permit for permit in self._queue if permit.queue and permit.cost > limits.largest_cost)
-                for permit in hopeless:
+                for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:
                     self._turn_away(permit)
         finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
-            for permit in hopeless:
-                self._wake(permit)
             self._settle()
 
     # --- what it tells ---

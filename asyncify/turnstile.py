@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 from asyncify.adaptive import AdaptiveLimit
 from asyncify.clock import Clock, Timer
@@ -84,6 +85,10 @@ class Turnstile:
     def _begin(self) -> None:
         """Start with nobody inside and nobody waiting."""
         self._lock = threading.Lock()
+        # `for` over one of these takes the lock, or tries to. An interrupt may come between `acquire()` and `try`; it
+        # can't between `for` and `try`, nor after `with`, which takes twice as long and can't try.
+        self._locking = iter(self._lock.acquire, None)
+        self._trying = map(self._lock.acquire, repeat(False))  # noqa: FBT003  (of `repeat`)
         self._queue: deque[Permit] = deque()  # the first of it waits; behind it may be some who have left
         self._abandoned: int = 0  # how many these are
         self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
@@ -154,36 +159,36 @@ class Turnstile:
         permit.token = set_innermost(permit)  # `begin()`, without a call
         return permit
 
-    def _admit(self, permit: Permit, *, queue: bool = True) -> bool:
+    def _admit(self, permit: Permit, *, queue: bool = True) -> bool:  # noqa: C901  (the `for` is a `with`)
         """Admit a call at once, or put it at the end of the queue."""
-        lock = self._lock
-        lock.acquire()  # not `with`, which takes twice as long
-        try:
-            read_clock, at = self._now, 0.0
-            now = read_clock()
-            if self._departed:
-                self._take_back(now)
-            if not self._queue or (not permit.slots and self._may_pass()):
-                at = self._meter.admit(now, permit.cost, now, permit if permit.slots else None)
-                if not at:
-                    permit.at = now
-                    self._admitted += 1
-                    return True
+        for _ in self._locking:
+            try:
+                read_clock, at = self._now, 0.0
+                now = read_clock()
+                if self._departed:
+                    self._take_back(now)
+                if not self._queue or (not permit.slots and self._may_pass()):
+                    at = self._meter.admit(now, permit.cost, now, permit if permit.slots else None)
+                    if not at:
+                        permit.at = now
+                        self._admitted += 1
+                        return True
+                    if queue:
+                        self._call_back_at(at)
+                if permit.cost > self._meter.largest_cost:
+                    check_affordable(permit.cost, self._meter.limits, self._title())
                 if queue:
-                    self._call_back_at(at)
-            if permit.cost > self._meter.largest_cost:
-                check_affordable(permit.cost, self._meter.limits, self._title())
-            if queue:
-                permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
-                if not permit.slots:
-                    self._rate_only.append(permit)
-                if at == math.inf and (self._departed or not self._meter.is_full):
-                    self._must_look = True  # somebody left after the slot was asked for, and saw no queue
-            return False
-        finally:
-            lock.release()
-            if self._must_look:
-                self._settle()
+                    permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
+                    if not permit.slots:
+                        self._rate_only.append(permit)
+                    if at == math.inf and (self._departed or not self._meter.is_full):
+                        self._must_look = True  # somebody left after the slot was asked for, and saw no queue
+                break
+            finally:
+                self._lock.release()
+                if self._must_look:
+                    self._settle()
+        return False
 
     def _may_pass(self) -> bool:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
@@ -233,11 +238,8 @@ class Turnstile:
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
         with self._lock:
-            late = permit.queue is self._queue
-            if late:
-                self._turn_away(permit)  # at once, as it might be admitted when the lock is free
-        if late:
-            self._wake(permit)
+            if permit.queue is self._queue:
+                self._turn_away(permit)
         self._settle()
 
     def _check_in_time(self, permit: Permit) -> None:
@@ -266,8 +268,8 @@ class Turnstile:
 
     # --- the queue; called with the lock held ---
 
-    def _pump(self, now: float, granted: list[Permit]) -> None:
-        """Admit from the front while the meter allows; add those who must be woken to `granted`."""
+    def _pump(self, now: float) -> None:
+        """Admit from the front while the meter allows."""
         queue, meter = self._queue, self._meter
         while queue:
             permit = queue[0]
@@ -280,10 +282,9 @@ class Turnstile:
                     self._call_back_at(at)
                     break
             self._let_in(permit, now)
-            granted.append(permit)
 
     def _let_in(self, permit: Permit, now: float) -> None:
-        """Take a waiter that the meter has admitted out of the queue, and count it."""
+        """Take a waiter that the meter has admitted out of the queue, count it, and wake it."""
         permit.at = now  # before it leaves the queue, as who finds itself outside looks whether it was admitted
         if permit.slots and not permit.blocks and not self._abandoned:
             permit.queue = None  # `_dequeue()` of the first, without a call
@@ -292,6 +293,21 @@ class Turnstile:
             self._dequeue(permit)
         self._admitted = admitted = self._admitted + 1
         self._waits.append((admitted, now - permit.since))
+        self._wake(permit)
+
+    def _wake(self, permit: Permit) -> None:
+        """Wake who waits with a permit that has just left the queue: now, so that tasks start in this order too."""
+        ready = permit.ready
+        if ready is None:
+            return  # it has not begun to wait, and will see what has become of it
+        if permit.in_task:
+            wakeups = permit.wakeups
+            wakeups.woken.append(permit)  # `wake()`, without a call
+            pending = wakeups.pending
+            if pending() is None:
+                wakeups.schedule()
+        else:
+            ready.release()
 
     def _dequeue(self, permit: Permit) -> None:
         """Take a waiter out. Unless it is the first, its place is left empty: until it is, or until most are."""
@@ -325,6 +341,7 @@ class Turnstile:
     def _turn_away(self, permit: Permit) -> None:
         self._dequeue(permit)
         self._rejected += 1
+        self._wake(permit)
 
     def _call_back_at(self, at: float) -> None:
         if at == math.inf or (self._timer is not None and self._timer.when <= at):
@@ -341,6 +358,8 @@ class Turnstile:
                 if permit.queue is self._queue and (outcome is _UNUSED or outcome is _CALLED_OFF):
                     permit.ended = True
                     self._dequeue(permit)
+                    if outcome is _CALLED_OFF:
+                        self._wake(permit)
                 continue
             if outcome is _CALLED_OFF:
                 continue  # it came in before
@@ -372,7 +391,7 @@ class Turnstile:
             return outcome.congested and adaptive.failed(now, at, in_flight, outcome.pause or 0.0)
         return adaptive.succeeded(now, in_flight)
 
-    # --- leaving, and being woken; called without the lock ---
+    # --- leaving; called without the lock ---
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended; `error` is what it raised.
@@ -420,7 +439,6 @@ class Turnstile:
         if permit.queue is not None:
             self._departed.append((permit, _CALLED_OFF))
             self._settle()
-            self._wake(permit)
 
     def _judge(self, error: BaseException) -> _Failure:
         """Return what an error teaches; the error itself must go on, whatever happens as it is looked at."""
@@ -434,29 +452,29 @@ class Turnstile:
 
     def _pass_on(self) -> None:
         """Give a slot that has come free to the first who waits: `_settle()` in short, where only slots limit."""
-        first = None
-        if not self._lock.acquire(False):  # noqa: FBT003  (by its name it takes longer)
-            self._settle()
+        for got in self._trying:
+            if not got:
+                break
+            first = None
+            try:
+                queue, meter, read_clock = self._queue, self._meter, self._now
+                now = read_clock()
+                if (
+                    len(meter.inside) + 1 == meter.slots_alone
+                    and now >= meter.paused_until
+                    and not self._departed
+                    and queue
+                    and queue[0].slots
+                ):
+                    first = queue[0]
+                    meter.inside.add(first)
+                    self._let_in(first, now)
+            finally:
+                self._lock.release()
+                if first is None or self._must_look:
+                    self._settle()
             return
-        try:
-            queue, meter, read_clock = self._queue, self._meter, self._now
-            now = read_clock()
-            if (
-                len(meter.inside) + 1 == meter.slots_alone
-                and now >= meter.paused_until
-                and not self._departed
-                and queue
-                and queue[0].slots
-            ):
-                first = queue[0]
-                meter.inside.add(first)
-                self._let_in(first, now)
-        finally:
-            self._lock.release()
-            if first is not None:
-                self._wake(first)
-            if first is None or self._must_look:
-                self._settle()
+        self._settle()
 
     def _settle(self) -> None:
         """Take back the places of all who left, and admit the next: now, or if another holds the lock, that one next.
@@ -464,19 +482,21 @@ class Turnstile:
         So whoever holds the lock has to call this after letting go.
         """
         self._must_look = True
-        while self._lock.acquire(blocking=False):
-            granted: list[Permit] = []
+        for got in self._trying:
+            if not got:
+                return
             try:
                 self._must_look = False
                 read_clock = self._now
                 now = read_clock()
                 if self._departed:
                     self._take_back(now)
-                self._pump(now, granted)
+                self._pump(now)
+            except BaseException:
+                self._must_look = True  # for the next who comes by
+                raise
             finally:
                 self._lock.release()
-                for permit in granted:
-                    self._wake(permit)
             if not self._must_look:
                 return
 
@@ -484,25 +504,6 @@ class Turnstile:
         with self._lock:
             self._timer = None
         self._settle()
-
-    def _wake(self, permit: Permit) -> None:
-        """Wake who waits with a permit that has been admitted, turned away or called off."""
-        ready = permit.ready
-        if ready is None:
-            return  # it has not begun to wait, and will see what has become of it
-        permit.ready = None  # it leads to the task, which could not go with its loop while the permit is inside
-        if permit.in_task:
-            wakeups = permit.wakeups
-            wakeups.woken.append(ready)  # `wake()`, without a call
-            pending = wakeups.pending
-            if pending() is None and not wakeups.schedule():  # the loop is closed: nobody is left to start this call
-                self._departed.append((permit, _UNUSED))
-                self._must_look = True  # the caller settles; to settle here would nest, once a waiter
-        else:
-            try:  # noqa: SIM105  (a `with` here is felt by every thread that has waited)
-                ready.release()
-            except RuntimeError:
-                pass  # it was woken already: admitted and called off at once
 
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""

@@ -11,8 +11,10 @@ import asyncio
 import weakref
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from time import monotonic
+from typing import Any, Protocol
 
 __all__ = ["Wakeups", "wakeups_of"]
 
@@ -20,97 +22,112 @@ _STRETCH = 0.001
 """Seconds in which tasks go on that were woken meanwhile; then all else that the loop has to do gets its turn."""
 
 
+class Sleeper(Protocol):
+    """What a task waits with."""
+
+    ready: Any
+    """The future that the task awaits, of its loop; None from when the task goes on."""
+
+    def give_up(self) -> None:
+        """Hear that the task will never go on, as its loop is closed. Never blocks."""
+        ...
+
+
 def _nothing() -> None:
     """Stand for a reference to a round that does not come."""
 
 
 class Wakeups:
-    """What tasks of one event loop await that have been woken and have not gone on yet.
+    """Those whose tasks one event loop has to go on with.
 
-    A round goes on with them. While there are any, one is pending, also while one is run: a task may let an interrupt
-    through, or run its loop itself, as it can with nest_asyncio.
+    A round does so. It is a generator that has been started, so that whatever becomes of it is met in its `finally`:
+    the loop goes on with it; an interrupt comes as it does so; or it drops it, because it is closed.
 
     Attributes:
-        woken: their futures, in the order of waking.
-        pending: gives the round that the loop will run, or None. The reference is weak, as the loop may never do so:
-            because it has been closed, or because an interrupt came as it began to. Then the round goes.
+        woken: those with whose tasks no round has gone on yet, in the order of waking.
+        pending: gives the round that the loop has been asked for, None once that has begun or is gone.
     """
 
     __slots__ = ("__weakref__", "loop", "pending", "woken")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop: Callable[[], AbstractEventLoop | None] = weakref.ref(loop)
-        self.woken: deque[asyncio.Future[None]] = deque()
-        self.pending: Callable[[], _Round | None] = _nothing
+        self.woken: deque[Sleeper] = deque()
+        self.pending: Callable[[], object] = _nothing
 
-    def wake(self, future: asyncio.Future[None]) -> bool:
-        """Have the task that awaits a future go on soon; tell whether the loop still runs any. From any thread."""
-        self.woken.append(future)
-        pending = self.pending  # `look()`, without a call
-        return pending() is not None or self.schedule()
+    def wake(self, sleeper: Sleeper) -> None:
+        """Have the task go on soon that waits with `sleeper`; from any thread."""
+        self.woken.append(sleeper)
+        self.look()
 
-    def look(self) -> bool:
-        """See to it that a round is pending; tell whether the loop still runs any."""
+    def look(self) -> None:
+        """See to it that a round comes."""
         pending = self.pending
-        return pending() is not None or self.schedule()
-
-    def schedule(self) -> bool:
-        """Have the loop run a round; tell whether it does."""
-        coming = _Round(self)
-        try:
-            self.pending = weakref.ref(coming, self._replace)  # first, as another thread's loop may run it at once
-            if (loop := self.loop()) is not None:
-                call_soon = loop.call_soon if loop is _get_running_loop() else loop.call_soon_threadsafe
-                call_soon(coming.run)
-                return True
-        except RuntimeError:
-            pass  # the loop is closed
-        except BaseException:  # an interrupt, whose traceback keeps the round
-            self.pending = _nothing
-            raise
-        self.pending = _nothing
-        self.woken.clear()  # they would keep their tasks
-        return False
-
-    def _replace(self, _: object) -> None:
-        """Schedule a round in place of one that has gone without having been run."""
-        self.pending = _nothing
-        if self.woken:
+        if pending() is None:
             self.schedule()
 
+    def schedule(self) -> None:
+        """Have the loop run a round; if it is closed, all who have been woken give up."""
+        if (loop := self.loop()) is not None:
+            coming = self._round()
+            next(coming)
+            try:
+                self.pending = weakref.ref(coming)  # first, as another thread's loop may run it at once
+                call_soon = loop.call_soon if loop is _get_running_loop() else loop.call_soon_threadsafe
+                call_soon(next, coming, None)
+            except BaseException as error:
+                self.pending = _nothing
+                if not (isinstance(error, RuntimeError) and loop.is_closed()):
+                    raise
+            if not loop.is_closed():  # asked also when it has taken it, as it may have been closed meanwhile
+                return
+        self.pending = _nothing
+        while self.woken:
+            sleeper = self.woken.popleft()
+            sleeper.ready = None  # it leads to the task
+            sleeper.give_up()
 
-class _Round:
-    """A callback of a loop, in which its tasks go on that have been woken, and those that they wake."""
+    def _round(self) -> Iterator[None]:
+        """Go on with the tasks: with all that have been woken before, and for a stretch with those woken meanwhile.
 
-    __slots__ = ("__weakref__", "_wakeups")
-
-    def __init__(self, wakeups: Wakeups) -> None:
-        self._wakeups = wakeups
-
-    def run(self) -> None:
-        """Have the futures done, and go on with their tasks at once."""
-        wakeups = self._wakeups
-        woken = wakeups.woken
+        A further round is pending before any task goes on that leaves others behind: it may let an interrupt through,
+        or run the loop itself, as it can with nest_asyncio.
+        """
+        woken = self.woken
         try:
-            wakeups.pending = _nothing
+            yield
+        except BaseException:  # the loop has dropped it, or an interrupt has come as it was to go on with it
+            if self.pending is not _nothing:  # else the loop has not taken it
+                self.pending = _nothing
+                if woken:
+                    self.look()
+            raise
+        try:
+            self.pending = _nothing
             left = len(woken)  # for these the loop itself would call back in this turn, however long it takes
             end = monotonic() + _STRETCH
             while woken and (left > 0 or monotonic() < end):
                 left -= 1
-                future = woken.popleft()
+                sleeper = woken.popleft()
                 if woken:
-                    wakeups.look()
+                    self.look()
+                future, sleeper.ready = sleeper.ready, None
                 callbacks = future._callbacks
                 if callbacks and len(callbacks) == 1:
                     ((go_on, context),) = callbacks
-                    future.remove_done_callback(go_on)
-                    future.set_result(None)
+                    if not future.remove_done_callback(go_on):
+                        continue  # its task was cancelled just now, by a signal's handler
+                    try:  # noqa: SIM105  (a `with` here is felt by every task that has waited)
+                        future.set_result(None)
+                    except asyncio.InvalidStateError:
+                        pass  # also cancelled just now: the task hears of it
                     context.run(go_on, future)
-                elif not future.done():  # else its task was cancelled, or it was woken before
-                    future.set_result(None)
+                else:
+                    with suppress(asyncio.InvalidStateError):  # nobody awaits it yet, or its task was cancelled
+                        future.set_result(None)
         finally:
             if woken:
-                wakeups.look()
+                self.look()
 
 
 def wakeups_of(loop: AbstractEventLoop) -> Wakeups:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, wait_until
+from tests.interrupts import At, interrupt
 
 
 def run_program(program: str) -> str:
@@ -451,3 +453,94 @@ def test_where_no_process_forks_nothing_is_prepared_for_it(monkeypatch: pytest.M
     package = Path(forks.__file__).parent
 
     assert [file.name for file in package.glob("*.py") if "register_at_fork" in file.read_text()] == ["forks.py"]
+
+
+class TestInterrupts:
+    """Ctrl-C comes between any two steps: here at every place where Python looks for it, one after the other."""
+
+    MODULES = frozenset(("asyncify.turnstile", "asyncify.limiter", "asyncify.permits", "asyncify.wakeups"))
+
+    @pytest.mark.parametrize("waiting", [0, 2])
+    @pytest.mark.parametrize("path", ["sync", "async"])
+    def test_an_interrupt_locks_nobody_out(self, path: str, waiting: int) -> None:
+        """It may cost the one slot that was just in hand, and whoever comes later gets the others."""
+        number, has_acted = 0, True
+        while has_acted:
+            number += 1
+            limiter = Limiter(limit=1)
+            loop = asyncio.new_event_loop()
+            held = contextvars.Context().run(limiter.enter)
+            tasks = [loop.create_task(_pass(limiter)) for _ in range(waiting)]
+            _turn(loop)
+            if not waiting:
+                held.end()
+            with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
+                if waiting:
+                    held.end()
+                elif path == "sync":
+                    contextvars.Context().run(_pass_sync, limiter)
+                else:
+                    tasks.append(loop.create_task(_pass(limiter)))
+                _turn(loop)
+            has_acted = at.has_acted()
+            limiter.resize(limit=3)
+            _turn(loop)
+            tasks.append(loop.create_task(_pass(limiter)))
+            run_apart(lambda: _pass_sync(limiter))  # noqa: B023
+            _turn(loop)
+
+            assert tasks[-1].done(), f"at place {number}"
+            assert sum(not task.done() for task in tasks) <= 1, f"at place {number}"
+            assert limiter.stats().in_flight <= 1, f"at place {number}"
+            for task in tasks:
+                task.cancel()
+            _turn(loop)
+            for task in tasks:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # at most one, which was lost
+                if task.done() and not task.cancelled():
+                    task.exception()
+            loop.close()
+        assert number > 20
+
+    def test_an_interrupt_takes_one_of_many_that_are_let_in(self) -> None:
+        """Those let in before it start, and those after it are let in by whoever comes next."""
+        number, has_acted = 0, True
+        while has_acted:
+            number += 1
+            limiter = Limiter(limit=1)
+            contextvars.Context().run(limiter.enter)
+            loop = asyncio.new_event_loop()
+            tasks = [loop.create_task(_pass(limiter)) for _ in range(5)]
+            _turn(loop)
+            with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
+                limiter.resize(limit=10)
+            has_acted = at.has_acted()
+            limiter.resize(limit=10)
+            _turn(loop)
+            lost = sum(not task.done() for task in tasks)
+            for task in tasks:
+                task.cancel()
+            _turn(loop)
+            for task in tasks:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # at most one, which was lost
+            loop.close()
+
+            assert lost <= 1, f"at place {number}"
+        assert number > 20
+
+
+async def _pass(limiter: Limiter) -> None:
+    async with limiter:
+        pass
+
+
+def _pass_sync(limiter: Limiter) -> None:
+    with limiter:
+        pass
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop for some turns, also where an interrupt has come into them before."""
+    for _ in range(8):
+        loop.call_soon(loop.stop)
+        loop.run_forever()

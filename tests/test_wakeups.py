@@ -7,10 +7,9 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from itertools import pairwise
 from textwrap import dedent
-from types import FrameType
 from typing import Any, cast
 
 import pytest
@@ -19,6 +18,7 @@ import uvloop
 from asyncify import Limiter
 from asyncify.wakeups import Wakeups, wakeups_of
 from tests.crowd import SAFETY_NET, until
+from tests.interrupts import At, interrupt
 
 Future = asyncio.Future[None]
 MakeTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -29,10 +29,21 @@ def future() -> Future:
     return asyncio.get_running_loop().create_future()
 
 
+class Sleeper:
+    """Who waits by a future."""
+
+    def __init__(self, ready: Future) -> None:
+        self.ready: Future | None = ready
+        self.has_given_up = False
+
+    def give_up(self) -> None:
+        self.has_given_up = True
+
+
 def wake(*awaited: Future) -> None:
     """Wake who awaits them, in the running loop."""
     for each in awaited:
-        assert wakeups_of(asyncio.get_running_loop()).wake(each)
+        wakeups_of(asyncio.get_running_loop()).wake(Sleeper(each))
 
 
 class Queue:
@@ -145,7 +156,7 @@ class TestGoingOn:
             if len(wakeups.woken) % 2:
                 wake(awaited)
             else:
-                thread = threading.Thread(target=wakeups.wake, args=(awaited,))
+                thread = threading.Thread(target=wakeups.wake, args=(Sleeper(awaited),))
                 thread.start()
                 thread.join()
         await crowd.end()
@@ -157,7 +168,7 @@ class TestGoingOn:
         wakeups = wakeups_of(asyncio.get_running_loop())
         for _ in range(50):
             awaited = future()
-            thread = threading.Thread(target=wakeups.wake, args=(awaited,))
+            thread = threading.Thread(target=wakeups.wake, args=(Sleeper(awaited),))
             thread.start()
             await asyncio.wait_for(awaited, SAFETY_NET)
             thread.join()
@@ -275,7 +286,7 @@ class TestTurns:
             real = getattr(loop, name)
 
             def note(callback: Any, *args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
-                if "Round" in repr(callback):
+                if "_round" in repr(args):
                     asked.append(name)
                 return real(callback, *args, **kwargs)
 
@@ -283,7 +294,8 @@ class TestTurns:
         crowd = Crowd(loop, *[None] * 20)
         await asyncio.sleep(0)
         wakeups = wakeups_of(loop)
-        thread = threading.Thread(target=lambda: [wakeups.wake(awaited) for awaited in crowd.futures[:10]])
+        early = [Sleeper(awaited) for awaited in crowd.futures[:10]]
+        thread = threading.Thread(target=lambda: [*map(wakeups.wake, early)])
         thread.start()
         thread.join()
         wake(*crowd.futures[10:])
@@ -333,48 +345,41 @@ class TestErrors:
 
         assert crowd.went_on == [0, 1, 2, 3]
 
-    def test_interrupted_at_any_bytecode(self) -> None:
-        """Whatever step an interrupt comes before, it takes one wake with it at most, and those after it arrive."""
+    def test_interrupted_anywhere(self) -> None:
+        """Wherever an interrupt comes, it takes one wake with it at most, and those after it arrive."""
         lost: set[int] = set()
-        number, fired = 0, True
-        while fired:
-            number += 1
-            interrupted = Interrupted(number)
-            fired = interrupted.fired
-            lost.add(len(interrupted.woken - {*interrupted.crowd.went_on}))
-            assert {8, 9} <= {*interrupted.crowd.went_on}, f"at bytecode {number}"
-            assert len({*interrupted.crowd.went_on}) == len(interrupted.crowd.went_on), f"at bytecode {number}"
-        assert number > 300
+        for chain in chains_with(lambda _: interrupt):
+            lost.add(len(chain.woken - {*chain.crowd.went_on}))
+            assert {8, 9} <= {*chain.crowd.went_on}
         assert lost == {0, 1}
 
+    @pytest.mark.parametrize("number", range(6))
+    def test_cancelled_anywhere(self, number: int) -> None:
+        """A signal's handler, such as asyncio's own of Ctrl-C, may cancel a task without raising anything."""
+        ends: set[bool] = set()
+        for chain in chains_with(lambda chain: chain.crowd.tasks[number].cancel):
+            cancelled = chain.crowd.tasks[number]
+            assert cancelled.done()
+            ends.add(cancelled.cancelled())
+            others = chain.woken - {number}
+            assert others <= {*chain.crowd.went_on}
+        assert ends == {True, False}
 
-class Interrupted:
-    """Tasks that wake each other, with a KeyboardInterrupt before the n-th bytecode that the module runs meanwhile."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.fired = False
+class Chain:
+    """Tasks of a loop, some of which wake others."""
+
+    def __init__(self) -> None:
         self.woken: set[int] = set()
-        """Tasks that were woken by a call that was not interrupted."""
-        self.loop = loop = asyncio.new_event_loop()
+        """Those woken by a call that was not interrupted."""
+        self.kept: list[BaseException] = []
+        """Interrupts: who keeps one keeps all that it came through."""
+        self.loop = asyncio.new_event_loop()
         acts: list[Callable[[], object] | None] = [None] * 10
         acts[0] = lambda: self.wake(3)
         acts[3] = lambda: self.wake(4, 5)
-        self.crowd = Crowd(loop, *acts)
-        loop.run_until_complete(asyncio.sleep(0))
-        sys.settrace(self._trace)
-        try:
-            self.run(0, 1, 2)
-        finally:
-            sys.settrace(None)
-        self.run()
-        self.run(8)
-        self.run(9)
-        loop.close()
-        for task in self.crowd.tasks:
-            if task.done():
-                task.exception()
-        self.crowd.abandon()
+        self.crowd = Crowd(self.loop, *acts)
+        self.loop.run_until_complete(asyncio.sleep(0))
 
     def wake(self, *numbers: int) -> None:
         """Wake some of the tasks, from another or from a callback."""
@@ -389,19 +394,35 @@ class Interrupted:
             for _ in range(5):
                 self.loop.call_soon(self.loop.stop)
                 self.loop.run_forever()
-        except KeyboardInterrupt:
-            pass
+        except KeyboardInterrupt as interrupt:
+            self.kept.append(interrupt)
 
-    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_globals.get("__name__") != "asyncify.wakeups":
-            return None
-        frame.f_trace_opcodes = True
-        if event in {"call", "opcode"} and not self.fired:
-            self.number -= 1
-            if not self.number:
-                self.fired = True
-                raise KeyboardInterrupt
-        return self._trace
+    def end(self) -> None:
+        """Let go of all."""
+        self.loop.close()
+        for task in self.crowd.tasks:
+            if task.done() and not task.cancelled():
+                task.exception()
+        self.crowd.abandon()
+
+
+def chains_with(handler: Callable[[Chain], Callable[[], object]]) -> Iterator[Chain]:
+    """Yield chains whose first tasks were woken with a signal's handler at the first place, the second, and so on."""
+    number = 0
+    has_acted = True
+    while has_acted:
+        number += 1
+        chain = Chain()
+        with At(number, {"asyncify.wakeups"}, handler(chain)) as at:
+            chain.run(0, 1, 2)
+        chain.run()
+        chain.run(8)
+        chain.run(9)
+        assert len({*chain.crowd.went_on}) == len(chain.crowd.went_on)
+        has_acted = at.has_acted()
+        yield chain
+        chain.end()
+    assert number > 50
 
 
 class TestLoops:
@@ -434,27 +455,74 @@ class TestLoops:
         assert queue.passed == [0, 1, 2] * 2
 
     def test_one_that_is_closed(self) -> None:
-        """Each who wakes a task is told that it will not go on, and nothing keeps the task."""
+        """Each who is woken gives up, and nothing keeps its task."""
         loop = asyncio.new_event_loop()
         crowd = Crowd(loop, None, None)
         wakeups = Wakeups(loop)
         loop.close()
+        sleepers = [Sleeper(awaited) for awaited in crowd.futures]
+        for sleeper in sleepers:
+            wakeups.wake(sleeper)
 
-        assert not any(wakeups.wake(awaited) for awaited in crowd.futures)
-        assert not wakeups.woken
+        assert [(sleeper.has_given_up, sleeper.ready) for sleeper in sleepers] == [(True, None)] * 2
         crowd.abandon()
 
     def test_one_that_is_closed_before_they_go_on(self) -> None:
-        """Nothing keeps their tasks then."""
+        """All who were woken give up then, at once."""
         loop = asyncio.new_event_loop()
         crowd = Crowd(loop, None, None)
         wakeups = Wakeups(loop)
         loop.run_until_complete(asyncio.sleep(0))
-        assert all(wakeups.wake(awaited) for awaited in crowd.futures)
+        sleepers = [Sleeper(awaited) for awaited in crowd.futures]
+        for sleeper in sleepers:
+            wakeups.wake(sleeper)
+        assert not any(sleeper.has_given_up for sleeper in sleepers)
         loop.close()
 
-        assert not wakeups.woken
+        assert [(sleeper.has_given_up, sleeper.ready) for sleeper in sleepers] == [(True, None)] * 2
         crowd.abandon()
+
+    def test_one_that_is_closed_while_it_takes_the_callback(self) -> None:
+        """Another thread may close it just then; the callback lies in it for ever."""
+
+        class Closing(asyncio.SelectorEventLoop):
+            is_closing = False
+
+            def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # type: ignore[override]
+                handle = super().call_soon_threadsafe(*args, **kwargs)
+                self.close()
+                self._ready.append(handle)  # type: ignore[attr-defined]
+                return handle
+
+        loop = Closing()
+        crowd = Crowd(loop, None)
+        sleeper = Sleeper(crowd.futures[0])
+        Wakeups(loop).wake(sleeper)
+
+        assert sleeper.has_given_up
+        crowd.abandon()
+
+    async def test_one_that_refuses_the_callback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An error that is none of a closed loop is raised; who was woken goes on with the next."""
+        refused: list[object] = []
+
+        def refuse(*_: object) -> None:
+            refused.append(_)
+            raise RecursionError
+
+        loop = asyncio.get_running_loop()
+        crowd = Crowd(loop, None, None)
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_soon", refuse)
+            with pytest.raises(RecursionError):
+                wake(crowd.futures[0])
+        assert len(refused) == 1
+        refused.clear()
+        wake(crowd.futures[1])
+        await crowd.end()
+
+        assert crowd.went_on == [0, 1]
 
     def test_one_that_is_gone(self) -> None:
         """That is as if it were closed."""
@@ -464,9 +532,11 @@ class TestLoops:
         other.close()
         del loop
         gc.collect()
+        sleeper = Sleeper(asyncio.Future(loop=other))
+        wakeups.wake(sleeper)
 
         assert wakeups.loop() is None
-        assert not wakeups.wake(asyncio.Future(loop=other))
+        assert sleeper.has_given_up
 
     def test_two_in_turn_in_one_thread(self) -> None:
         """A task goes on in its own."""
