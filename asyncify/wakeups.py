@@ -40,8 +40,8 @@ def _nothing() -> None:
 class Wakeups:
     """Those whose tasks one event loop has to go on with.
 
-    A round does so. It is a generator that has been started, so that whatever becomes of it is met in its `finally`:
-    the loop goes on with it; an interrupt comes as it does so; or it drops it, because it is closed.
+    A round does so. It is a generator that has been started already, so that it hears of whatever becomes of it: that
+    the loop goes on with it, that an interrupt comes as it does, or that it drops it, as it has been closed.
 
     Attributes:
         woken: those with whose tasks no round has gone on yet, in the order of waking.

@@ -283,6 +283,7 @@ def benchmark(*, quick: bool) -> Sequence[Case]:
         uncontended(),
         contended(20_000),
         contended(100_000),
+        contended(20_000, slots=10),
         contended(20_000, slots=100),
         contended(20_000, slots=1_000),
         growth((1_000, 20_000, 100_000)),
