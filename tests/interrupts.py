@@ -25,13 +25,14 @@ class At:
         return self.left <= 0
 
     def __enter__(self) -> Self:
+        self._before = sys.gettrace()  # that of coverage, say
         sys.settrace(self._trace)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        sys.settrace(None)
+        sys.settrace(self._before)
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
         if frame.f_globals.get("__name__") not in self.modules or self.has_acted():
