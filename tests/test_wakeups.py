@@ -363,6 +363,7 @@ class TestErrors:
             ends.add(cancelled.cancelled())
             others = chain.woken - {number}
             assert others <= {*chain.crowd.went_on}
+            assert chain.told == []  # as of a task that goes on twice
         assert ends == {True, False}
 
 
@@ -374,7 +375,10 @@ class Chain:
         """Those woken by a call that was not interrupted."""
         self.kept: list[BaseException] = []
         """Interrupts: who keeps one keeps all that it came through."""
+        self.told: list[dict[str, Any]] = []
+        """Errors of callbacks."""
         self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(lambda _, what: self.told.append(what))
         acts: list[Callable[[], object] | None] = [None] * 10
         acts[0] = lambda: self.wake(3)
         acts[3] = lambda: self.wake(4, 5)
