@@ -207,7 +207,6 @@ class Meter:
         "_next",
         "_only_window",
         "_open_since",
-        "_slots",
         "_tolerance",
         "_was_full",
         "_windows",
@@ -215,6 +214,7 @@ class Meter:
         "largest_cost",
         "limits",
         "paused_until",
+        "slots",
         "slots_alone",
     )
 
@@ -236,12 +236,12 @@ class Meter:
         logs = {window.rate.period: window for window in self._windows}
         self.limits: Limits = limits
         self.largest_cost: float = limits.largest_cost
-        self._slots = math.inf if limits.limit is None else limits.limit
+        self.slots: float = math.inf if limits.limit is None else limits.limit
         self._windows = tuple(_Window(rate) for rate in limits.rates)
         for window in self._windows:
             if (old := logs.get(window.rate.period)) is not None:
                 window.log, window.used = old.log, old.used
-        self.slots_alone: float = -1 if self._windows else self._slots  # the slots, if they are all that limits
+        self.slots_alone: float = -1 if self._windows else self.slots  # the slots, if they are all that limits
         self._longer = self._windows[1:]
         self._only_window = self._windows[0] if len(self._windows) == 1 else None
         interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
@@ -258,7 +258,7 @@ class Meter:
     @property
     def is_full(self) -> bool:
         """Whether no slot is free."""
-        return len(self.inside) >= self._slots
+        return len(self.inside) >= self.slots
 
     def admit(self, now: float, cost: float, since: float, call: object | None = None) -> float:
         """Admit a call that has been waiting since `since`, or say when to ask again; None takes no slot.
@@ -268,7 +268,7 @@ class Meter:
         """
         inside = self.inside
         if call is not None:
-            if len(inside) >= self._slots:
+            if len(inside) >= self.slots:
                 self._was_full = True
                 return math.inf
             if self._was_full:

@@ -181,8 +181,12 @@ class Turnstile:
                     permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
                     if not permit.slots:
                         self._rate_only.append(permit)
-                    if at == math.inf and (self._departed or not self._meter.is_full):
-                        self._must_look = True  # somebody left after the slot was asked for, and saw no queue
+                    if self._departed or (
+                        len(self._meter.inside) < self._meter.slots and (self._timer is None or at == math.inf)
+                    ):
+                        # Somebody left after the slot was asked for, and saw no queue; or an interrupt kept the one who
+                        # left from looking at the queue.
+                        self._must_look = True
                 break
             finally:
                 self._lock.release()
@@ -302,8 +306,8 @@ class Turnstile:
             return  # it has not begun to wait, and will see what has become of it
         if permit.in_task:
             wakeups = permit.wakeups
-            wakeups.woken.append(permit)  # `wake()`, without a call
-            pending = wakeups.pending
+            wakeups.woken.append(permit)
+            pending = wakeups.pending  # `look()`, without a call
             if pending() is None:
                 wakeups.schedule()
         else:

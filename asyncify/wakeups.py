@@ -44,7 +44,7 @@ class Wakeups:
     the loop goes on with it, that an interrupt comes as it does, or that it drops it, as it has been closed.
 
     Attributes:
-        woken: those with whose tasks no round has gone on yet, in the order of waking.
+        woken: those with whose tasks no round has gone on yet, in the order of waking. Who adds one has to `look()`.
         pending: gives the round that the loop has been asked for, None once that has begun or is gone.
     """
 
@@ -55,13 +55,8 @@ class Wakeups:
         self.woken: deque[Sleeper] = deque()
         self.pending: Callable[[], object] = _nothing
 
-    def wake(self, sleeper: Sleeper) -> None:
-        """Have the task go on soon that waits with `sleeper`; from any thread."""
-        self.woken.append(sleeper)
-        self.look()
-
     def look(self) -> None:
-        """See to it that a round comes."""
+        """See to it that a round comes, after an addition to `woken`; from any thread."""
         pending = self.pending
         if pending() is None:
             self.schedule()

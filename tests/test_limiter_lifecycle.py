@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from asyncify import forks
 from asyncify.clock import MonotonicClock
 from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
+from asyncify.permits import Permit
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, wait_until
 from tests.interrupts import At, interrupt
@@ -218,7 +220,7 @@ class TestLoops:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
 
     def test_a_loop_closed_with_a_call_in_it_that_was_let_in(self) -> None:
-        """Its task never hears of its slot, as the loop has had its last turn; when the task goes, the slot is free."""
+        """Its task never hears of its slot, as the loop has had its last turn: the slot is free as that is closed."""
         limiter = Limiter(limit=1)
         permit = contextvars.Context().run(limiter.enter)
         loop = asyncio.new_event_loop()
@@ -228,14 +230,11 @@ class TestLoops:
         loop.call_soon(permit.end)
         loop.run_forever()
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (1, 2)
-        for task in tasks:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
-        del task
-        tasks.clear()
         loop.close()
-        gc.collect()
 
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
 
     def test_run_cancels_its_waiters(self) -> None:
         """A program that leaves `asyncio.run` with waiters behind leaves none in the queue."""
@@ -460,53 +459,58 @@ class TestInterrupts:
 
     MODULES = frozenset(("asyncify.turnstile", "asyncify.limiter", "asyncify.permits", "asyncify.wakeups"))
 
-    @pytest.mark.parametrize("waiting", [0, 2])
-    @pytest.mark.parametrize("path", ["sync", "async"])
-    def test_an_interrupt_locks_nobody_out(self, path: str, waiting: int) -> None:
+    @pytest.mark.parametrize("call", ["sync", "async", "leaving"])
+    def test_an_interrupt_locks_nobody_out(self, call: str) -> None:
         """It may cost the one slot that was just in hand, and whoever comes later gets the others."""
-        number, has_acted = 0, True
-        while has_acted:
-            number += 1
-            limiter = Limiter(limit=1)
+        for number in count(1):
+            limiter = Limiter(limit=2)
             loop = asyncio.new_event_loop()
-            held = contextvars.Context().run(limiter.enter)
-            tasks = [loop.create_task(_pass(limiter)) for _ in range(waiting)]
-            _turn(loop)
-            if not waiting:
-                held.end()
-            with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
-                if waiting:
-                    held.end()
-                elif path == "sync":
-                    contextvars.Context().run(_pass_sync, limiter)
-                else:
-                    tasks.append(loop.create_task(_pass(limiter)))
+            held = [contextvars.Context().run(limiter.enter) for _ in range(2)]
+            tasks = [loop.create_task(_pass(limiter)) for _ in range(2)]
+            if call == "leaving":
                 _turn(loop)
-            has_acted = at.has_acted()
-            limiter.resize(limit=3)
-            _turn(loop)
+            else:
+                held[0].end()
+            with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
+                if call == "sync":
+                    contextvars.Context().run(_pass_sync, limiter)
+                elif call == "leaving":
+                    held[0].end()
+                _turn(loop)
+            held[1].end()
             tasks.append(loop.create_task(_pass(limiter)))
-            run_apart(lambda: _pass_sync(limiter))  # noqa: B023
             _turn(loop)
+            run_apart(lambda: _pass_sync(limiter))  # noqa: B023
 
             assert tasks[-1].done(), f"at place {number}"
-            assert sum(not task.done() for task in tasks) <= 1, f"at place {number}"
+            assert _end(loop, tasks) <= 1, f"at place {number}"
             assert limiter.stats().in_flight <= 1, f"at place {number}"
-            for task in tasks:
-                task.cancel()
-            _turn(loop)
-            for task in tasks:
-                task._log_destroy_pending = False  # type: ignore[attr-defined]  # at most one, which was lost
-                if task.done() and not task.cancelled():
-                    task.exception()
-            loop.close()
+            if not at.has_acted():
+                break
         assert number > 20
+
+    def test_who_comes_next_finds_a_slot_that_an_interrupt_left_free(self) -> None:
+        """All who wait are let in then, although nobody is inside who could let them in."""
+        for number in count(1):
+            limiter = Limiter(limit=1)
+            held = contextvars.Context().run(limiter.enter)
+            loop = asyncio.new_event_loop()
+            tasks = [loop.create_task(_pass(limiter)) for _ in range(2)]
+            _turn(loop)
+            with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
+                held.end()
+            is_free = limiter._meter.inside == set()
+            tasks.append(loop.create_task(_pass(limiter)))
+            _turn(loop)
+
+            assert _end(loop, tasks) == 0 or not is_free, f"at place {number}"
+            if not at.has_acted():
+                break
+        assert number > 10
 
     def test_an_interrupt_takes_one_of_many_that_are_let_in(self) -> None:
         """Those let in before it start, and those after it are let in by whoever comes next."""
-        number, has_acted = 0, True
-        while has_acted:
-            number += 1
+        for number in count(1):
             limiter = Limiter(limit=1)
             contextvars.Context().run(limiter.enter)
             loop = asyncio.new_event_loop()
@@ -514,19 +518,38 @@ class TestInterrupts:
             _turn(loop)
             with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
                 limiter.resize(limit=10)
-            has_acted = at.has_acted()
-            limiter.resize(limit=10)
+            if limiter.limits.limit == 1:
+                limiter.resize(limit=10)
+            tasks.append(loop.create_task(_pass(limiter)))
             _turn(loop)
-            lost = sum(not task.done() for task in tasks)
-            for task in tasks:
-                task.cancel()
-            _turn(loop)
-            for task in tasks:
-                task._log_destroy_pending = False  # type: ignore[attr-defined]  # at most one, which was lost
-            loop.close()
 
-            assert lost <= 1, f"at place {number}"
+            assert _end(loop, tasks) <= 1, f"at place {number}"
+            if not at.has_acted():
+                break
         assert number > 20
+
+    def test_calls_start_in_the_order_in_which_several_threads_let_them_in(self) -> None:
+        """Wherever one thread is in letting a call in when another lets the next one in, the first starts first."""
+        for number in count(1):
+            limiter = Limiter(limit=2)
+            held = [contextvars.Context().run(limiter.enter) for _ in range(2)]
+            loop = asyncio.new_event_loop()
+            started: list[int] = []
+            tasks = [loop.create_task(_note(limiter, started, number)) for number in range(2)]
+            _turn(loop)
+
+            def end_other(held: list[Permit] = held) -> None:
+                run_apart(held[1].end)
+
+            with At(number, self.MODULES, end_other) as at:
+                held[0].end()
+            _turn(loop)
+
+            assert _end(loop, tasks) == 0 or not at.has_acted(), f"at place {number}"
+            assert started in ([0, 1], [0]), f"at place {number}"
+            if not at.has_acted():
+                break
+        assert number > 10
 
 
 async def _pass(limiter: Limiter) -> None:
@@ -539,8 +562,27 @@ def _pass_sync(limiter: Limiter) -> None:
         pass
 
 
+async def _note(limiter: Limiter, started: list[int], number: int) -> None:
+    await limiter.aenter()
+    started.append(number)
+
+
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
     """Run a loop for some turns, also where an interrupt has come into them before."""
     for _ in range(8):
         loop.call_soon(loop.stop)
         loop.run_forever()
+
+
+def _end(loop: asyncio.AbstractEventLoop, tasks: Sequence[asyncio.Task[None]]) -> int:
+    """Return how many tasks have not ended; end them, and the loop."""
+    lost = sum(not task.done() for task in tasks)
+    for task in tasks:
+        task.cancel()
+    _turn(loop)
+    for task in tasks:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # one may be lost
+        if task.done() and not task.cancelled():
+            task.exception()
+    loop.close()
+    return lost

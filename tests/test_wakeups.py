@@ -40,10 +40,16 @@ class Sleeper:
         self.has_given_up = True
 
 
+def rouse(wakeups: Wakeups, *sleepers: Sleeper) -> None:
+    """Wake them in a loop, from any thread."""
+    for sleeper in sleepers:
+        wakeups.woken.append(sleeper)
+        wakeups.look()
+
+
 def wake(*awaited: Future) -> None:
     """Wake who awaits them, in the running loop."""
-    for each in awaited:
-        wakeups_of(asyncio.get_running_loop()).wake(Sleeper(each))
+    rouse(wakeups_of(asyncio.get_running_loop()), *map(Sleeper, awaited))
 
 
 class Queue:
@@ -156,7 +162,7 @@ class TestGoingOn:
             if len(wakeups.woken) % 2:
                 wake(awaited)
             else:
-                thread = threading.Thread(target=wakeups.wake, args=(Sleeper(awaited),))
+                thread = threading.Thread(target=rouse, args=(wakeups, Sleeper(awaited)))
                 thread.start()
                 thread.join()
         await crowd.end()
@@ -168,7 +174,7 @@ class TestGoingOn:
         wakeups = wakeups_of(asyncio.get_running_loop())
         for _ in range(50):
             awaited = future()
-            thread = threading.Thread(target=wakeups.wake, args=(Sleeper(awaited),))
+            thread = threading.Thread(target=rouse, args=(wakeups, Sleeper(awaited)))
             thread.start()
             await asyncio.wait_for(awaited, SAFETY_NET)
             thread.join()
@@ -295,7 +301,7 @@ class TestTurns:
         await asyncio.sleep(0)
         wakeups = wakeups_of(loop)
         early = [Sleeper(awaited) for awaited in crowd.futures[:10]]
-        thread = threading.Thread(target=lambda: [*map(wakeups.wake, early)])
+        thread = threading.Thread(target=rouse, args=(wakeups, *early))
         thread.start()
         thread.join()
         wake(*crowd.futures[10:])
@@ -328,10 +334,6 @@ class TestErrors:
 
     def test_a_task_that_ends_the_program_stops_nobody(self) -> None:
         """Its error comes out of the loop; when that is run again, the others go on."""
-
-        def interrupt() -> None:
-            raise KeyboardInterrupt
-
         loop = asyncio.new_event_loop()
         crowd = Crowd(loop, lambda: wake(crowd.futures[3]), interrupt, None, None)
         loop.run_until_complete(asyncio.sleep(0))
@@ -465,8 +467,7 @@ class TestLoops:
         wakeups = Wakeups(loop)
         loop.close()
         sleepers = [Sleeper(awaited) for awaited in crowd.futures]
-        for sleeper in sleepers:
-            wakeups.wake(sleeper)
+        rouse(wakeups, *sleepers)
 
         assert [(sleeper.has_given_up, sleeper.ready) for sleeper in sleepers] == [(True, None)] * 2
         crowd.abandon()
@@ -478,8 +479,7 @@ class TestLoops:
         wakeups = Wakeups(loop)
         loop.run_until_complete(asyncio.sleep(0))
         sleepers = [Sleeper(awaited) for awaited in crowd.futures]
-        for sleeper in sleepers:
-            wakeups.wake(sleeper)
+        rouse(wakeups, *sleepers)
         assert not any(sleeper.has_given_up for sleeper in sleepers)
         loop.close()
 
@@ -490,8 +490,6 @@ class TestLoops:
         """Another thread may close it just then; the callback lies in it for ever."""
 
         class Closing(asyncio.SelectorEventLoop):
-            is_closing = False
-
             def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # type: ignore[override]
                 handle = super().call_soon_threadsafe(*args, **kwargs)
                 self.close()
@@ -501,7 +499,7 @@ class TestLoops:
         loop = Closing()
         crowd = Crowd(loop, None)
         sleeper = Sleeper(crowd.futures[0])
-        Wakeups(loop).wake(sleeper)
+        rouse(Wakeups(loop), sleeper)
 
         assert sleeper.has_given_up
         crowd.abandon()
@@ -510,8 +508,8 @@ class TestLoops:
         """An error that is none of a closed loop is raised; who was woken goes on with the next."""
         refused: list[object] = []
 
-        def refuse(*_: object) -> None:
-            refused.append(_)
+        def refuse(callback: object, *_: object) -> None:
+            refused.append(callback)
             raise RecursionError
 
         loop = asyncio.get_running_loop()
@@ -522,7 +520,6 @@ class TestLoops:
             with pytest.raises(RecursionError):
                 wake(crowd.futures[0])
         assert len(refused) == 1
-        refused.clear()
         wake(crowd.futures[1])
         await crowd.end()
 
@@ -537,7 +534,7 @@ class TestLoops:
         del loop
         gc.collect()
         sleeper = Sleeper(asyncio.Future(loop=other))
-        wakeups.wake(sleeper)
+        rouse(wakeups, sleeper)
 
         assert wakeups.loop() is None
         assert sleeper.has_given_up
