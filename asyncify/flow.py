@@ -34,6 +34,7 @@ from langchain_core.runnables.base import (
 )
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 
+from asyncify.background import background
 from asyncify.batches import Items, checked_count, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
@@ -339,7 +340,8 @@ class _Source:
 def _drive(
     options: _Options, inputs: Iterable[Any], via: str, *, ordered: bool, return_exceptions: bool
 ) -> Generator[Any]:
-    items = options.items()
+    with background.waited_for():  # the items' threads and tasks may call sync sides that need a loop
+        items = options.items()
     window = partial(options.window, items)
     line = _Line(ordered=ordered)
     held = 0

@@ -908,6 +908,8 @@ async def hold(way):
         return list(each(pair, [1, 2]))
     if way == "each via async":
         return list(each(pair, [1, 2], via="async"))
+    if way == "each via async, in threads":
+        return list(each(in_a_thread, [1, 2], via="async"))
     if way == "dict":
         return both.invoke(1)
     if way == "dict, observed":
@@ -930,6 +932,7 @@ print(Dual(hold).call(WAY))
         ("batch", "[2, 4]"),
         ("each", "[2, 4]"),
         ("each via async", "[2, 4]"),
+        ("each via async, in threads", "[2, 4]"),
         ("dict", "{'a': 4, 'b': 4}"),
         ("dict, observed", "{'a': 4, 'b': 4}"),
         ("dict, bounded", "{'a': 4, 'b': 4}"),
