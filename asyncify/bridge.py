@@ -139,6 +139,8 @@ class _Call:
         try:
             self._loop.call_soon_threadsafe(self._settle, result, error)
         except RuntimeError:  # the loop is closed: nobody waits any more
+            if iscoroutine(result):
+                result.close()
             self._ended(error)
         return error
 

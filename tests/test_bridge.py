@@ -353,6 +353,28 @@ def test_a_loop_that_is_closed_while_the_thread_runs(pool, blocker):
     assert not before
 
 
+def test_a_coroutine_that_comes_when_the_loop_is_closed_is_closed_too(pool, blocker):
+    """Nobody can await it any more, and nobody is told that nobody did."""
+    made: list[Any] = []
+    ended = threading.Event()
+
+    def work() -> Any:
+        blocker()
+        made.append(afail())
+        return made[0]
+
+    async def abandon() -> None:
+        call = asyncio.create_task(acall(pool, work, lambda _: ended.set()))
+        await blocker.until_started()
+        call.cancel()
+
+    asyncio.run(abandon())
+    blocker.go.set()
+
+    assert ended.wait(SECONDS)
+    assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
+
+
 async def test_a_call_within_a_call_never_waits_for_a_thread():
     """A call made by a call of the same pool gets a thread beyond the bound: the outer one waits for it."""
     one = ThreadPool(1, "one")
