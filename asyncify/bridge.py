@@ -193,12 +193,13 @@ class ThreadPool(Executor):
     it, never waits for a thread.
 
     Args:
-        size: threads at most; None for as many as there are calls, where something else bounds those.
+        size: threads at most, or what tells it at each call; None for as many as there are calls, where something else
+            bounds those.
         name: what the threads are called while they work.
     """
 
-    def __init__(self, size: int | None, name: str) -> None:
-        self.size = size
+    def __init__(self, size: int | Callable[[], int | None] | None, name: str) -> None:
+        self._size = size
         self.name = name
         self.forget()
         _pools.add(self)
@@ -208,6 +209,11 @@ class ThreadPool(Executor):
         self._lock = threading.Lock()
         self._busy = 0
         self._backlog: deque[Callable[[], object]] = deque()
+
+    @property
+    def size(self) -> int | None:
+        """How many threads there may be now."""
+        return self._size() if callable(self._size) else self._size
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run `fn` on a thread; its context is a new one, unless `fn` is the `run` of another."""
@@ -270,7 +276,8 @@ class ThreadPool(Executor):
     def _start(self, job: Callable[[], object]) -> None:
         """Run `job`, which must not raise, on a thread, or put it in line for one."""
         with self._lock:
-            if self.size is not None and self._busy >= self.size and self not in _inside.get():
+            size = self.size
+            if size is not None and self._busy >= size and self not in _inside.get():
                 self._backlog.append(job)
                 return
             self._busy += 1
@@ -287,7 +294,8 @@ class ThreadPool(Executor):
             job()
             del job  # an error's traceback holds this frame too
             with self._lock:
-                if not self._backlog or (self.size is not None and self._busy > self.size):
+                size = self.size
+                if not self._backlog or (size is not None and self._busy > size):
                     self._busy -= 1
                     break
                 job = self._backlog.popleft()

@@ -185,8 +185,11 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
         return replace(side, run=_arefuse(side.fn, "async"), kind="missing")
     if isinstance(bridge, Executor):
         return replace(side, run=_delegated(side.fn, side.shape, gate, bridge), kind="bridged")
-    bounded = gate is not None and gate.limiter.bounds_calls
-    pool = ThreadPool(None if bounded else DEFAULT_THREADS, name)
+
+    def threads() -> int | None:
+        return None if gate is not None and gate.limiter.bounds_calls else DEFAULT_THREADS  # a limit may be resized
+
+    pool = ThreadPool(threads, name)
     return replace(side, run=_threaded(side.fn, side.shape, gate, pool), kind="bridged")
 
 

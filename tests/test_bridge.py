@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from asyncify import bridge
+from asyncify import Dual, Limiter, bridge, concurrency
 from asyncify.background import BackgroundLoop
-from asyncify.bridge import Ended, ThreadPool
+from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool
 from tests.crowd import until
 
 SECONDS = 30  # a safety net, never the measure of anything
@@ -149,6 +149,26 @@ async def test_a_pool_without_a_size_runs_all_at_once(blocker):
     await asyncio.gather(*calls)
 
     assert blocker.most == 100
+
+
+@pytest.mark.parametrize(
+    ("given", "later", "most"),
+    [
+        pytest.param({"limit": 2}, {"limit": None}, DEFAULT_THREADS, id="no limit any more"),
+        pytest.param({}, {"limit": DEFAULT_THREADS + 30}, DEFAULT_THREADS + 30, id="a limit only now"),
+    ],
+)
+async def test_a_limiter_that_is_resized_resizes_the_pairs_threads(blocker, given, later, most):
+    """There are as many as its limit says now, or 64 where it has none."""
+    limiter = Limiter(**given, per_hour=1_000_000, burst=1000)
+    pair = concurrency(limiter=limiter, warn=False)(Dual(lambda _: blocker()))
+    limiter.resize(**later)
+    calls = asyncio.gather(*(pair.ainvoke(number) for number in range(most + 20)))
+    await blocker.until_started(most)
+    blocker.go.set()
+    await calls
+
+    assert blocker.most == most
 
 
 async def test_waiting_calls_run_in_order():
