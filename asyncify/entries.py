@@ -269,7 +269,13 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
             raise
         permit.step_out()
         future.add_done_callback(partial(_end, permit))
-        return await receive(future)
+        try:
+            result = await receive(future)
+        except BaseException as error:
+            future.add_done_callback(partial(_abandon, permit, error))
+            raise
+        permit.end()
+        return result
 
     return run
 
@@ -341,7 +347,15 @@ def _end(permit: Pass, future: Future[Any]) -> None:
         permit.end(error)
     else:
         outcome = future.result()
-        permit.end(outcome.error if isinstance(outcome, Outcome) else None)
+        if not iscoroutine(outcome):  # it is awaited as part of the call
+            permit.end(outcome.error if isinstance(outcome, Outcome) else None)
+
+
+def _abandon(permit: Pass, error: BaseException, future: Future[Any]) -> None:
+    """End a call that its caller has left: a coroutine that it gave is awaited no more."""
+    if not future.cancelled() and future.exception() is None and iscoroutine(made := future.result()):
+        made.close()
+    permit.end(error)
 
 
 def _refuse(fn: Function, colour: str) -> Function:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -416,6 +417,80 @@ async def test_a_coroutine_from_threads_of_somebody_else_is_awaited():
 
     with ThreadPoolExecutor(1) as threads:
         assert await dual(lambda text: fetch(text), bridge=threads).acall("abc") == "ABC"  # noqa: PLW0108
+
+
+class Awaited:
+    """An async function that notes how many are inside, at most; and whether all got out."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.most = 0
+
+    async def __call__(self, text: str) -> str:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            await asyncio.sleep(0.001)
+        finally:
+            self.inside -= 1
+        return text[3].upper()
+
+
+async def test_a_coroutine_from_threads_of_somebody_else_is_awaited_within_the_limit():
+    """The call has not ended when the thread has; an error of the coroutine gives the slot back, too."""
+    awaited, limiter = Awaited(), Limiter(limit=2)
+    with ThreadPoolExecutor(8) as threads:
+        pair = concurrency(limiter=limiter)(dual(lambda text: awaited(text), name="awaited", bridge=threads))  # noqa: PLW0108
+        results = await asyncio.gather(*(pair.acall(text) for text in ["abcd", "abc"] * 10), return_exceptions=True)
+
+    assert [result if result == "D" else type(result) for result in results] == ["D", IndexError] * 10
+    assert (awaited.most, limiter.stats().in_flight) == (2, 0)
+
+
+async def test_a_coroutine_from_threads_of_somebody_else_is_cancelled_with_its_call():
+    """And its slot is free."""
+    inside, limiter = asyncio.Event(), Limiter(limit=1)
+
+    async def stuck(text: str) -> None:
+        inside.set()
+        await asyncio.sleep(SECONDS)
+
+    with ThreadPoolExecutor(1) as threads:
+        pair = concurrency(limiter=limiter)(dual(lambda text: stuck(text), name="stuck", bridge=threads))  # noqa: PLW0108
+        call = asyncio.create_task(pair.acall("abc"))
+        await inside.wait()
+        held = limiter.stats().in_flight
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    assert (held, limiter.stats().in_flight) == (1, 0)
+
+
+async def test_a_coroutine_that_threads_of_somebody_else_make_too_late_is_closed():
+    """The call was given up while the thread ran: its slot is taken until then, and nobody is told of the coroutine."""
+    started, go, limiter = threading.Event(), threading.Event(), Limiter(limit=1)
+    made: list[Any] = []
+    awaited = Awaited()
+
+    def late(text: str) -> Any:
+        started.set()
+        assert go.wait(SECONDS)
+        made.append(awaited(text))
+        return made[0]
+
+    with ThreadPoolExecutor(1) as threads:
+        pair = concurrency(limiter=limiter)(dual(late, bridge=threads))
+        call = asyncio.create_task(pair.acall("abcd"))
+        await asyncio.to_thread(started.wait, SECONDS)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        held = limiter.stats().in_flight
+        go.set()
+
+    assert (held, limiter.stats().in_flight, awaited.most) == (1, 0, 0)
+    assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
 
 async def test_a_cancelled_call_holds_its_slot_until_the_executor_is_done():
