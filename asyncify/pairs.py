@@ -77,20 +77,23 @@ class Override(Block):
 
     def __init__(self, make: Callable[[], AbstractContextManager[AnyDual]]) -> None:
         self._make = make
+        self._entered: list[AbstractContextManager[AnyDual]] = []
 
     def _around_a_call(self) -> AbstractContextManager[AnyDual]:
         return self._make()
 
     def __enter__(self) -> AnyDual:
         """Put the fake there, and return the pair."""
-        self._entered = self._make()
-        return self._entered.__enter__()
+        entered = self._make()
+        pair = entered.__enter__()
+        self._entered.append(entered)
+        return pair
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put back what was there."""
-        self._entered.__exit__(kind, error, traceback)
+        self._entered.pop().__exit__(kind, error, traceback)
 
 
 class Registry:

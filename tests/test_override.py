@@ -182,6 +182,16 @@ def test_nested_overrides_are_undone_in_order() -> None:
     assert fetch.invoke("EUR") == "sync EUR"
 
 
+def test_one_override_may_be_entered_within_itself() -> None:
+    """Each `with` over it is an override of its own, and the outer one lasts to its own end."""
+    fake = registry.override(fetch, lambda query: f"fake {query}")
+    with fake:
+        with fake as pair:
+            assert pair.invoke("EUR") == "fake EUR"
+        assert fetch.invoke("EUR") == "fake EUR"
+    assert fetch.invoke("EUR") == "sync EUR"
+
+
 def test_overrides_undone_out_of_order_leave_the_newest() -> None:
     """Undoing the first leaves the second in place, and undoing that the pair."""
     first, second = ExitStack(), ExitStack()
