@@ -140,9 +140,9 @@ class Batches:
         `awaited` says that the caller's task will wait for it and for nothing else.
         """
 
+    @abstractmethod
     def admits(self) -> int | None:
         """Return how many inputs the limits let in at once, None if they don't bound that."""
-        return None
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
 

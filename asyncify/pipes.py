@@ -200,6 +200,10 @@ class DualParallel(Piped, RunnableParallel[Input]):
         for branch in _pairs(self.steps__.values()):
             branch.beware(calls, bounded=bounded)
 
+    def admits(self) -> int | None:
+        """Return how many inputs can be within the limits of the branches, all together."""
+        return _sum(branch.admits() for branch in _pairs(self.steps__.values()))
+
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the sync sides, each in a thread; keyword arguments go to none of them."""
         if self.needs_a_run(is_async=False) or observed(config):

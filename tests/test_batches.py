@@ -289,6 +289,23 @@ async def test_tasks_are_made_as_slots_come_free() -> None:
     assert max(alive) <= 5 + 5 + 2
 
 
+async def test_tasks_are_made_as_the_slots_of_a_dict_come_free() -> None:
+    """The inputs of a pipe with a dict in it are about as many as its limits together admit, not 500."""
+    alive: list[int] = []
+
+    async def watched(value: int) -> int:
+        alive.append(len(asyncio.all_tasks()))
+        await asyncio.sleep(0)
+        return value
+
+    def limited() -> Any:
+        return concurrency(limit=3)(Pair(times_ten, watched))
+
+    await (limited() | {"a": limited(), "b": limited()}).abatch(list(range(500)))
+
+    assert max(alive) <= 3 * (3 * 7) + 2
+
+
 async def test_unbounded_items_that_end_at_once_never_pile_up() -> None:
     """Of 3,000 inputs some hundreds are alive at any moment."""
     alive: list[int] = []
