@@ -830,7 +830,9 @@ def _bound_kind(kind: type[AnyDual]) -> type[_Bound]:
 @functools.cache
 def _bound_shape(shape: Shape) -> Shape:
     """Return the shape of a function whose first argument is given."""
-    return dataclasses.replace(shape, required=shape.required[1:], positional_only=shape.positional_only[1:])
+    return dataclasses.replace(
+        shape, required=shape.required[1:], positional_only=shape.positional_only[1:], places=shape.places - 1
+    )
 
 
 _MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *_COROUTINE_MARKS}

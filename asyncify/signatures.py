@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
@@ -33,6 +34,11 @@ __all__ = [
 INJECTED = ("config", "run_manager")
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+_PLACES: dict[object, float] = {
+    Parameter.POSITIONAL_ONLY: 1.0,
+    Parameter.POSITIONAL_OR_KEYWORD: 1.0,
+    Parameter.VAR_POSITIONAL: math.inf,
+}
 
 
 def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,6 +195,7 @@ class Shape:
     """How a function takes its input and what it gives back, looked up once.
 
     `required` are the names of the parameters that have no default, without those that LangChain injects;
+    `places` is how many arguments can be given without a name;
     `takes_input_alone` says that a call needs nothing but the input: neither spread over parameters, nor a config;
     and that what is given beside it is taken by name.
     """
@@ -200,12 +207,14 @@ class Shape:
     required: tuple[str, ...]
     positional_only: tuple[str, ...]
     keyword_only: tuple[str, ...]
+    places: float
     has_parameters: bool
     takes_input_alone: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Work out what follows from the rest."""
-        is_spread = len(self.required) > 1 or any(name in self.keyword_only for name in self.required)
+        by_keyword = self.takes_keywords_alone or any(name in self.keyword_only for name in self.required)
+        is_spread = by_keyword or len(self.required) > 1
         is_placed = len(self.positional_only) > 1
         takes_input_alone = not (is_spread or is_placed or self.takes_config or self.takes_run_manager)
         object.__setattr__(self, "takes_input_alone", takes_input_alone)
@@ -220,7 +229,7 @@ class Shape:
         """
         missing = [name for name in self.required if name not in kwargs]
         if len(missing) <= 1:
-            name = missing[0] if missing else next(iter(self.positional_only), "")
+            name = missing[0] if missing else self._optional_input(kwargs)
             if self.positional_only and name not in kwargs:
                 return self._by_place(fn, {name: value, **kwargs})
             if name in self.keyword_only or name in self.required[1:]:  # the others before it are in `kwargs`
@@ -238,6 +247,17 @@ class Shape:
                 f"it has {', '.join(map(str, given)) or 'nothing'}"
             )
         return self._by_place(fn, {**given, **kwargs})
+
+    @property
+    def takes_keywords_alone(self) -> bool:
+        """Whether nothing can be given by its place."""
+        return self.places == 0 and bool(self.keyword_only)
+
+    def _optional_input(self, kwargs: Mapping[str, Any]) -> str:
+        """Return the parameter that takes the input where none has to be given; "" if the first place does."""
+        if self.takes_keywords_alone:
+            return next((name for name in self.keyword_only if name not in kwargs), "")
+        return next(iter(self.positional_only), "")
 
     def _by_place(self, fn: Callable[..., Any], spread: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments by name as `fn` takes them: those that have no keyword by their place."""
@@ -273,5 +293,6 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
             and (p.default is Parameter.empty or not takes_any)  # else the name is one of the keywords
         ),
         keyword_only=tuple(p.name for p in own if p.kind is Parameter.KEYWORD_ONLY),
+        places=sum(_PLACES.get(p.kind, 0) for p in own),
         has_parameters=bool(own) or signature is None,
     )

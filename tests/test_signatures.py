@@ -6,7 +6,7 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from asyncify import Dual, PairError
+from asyncify import Dual, PairError, dual
 from asyncify.signatures import (
     check_pair,
     describe,
@@ -236,6 +236,36 @@ def _named(digits: int = 2, *, amount: float) -> float:
 def test_a_parameter_that_has_no_place_takes_the_value_by_name() -> None:
     """Where it is the one that is needed."""
     assert shape_of(_named).arguments(_named, 1.5, {}) == ((), {"amount": 1.5})
+
+
+def _by_keyword(*, amount: float = 1, rate: float = 2, **more: float) -> float:
+    return amount * rate
+
+
+class _Desk:
+    @dual
+    def convert(self, *, amount: float = 1, rate: float = 2) -> tuple[float, float]:
+        return amount, rate
+
+
+def test_the_value_is_the_first_keyword_where_nothing_has_a_place() -> None:
+    """A function of keywords alone, all with defaults; beside the first one, which `bind` may give, it is the next."""
+    shape = shape_of(_by_keyword)
+
+    assert shape.arguments(_by_keyword, 1.5, {}) == ((), {"amount": 1.5})
+    assert shape.arguments(_by_keyword, 1.5, {"amount": 3}) == ((), {"rate": 1.5, "amount": 3})
+    assert Dual(_by_keyword).invoke(1.5) == 3.0
+    assert dual(_by_keyword, name="by keyword").as_tool().invoke({"rate": 5}) == 5.0
+    assert _Desk().convert.invoke(3) == (3, 2)
+
+
+def _of_any(*amounts: float, rate: float = 2) -> float:
+    return sum(amounts) * rate
+
+
+def test_the_value_is_the_first_of_any_number() -> None:
+    """They have places, so a keyword behind them keeps its default."""
+    assert shape_of(_of_any).arguments(_of_any, 1.5, {}) == ((1.5,), {})
 
 
 def test_positional_only_parameters_are_spread_by_position() -> None:
