@@ -258,7 +258,14 @@ class DualParallel(Piped, RunnableParallel[Input]):
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)
         tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
-        return dict(zip(steps, await asyncio.gather(*tasks), strict=True))
+        try:
+            outputs = await asyncio.gather(*tasks)
+        except BaseException:  # of a branch, or because this task was cancelled
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return dict(zip(steps, outputs, strict=True))
 
     def start_unobserved(
         self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False

@@ -1,5 +1,7 @@
 """A pair composes in LCEL wherever a `RunnableLambda` does."""
 
+import asyncio
+import contextlib
 import pickle
 import threading
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from langchain_core.runnables import (
     RunnableSequence,
 )
 
-from asyncify import Dual, PairError, registry
+from asyncify import Dual, Limiter, PairError, concurrency, registry
+from tests.crowd import until
 
 
 def _double(x: int) -> int:
@@ -403,6 +406,71 @@ def test_a_dict_of_pairs_leaves_no_branch_running_behind_an_error() -> None:
         pipe.invoke(1)
 
     assert ended.is_set()
+
+
+async def _pass_on(number: int) -> int:
+    return number
+
+
+@pytest.mark.parametrize("call", ["ainvoke", "abatch"])
+async def test_a_dict_of_pairs_leaves_no_branch_running_behind_an_error_async(call: str) -> None:
+    """On the async path the others are cancelled, and the error is raised when they have ended."""
+    ended: list[str] = []
+
+    async def fail(number: int) -> int:
+        await asyncio.sleep(0)
+        raise ValueError(number)
+
+    async def go_on(number: int) -> int:
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), 30)
+        finally:
+            await asyncio.sleep(0)
+            ended.append("goes on")
+        return number
+
+    limiter = Limiter(limit=1)
+    behind: Any = {"fails": Dual(fail), "goes on": concurrency(limiter=limiter)(Dual(go_on))}
+    pipe: Any = Dual(_pass_on) | behind
+    with pytest.raises(ValueError, match="1"):
+        await (pipe.ainvoke(1) if call == "ainvoke" else pipe.abatch([1, 1, 1]))
+
+    assert ended == ["goes on"]
+    assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running() -> None:
+    """Who cancels it, twice even, hears of it when all branches have ended."""
+    begun: list[str] = []
+    ended: list[str] = []
+
+    def branch(name: str, steps: int) -> Any:
+        async def wait(number: int) -> int:
+            begun.append(name)
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), 30)
+            finally:
+                for _ in range(steps):
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(0)
+                ended.append(name)
+            return number
+
+        return Dual(wait)
+
+    pipe: Any = Dual(_pass_on) | {"a": branch("a", 1), "b": branch("b", 20)}
+    running = asyncio.create_task(pipe.ainvoke(1))
+    await until(lambda: len(begun) == 2)
+    running.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+    assert ended == ["a", "b"]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 def _add_one(number: int) -> int:
