@@ -17,10 +17,12 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import iscoroutinefunction
 from os import PathLike, fspath
@@ -29,10 +31,12 @@ from typing import Any, Literal, Self, TypeVar, cast, overload
 from langchain_core.runnables.base import (
     Runnable,
     RunnableBindingBase,
+    RunnableLambda,
     RunnableParallel,
     RunnableSequence,
 )
 from langchain_core.runnables.config import RunnableConfig, get_config_list
+from pydantic import BaseModel
 
 from asyncify.background import background
 from asyncify.batches import Items, checked_count, layers
@@ -498,16 +502,38 @@ def _work_of(runnable: object) -> str:
     """
     its: Any = runnable
     if isinstance(runnable, RunnableBindingBase):
-        given = {**its.config.get("configurable", {}), **its.kwargs}
-        arguments = ", ".join(f"{name}={_digest(value)}" for name, value in sorted(given.items()))
-        return f"{_work_of(its.bound)}({arguments})" if arguments else _work_of(its.bound)
+        return _work_of(its.bound) + _digests({**its.config.get("configurable", {}), **its.kwargs})
     if isinstance(runnable, RunnableSequence):
         return " | ".join(map(_work_of, its.steps))
     if isinstance(runnable, RunnableParallel):
         return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in its.steps__.items()) + "}"
     name: str = its.get_name()
-    parts = ", ".join(map(_work_of, _parts_of(runnable)))
+    if isinstance(runnable, RunnableLambda):
+        name += _digests(_fixed_in(getattr(its, "func", None) or its.afunc))
+    parts = ", ".join(map(_work_of, _parts_of(its)))
     return f"{name}({parts})" if parts else name
+
+
+def _fixed_in(fn: object) -> dict[str, object]:
+    """Return what a function has been given already: the arguments of a `partial`, the fields of a method's instance.
+
+    Other instances than of dataclasses and pydantic models do not say which of their attributes they are known by.
+    """
+    if isinstance(fn, partial):
+        given = {**{str(place): value for place, value in enumerate(fn.args)}, **fn.keywords}
+        return {**_fixed_in(fn.func), **given}
+    instance = getattr(fn, "__self__", None)
+    if isinstance(instance, BaseModel):
+        return dict(instance)
+    if is_dataclass(instance) and not isinstance(instance, type):
+        return {known.name: getattr(instance, known.name) for known in fields(instance)}
+    return {}
+
+
+def _digests(given: Mapping[str, object]) -> str:
+    """Write arguments by their digests."""
+    written = ", ".join(f"{name}={_digest(value)}" for name, value in sorted(given.items()))
+    return f"({written})" if written else ""
 
 
 def _parts_of(runnable: object) -> Iterator[Any]:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, closing, suppress
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import ConfigurableField, RunnableBranch, RunnableLambda, RunnablePassthrough
+from pydantic import BaseModel, ConfigDict
 
-from asyncify import CheckpointError, Dual, aeach, each, flow
+from asyncify import CheckpointError, Dual, aeach, dual, each, flow
 from asyncify import checkpoint as checkpoint_module
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, fingerprint
@@ -826,6 +829,34 @@ def chosen(other: Pair) -> Any:
     return alternatives.with_config(configurable={"which": "other"})
 
 
+@dataclass
+class Desk:
+    """Something that is known by its fields."""
+
+    rate: float
+
+    @dual
+    def price(self, amount: float) -> float:
+        """Return the price of an amount."""
+        return self.rate * amount
+
+    def plain(self, fee: float, amount: float) -> float:
+        """Return the price of an amount and a fee."""
+        return self.rate * amount + fee
+
+
+class Model(BaseModel):
+    """The same of pydantic."""
+
+    model_config = ConfigDict(ignored_types=(Dual,))
+    rate: float
+
+    @dual
+    def price(self, amount: float) -> float:
+        """Return the price of an amount."""
+        return self.rate * amount
+
+
 ends, raises, same = Dual(suffixed), Dual(failing), Dual(str, name="same")
 theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
 
@@ -841,8 +872,17 @@ theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
         (RunnablePassthrough.assign(a=same), RunnablePassthrough.assign(a=Dual(upper))),
         (chosen(same), chosen(Dual(upper))),
         (same.with_config(configurable={"to": "EUR"}), same.with_config(configurable={"to": "USD"})),
+        (Dual(partial(suffixed, suffix="1")), Dual(partial(suffixed, suffix="2"))),
+        (same | Dual(partial(max, 1)), same | Dual(partial(max, 2))),
+        (RunnableLambda(partial(suffixed, suffix="1")), RunnableLambda(partial(suffixed, suffix="2"))),
+        (Desk(1).price, Desk(2).price),
+        (Dual(partial(Desk(1).plain, 1)), Dual(partial(Desk(2).plain, 1))),
+        (Model(rate=1).price, Model(rate=2).price),
     ],
-    ids=["pipe.bind", "theirs.bind", "map", "fallbacks", "branch", "assign", "alternatives", "configurable"],
+    ids=[
+        *("pipe.bind", "theirs.bind", "map", "fallbacks", "branch", "assign", "alternatives", "configurable"),
+        *("partial", "partial by place", "partial of theirs", "dataclass", "partial of a method", "pydantic"),
+    ],
 )
 def test_a_file_of_work_with_other_parts_is_refused(path: Path, one: Any, other: Any) -> None:
     """Whatever a runnable is made of, its parts tell it from another of the same kind."""
