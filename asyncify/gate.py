@@ -286,7 +286,7 @@ class Gate:
         return await limiter.aenter(cost, 1, self.timeout)
 
     def _key_of(self, limiter: KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        key = limiter.key(self._input(args, kwargs))
+        key: Hashable = self._ask("key", limiter.key, args, kwargs)
         try:
             hash(key)
         except TypeError as error:
@@ -298,9 +298,17 @@ class Gate:
     def _cost_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if not callable(self.cost):
             return self.cost
-        cost = check_cost("cost", self.cost(self._input(args, kwargs)))
+        cost = check_cost(f"{self._title}: cost", self._ask("cost", self.cost, args, kwargs))
         check_affordable(cost, limiter.limits, self._title)
         return cost
+
+    def _ask(self, what: str, function: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a function of the user's gives for the input of a call; an error of its own says whose it is."""
+        try:
+            return function(self._input(args, kwargs))
+        except Exception as error:
+            error.add_note(f"in {what}= of {self._title}")
+            raise
 
 
 def make_gate(

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +164,17 @@ class TestKeys:
         ):
             await pass_through(gate, path, "a")
 
+    @both_paths
+    @pytest.mark.parametrize("asked", [{"cost": lambda query: query.tokens}, {"key": lambda query: query.tenant}])
+    async def test_an_error_in_cost_or_key_tells_of_which_function(self, path: str, asked: dict[str, Any]) -> None:
+        """In a pipe of several nobody could see whose it is."""
+        gate = gate_of(fn=quote, per_second=1, **asked)
+
+        with pytest.raises(AttributeError) as raised:
+            await pass_through(gate, path, "a")
+        (note,) = raised.value.__notes__
+        assert re.match(rf"in {next(iter(asked))}= of .*quote", note)
+
     def test_record_finds_the_limiter_of_the_key(self) -> None:
         """A correction inside a call goes to its own key."""
         keyed = KeyedLimiter(lambda key: key, per_minute=10, burst=10, clock=FakeClock())
@@ -222,10 +234,10 @@ class TestCost:
     @both_paths
     @pytest.mark.parametrize(("cost", "error"), [(-1, ValueError), (float("nan"), ValueError), ("5", TypeError)])
     async def test_a_bad_cost_is_told(self, path: str, cost: Any, error: type[Exception]) -> None:
-        """What the function gave is shown, and nothing was taken."""
-        gate = gate_of(cost=lambda _: cost, per_minute=5)
+        """What the function gave is shown, and for which function; nothing was taken."""
+        gate = gate_of(fn=quote, cost=lambda _: cost, per_minute=5)
 
-        with pytest.raises(error, match=r"^cost="):
+        with pytest.raises(error, match=r"quote.*: cost="):
             await pass_through(gate, path, "x")
         assert isinstance(gate.limiter, Limiter)
         assert gate.limiter.stats().admitted == 0
