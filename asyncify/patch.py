@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -59,6 +60,8 @@ class Patch:
             raise PairError(f"dual_patch: there is no {self.target}: {error}") from error
         if is_pair(original):
             raise PairError(f"dual_patch: {self.target} is a pair already ({original!r}); undo what made it one first")
+        if inspect.isclass(original):
+            raise PairError(f"dual_patch: {self.target} is a class; name one of its methods, as in {self.target}.get")
         if not hasattr(self._parent, "__dict__"):
             raise PairError(f"dual_patch: {self.target} can't be replaced where it stands: {self._parent!r} has slots")
         self._own: Any = vars(self._parent).get(self._name)  # None for what is inherited

@@ -315,6 +315,16 @@ def test_a_second_patch_of_one_function_is_refused(module: ModuleType) -> None:
         assert module.fetch is patch.pair
 
 
+def test_a_class_is_refused(module: ModuleType) -> None:
+    """It would be none any more: `isinstance` and subclasses would break, far from here."""
+    before = list(registry)
+    with pytest.raises(PairError, match=rf"{module.__name__}:Client is a class; name one of its methods, as in "):
+        dual_patch(f"{module.__name__}:Client")
+
+    assert isinstance(module.Client, type)
+    assert list(registry) == before
+
+
 def test_undoing_twice_says_so(module: ModuleType) -> None:
     """A patch is undone once."""
     patch = dual_patch(f"{module.__name__}:fetch", async_=_afetch)
