@@ -6,6 +6,7 @@ The fourth, blocking I/O in an async side, is found by `watch` in `drive`.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import warnings
@@ -62,10 +63,16 @@ def tell_unbounded(name: str, fn: Function, calls: int) -> None:
 def _tell_held(name: str, seconds: float) -> None:
     _tell(
         BlockingWarning(
-            f"a sync call of {name} held the event loop for {seconds * 1000:.0f} ms; where there is a loop, write "
-            f"await {_plain_name(name)}.ainvoke(...), or await {_plain_name(name)}.acall(...)"
+            f"a sync call of {name} held the event loop for over {_rounded(seconds * 1000)} ms; where there is a loop, "
+            f"write await {_plain_name(name)}.ainvoke(...), or await {_plain_name(name)}.acall(...)"
         )
     )
+
+
+def _rounded(milliseconds: float) -> str:
+    """Return a figure that is one of few, or Python's filter, which goes by the text, would tell a line each time."""
+    ten = 10 ** math.floor(math.log10(milliseconds))
+    return f"{max(number * ten for number in (1, 2, 5) if number * ten <= milliseconds):,.0f}"
 
 
 def telling_if_held(run: Function, name: str, *, is_generator: bool) -> Function:
