@@ -61,7 +61,8 @@ class Adaptive:
         for name, count in (("min", self.min), ("max", self.max), ("start", start)):
             check_count(name, count, example)
         if not self.min <= start <= self.max:
-            raise ValueError(f"{self}: the numbers must be in order, min <= start <= max, as in {example}")
+            given = f"Adaptive(min={self.min}, max={self.max}, start={start})"
+            raise ValueError(f"{given}: the numbers must be in order, min <= start <= max, as in {example}")
         if not callable(self.on):
             raise TypeError(f"on={self.on!r}: must be a function of the error, as in on=lambda error: ...")
 
