@@ -47,12 +47,12 @@ from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
 
-__all__ = ["DEFAULT_WINDOW", "aeach", "each"]
+__all__ = ["aeach", "each"]
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
-DEFAULT_WINDOW = 64
+_DEFAULT_WINDOW = 64
 """Inputs in flight where neither `window`, nor `max_concurrency`, nor a limit says how many."""
 
 
@@ -287,7 +287,7 @@ class _Options:
         if self._asked_window is not None:
             return self._asked_window
         bound = items.bound()
-        return DEFAULT_WINDOW if bound is None else 2 * bound
+        return _DEFAULT_WINDOW if bound is None else 2 * bound
 
     def checkpoint(self) -> Checkpoint | None:
         """Open the checkpoint, if there is to be one."""

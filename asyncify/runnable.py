@@ -1,4 +1,7 @@
-"""`Dual`: a pair as a LangChain runnable. With `runs`, the only place that knows LangChain's insides."""
+"""`Dual`: a pair as a LangChain runnable.
+
+With `runs`, `pipes`, `streams` and `schemas` the only place that knows LangChain's insides.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,18 @@ from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_
 from asyncify.streams import astart_run, closable, fold, start_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
-__all__ = ["AnyDual", "Binding", "Dual", "Nothing", "function_of", "gate_of", "is_pair", "side_beside", "unwrapped"]
+__all__ = [
+    "AnyDual",
+    "Binding",
+    "Dual",
+    "Nothing",
+    "function_of",
+    "gate_of",
+    "in_its_class",
+    "is_pair",
+    "side_beside",
+    "unwrapped",
+]
 
 Input = TypeVar("Input", default=Any)
 Output = TypeVar("Output", default=Any)

@@ -52,7 +52,11 @@ def hurt(limit: AdaptiveLimit, now: float) -> None:
         ({"max": 10.0}, TypeError, r"max=10\.0"),
         ({"min": 5, "max": 4}, ValueError, "min <= start <= max"),
         ({"min": 5, "start": 4}, ValueError, "min <= start <= max"),
-        ({"max": 5, "start": 6}, ValueError, "min <= start <= max"),
+        (
+            {"max": 5, "start": 6},
+            ValueError,
+            r"^Adaptive\(min=1, max=5, start=6\): the numbers .*, min <= start <= max",
+        ),
         ({"on": 429}, TypeError, "on=429"),
     ],
 )
