@@ -306,6 +306,7 @@ def _one_called_like(fake: Entry, own: Entry) -> Entry:
         required=own.shape.required,
         positional_only=own.shape.positional_only,
         keyword_only=own.shape.keyword_only,
+        places=own.shape.places,
     )
     return dataclasses.replace(fake, shape=shape)
 

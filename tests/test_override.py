@@ -260,6 +260,19 @@ async def test_a_fake_is_called_as_the_function_is() -> None:
     assert [call.args for call in mock.call_args_list] == [()] * 2
 
 
+async def test_a_fake_is_called_by_keyword_where_the_function_has_no_places() -> None:
+    """Its own parameters may have some; an argument for each goes where the function would have it."""
+
+    def scale(*, amount: float = 1, rate: float = 2) -> float:
+        return amount * rate
+
+    pair: Dual[Any, Any] = Dual(scale)
+    with registry.override(pair, lambda rate=0, amount=0: (amount, rate)):
+        assert pair.invoke(3) == (3, 0)
+        assert await pair.ainvoke(3) == (3, 0)
+    assert pair.invoke(3) == 6
+
+
 def test_a_fake_may_ask_for_the_config() -> None:
     """LangChain hands the config to a fake that names it."""
     with registry.override(fetch, lambda query, config: config["tags"]):
