@@ -23,7 +23,7 @@ from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.gate import ForeignLimiter, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.runnable import AnyDual, in_its_class, is_pair
-from asyncify.signatures import code_of, describe, is_async, is_generator, signature_of
+from asyncify.signatures import Shape, code_of, describe, is_async, is_generator, signature_of
 
 __all__ = ["Record", "Registry", "registry"]
 
@@ -289,6 +289,28 @@ def _check_fakes(pair: object, fake: Function | None, sync: Function | None, asy
             raise TypeError(f"override of {pair.get_name()}: a fake is a function, not {candidate!r}")
     if sync is not None and is_async(sync):
         raise TypeError(f"override of {pair.get_name()}: sync={describe(sync)} is async; give it as async_=")
+    for function in (fake, sync, async_):
+        if function is not None and not _may_take(function, pair.entries.sync.shape):
+            raise TypeError(
+                f"override of {pair.get_name()}: {describe(function)} takes {signature_of(function)}, and is given "
+                f"{', '.join(pair.entries.sync.shape.required)}"
+            )
+
+
+def _may_take(fake: Function, own: Shape) -> bool:
+    """Tell whether a fake has a place for what the pair's function needs, whichever way that is given."""
+    signature = signature_of(fake)
+    if signature is None:
+        return True
+    with_places = [name for name in own.required if name not in own.keyword_only]
+    for by_place in ([], with_places):
+        by_name = dict.fromkeys(name for name in own.required if name not in by_place)
+        try:
+            signature.bind_partial(*by_place, **by_name)
+        except TypeError:
+            continue
+        return True
+    return False
 
 
 def _called_like(fake: Entries, own: Entries) -> Entries:

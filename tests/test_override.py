@@ -260,6 +260,55 @@ async def test_a_fake_is_called_as_the_function_is() -> None:
     assert [call.args for call in mock.call_args_list] == [()] * 2
 
 
+class _Desk:
+    @dual
+    def price(self, amount: float) -> float:
+        return amount
+
+
+def _taking(query: str, *, rate: float) -> str:
+    return query
+
+
+@pytest.mark.parametrize(
+    ("pair", "fake", "said"),
+    [
+        (_Desk.price, lambda amount: amount, r"price: .*<lambda> .* takes \(amount\), and is given self, amount"),
+        (convert, lambda given: given, r"convert: .* takes \(given\), and is given amount, rate"),
+        (fetch, lambda: "fake", r"fetch: .* takes \(\), and is given query"),
+        (Dual(_taking), lambda query, price: query, r"_taking: .* is given query, rate"),
+        (fetch, Dual(lambda: "fake"), r"fetch: .* takes \(\), and is given query"),
+    ],
+)
+def test_a_fake_that_can_not_be_called_as_the_function_is_is_refused(pair: Any, fake: Any, said: str) -> None:
+    """At once, and by the pair's name; an error at the first call would tell neither."""
+    with pytest.raises(TypeError, match=said):
+        registry.override(pair, fake).__enter__()
+    with pytest.raises(TypeError, match=said):
+        registry.override(pair, sync=lambda *given, **options: None, async_=fake).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("pair", "fake"),
+    [
+        (_Desk.price, lambda this, amount, fee=0: amount),
+        (convert, lambda first, second: first),
+        (convert, lambda *, amount, rate, **more: amount),
+        (convert, lambda **given: given),
+        (Dual(_taking), lambda question, *, rate: question),
+        (fetch, lambda query, config: query),
+        (fetch, print),
+        (fetch, Mock()),
+        (fetch, str),
+    ],
+)
+def test_a_fake_may_have_parameters_of_its_own(pair: Any, fake: Any) -> None:
+    """If those that the function needs find a place, by position or by name."""
+    with registry.override(pair, fake) as faked:
+        assert faked is pair
+    assert pair.fakes == ()
+
+
 async def test_a_fake_is_called_by_keyword_where_the_function_has_no_places() -> None:
     """Its own parameters may have some; an argument for each goes where the function would have it."""
 
