@@ -753,6 +753,13 @@ class _Bound(Dual[Any, Any]):
         if hasattr(pair, "afunc"):
             self.afunc = MethodType(pair.afunc, receiver)
 
+    def __getattr__(self, name: str) -> Any:
+        """Find what a subclass keeps on its pairs; their sides and their dunder names are this method's own."""
+        kept = {} if name == "_pair" else vars(self._pair)
+        if name in kept and name not in ("func", "afunc") and not name.startswith("__"):
+            return kept[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
     @property
     def unbound(self) -> AnyDual:
         """The pair that was bound."""

@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import inspect
+import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -860,17 +861,21 @@ def test_a_drop_in_is_no_method() -> None:
 
 
 class Shouted(Dual[Any, Any]):
-    """A kind of pair of somebody's own."""
+    """A kind of pair of somebody's own, with a state of its own."""
+
+    def __init__(self, func: Callable[..., Any], mark: str) -> None:
+        super().__init__(func)
+        self.mark = mark
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Do as a pair does, and shout."""
-        return f"{super().invoke(input, config, **kwargs)}!"
+        return f"{super().invoke(input, config, **kwargs)}{self.mark}"
 
 
 class Market:
     """A class with a pair of that kind."""
 
-    shout = Shouted(lambda self, query: query)
+    shout = Shouted(lambda self, query: query, "!")
     shout.bind_as("instance")
 
 
@@ -883,6 +888,9 @@ def test_a_kind_of_pair_stays_of_that_kind_when_it_binds() -> None:
     assert (shout | RunnableLambda(str)).invoke("x") == "x!"
     assert shout.batch(["x", "y"]) == ["x!", "y!"]
     assert type(Market().shout) is type(shout)
+    assert not hasattr(shout, "afunc")
+    with pytest.raises(AttributeError, match="has no attribute 'typo'"):
+        operator.attrgetter("typo")(shout)
 
 
 def test_a_graph_of_a_bound_pair_keeps_no_instance_alive() -> None:
