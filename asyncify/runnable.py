@@ -1,7 +1,4 @@
-"""`Dual`: a pair as a LangChain runnable.
-
-With `runs`, `pipes`, `streams` and `schemas` the only place that knows LangChain's insides.
-"""
+"""`Dual`: a pair as a LangChain runnable: how it is put together, bound, called, described and pickled."""
 
 from __future__ import annotations
 
@@ -15,16 +12,13 @@ import inspect
 import operator
 import pickle
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
-from contextlib import aclosing, closing
 from types import MethodType, new_class
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, final, overload
 
-from langchain_core.callbacks.manager import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
-from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import Runnable
-from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableConfig, ensure_config, patch_config
+from langchain_core.runnables.config import RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import TypeBaseModel
 from pydantic import BaseModel
@@ -35,15 +29,11 @@ from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_backgr
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
-from asyncify.permits import get_innermost, hand_over, held_by_this_task
-from asyncify.pipes import Piped, is_bounded
-from asyncify.relay import Relay
-from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
+from asyncify.paths import Paths
+from asyncify.pipes import is_bounded
 from asyncify.schemas import (
     asks_for_tool,
     description_of,
-    from_tool,
-    is_from_tool,
     keys_schema,
     parameters_schema,
     resolved_input,
@@ -53,7 +43,6 @@ from asyncify.schemas import (
     tool_schema,
 )
 from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
-from asyncify.streams import astart_run, closable, fold, start_run
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = [
@@ -79,7 +68,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Function = Callable[..., Any]
 Binding = Literal["instance", "class", "nothing"]
-ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
 def _coroutine_marks() -> dict[str, object]:
@@ -96,7 +84,7 @@ class Nothing:
     """To a checker, what no function returns: only `Any` passes for it, and the result of what never returns."""
 
 
-class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
+class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
     """A sync and an async implementation of one function, as one runnable.
 
     A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
@@ -180,15 +168,6 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
         self._by_reference = False
         self._binding: Binding = "nothing"
         self.furnish(wears=func)
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Have a pipe and a batch run what a subclass makes of `invoke` and `ainvoke`."""
-        super().__init_subclass__(**options)
-        made: Any = cls
-        if cls.invoke is not Dual.invoke:
-            made.run_unobserved = _run_by_invoke
-        if cls.ainvoke is not Dual.ainvoke:
-            made.start_unobserved = _start_by_ainvoke
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
 
@@ -378,44 +357,10 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
 
     # --- called as a runnable ---
 
-    def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
-        """Run the sync side on one input."""
-        value: Any = input
-        if type(value) is dict and is_from_tool(value):
-            value, kwargs = from_tool(self.__wrapped__, value)
-        entry = self._live.sync
-        if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
-            return self._invoke_upstream(value, config, kwargs)
-        return cast("Output", self._run(entry, value, config, kwargs))
-
-    async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
-        """Run the async side on one input, in a task of its own."""
-        value: Any = input
-        if type(value) is dict and is_from_tool(value):
-            value, kwargs = from_tool(self.__wrapped__, value)
-        entry = self._live.async_
-        if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
-            return await self._ainvoke_upstream(value, config, kwargs)
-        return cast("Output", await self._start(entry, value, config, kwargs, awaited=True))
-
-    def needs_a_run(self, *, is_async: bool) -> bool:
-        """Tell whether a side can't do without a run of LangChain's, observed or not."""
-        return _needs_a_run(self._live.async_ if is_async else self._live.sync)
-
     def admits(self) -> int | None:
         """Return how many calls the limit lets in at once; a fake runs at once, in the place of pair and limit."""
         limiter = None if self._fakes else self.limiter
         return limiter.limits.limit if isinstance(limiter, Limiter) else None
-
-    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
-        """Run the sync side, where it is known that nobody watches."""
-        return self._run(self._live.sync, value, config, kwargs)
-
-    def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
-    ) -> asyncio.Task[Any]:
-        """Start the async side, where it is known that nobody watches."""
-        return self._start(self._live.async_, value, config, kwargs, awaited=awaited)
 
     def beware(self, calls: int, *, bounded: bool) -> None:
         """Tell, once each, of the traps that an async batch of so many calls runs into."""
@@ -442,167 +387,6 @@ class Dual(Piped, RunnableLambda[Input, Output], Generic[Input, Output, Params, 
             if self._live.sync.kind == "bridged" and bounded:
                 return run_in_background(functools.partial(self.abatch, inputs, config, **options))
             return super().batch(inputs, config, **options)
-
-    def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
-        if hasattr(self, "func"):
-            return super().invoke(value, config, **kwargs)
-        return self._call_with_config(self._invoke, value, ensure_config(config), **kwargs)
-
-    async def _ainvoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
-        return await super().ainvoke(value, config, **kwargs)
-
-    def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
-        child = quiet_config(config, is_async=False)
-        context = context_of(child)
-        if entry.shape.takes_input_alone:
-            output = context.run(entry.run, value, **kwargs)
-        else:
-            args, kwargs = _arguments(entry, value, child, kwargs)
-            output = context.run(entry.run, *args, **kwargs)
-        if _is_runnable(output):
-            return context.run(self._hand_on, output, value, child)
-        return output
-
-    def _hand_on(self, output: Runnable[Any, Any], value: Any, config: RunnableConfig) -> Any:
-        return output.invoke(value, self._one_deeper(config, value))
-
-    def _start(
-        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool
-    ) -> asyncio.Task[Any]:
-        """Start a side in a task of its own; `awaited` says that this task will wait for it and for nothing else."""
-        child = quiet_config(config, is_async=True)
-        context = context_of(child)
-        if awaited and get_innermost() is not None:
-            hand_over(held_by_this_task(), context)
-        return asyncio.get_running_loop().create_task(self._arun(entry, value, child, kwargs), context=context)
-
-    async def _arun(self, entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
-        if entry.shape.takes_input_alone:
-            output = await entry.run(value, **kwargs)
-        else:
-            args, kwargs = _arguments(entry, value, config, kwargs)
-            output = await entry.run(*args, **kwargs)
-        if _is_runnable(output):
-            return await output.ainvoke(value, self._one_deeper(config, value))
-        return output
-
-    # The four below are what LangChain calls on an observed run, inside the run that it has started.
-
-    @signed
-    def _invoke(
-        self, input_: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
-    ) -> Any:
-        entry = self._live.sync
-        args, kwargs = self._inject(entry, input_, run_manager, config, kwargs)
-        if entry.shape.is_generator:
-            with closing(entry.run(*args, **kwargs)) as chunks:
-                return functools.reduce(fold, chunks, None)
-        output = entry.run(*args, **kwargs)
-        if _is_runnable(output):
-            return output.invoke(input_, self._one_deeper(config, input_, run_manager))
-        return output
-
-    @signed
-    async def _ainvoke(
-        self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
-    ) -> Any:
-        entry = self._live.async_
-        args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
-        if entry.shape.is_generator:
-            folded = None
-            async with aclosing(entry.run(*args, **kwargs)) as chunks:
-                async for chunk in chunks:
-                    folded = fold(folded, chunk)
-            return folded
-        output = await entry.run(*args, **kwargs)
-        if _is_runnable(output):
-            return await output.ainvoke(value, self._one_deeper(config, value, run_manager))
-        return output
-
-    @signed
-    def _transform(
-        self,
-        chunks: Iterator[Any],
-        run_manager: CallbackManagerForChainRun | None,
-        config: RunnableConfig,
-        **kwargs: Any,
-    ) -> Generator[Any, None, None]:
-        value = functools.reduce(fold, chunks, None)
-        entry = self._live.sync
-        args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
-        if entry.shape.is_generator:
-            with closing(entry.run(*args, **kwargs)) as output_chunks:
-                yield from output_chunks
-            return
-        output = entry.run(*args, **kwargs)
-        if _is_runnable(output):
-            yield from output.stream(value, self._one_deeper(config, value, run_manager))
-        else:
-            yield output
-
-    @signed
-    async def _atransform(
-        self,
-        chunks: AsyncIterator[Any],
-        run_manager: AsyncCallbackManagerForChainRun | None,
-        config: RunnableConfig,
-        **kwargs: Any,
-    ) -> AsyncGenerator[Any, None]:
-        value = None
-        async for chunk in chunks:
-            value = fold(value, chunk)
-        entry = self._live.async_
-        args, kwargs = self._inject(entry, value, run_manager, config, kwargs)
-        if entry.shape.is_generator:
-            made = entry.run(*args, **kwargs)
-        else:
-            output = await entry.run(*args, **kwargs)
-            if not _is_runnable(output):
-                yield output
-                return
-            made = closable(output.astream(value, self._one_deeper(config, value, run_manager)))
-        async with aclosing(made) as output_chunks:
-            relay: Relay[Any] = Relay(output_chunks)
-            async for chunk in relay:
-                with relay:
-                    yield chunk
-
-    def _begin(self, config: RunnableConfig | None) -> tuple[RunnableConfig, CallbackManagerForChainRun | None]:
-        """Return the config of a run that streams, and its manager if anybody needs one."""
-        if self._live.sync.shape.takes_run_manager or observed(config):
-            return start_run(config, self.get_name())
-        return quiet_config(config, is_async=False), None
-
-    async def _abegin(
-        self, config: RunnableConfig | None
-    ) -> tuple[RunnableConfig, AsyncCallbackManagerForChainRun | None]:
-        """Return the same for an async one."""
-        if self._live.async_.shape.takes_run_manager or observed(config):
-            return await astart_run(config, self.get_name())
-        return quiet_config(config, is_async=True), None
-
-    def _inject(
-        self, entry: Entry, value: Any, run_manager: ChainRun | None, config: RunnableConfig, kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the function's arguments, with the config and the run manager that it asks for."""
-        if run_manager is None:
-            return _arguments(entry, value, config, kwargs)
-        shape = entry.shape
-        args, kwargs = shape.arguments(entry.fn, value, kwargs)
-        manager = _in_colour_of(is_async=shape.is_async, run_manager=run_manager)
-        if shape.takes_config:
-            kwargs["config"] = patch_config(config, callbacks=manager.get_child())
-        if shape.takes_run_manager:
-            kwargs["run_manager"] = manager
-        return args, kwargs
-
-    def _one_deeper(self, config: RunnableConfig, value: Any, run_manager: ChainRun | None = None) -> RunnableConfig:
-        """Return the config for a runnable that the function has returned."""
-        limit = config.get("recursion_limit", DEFAULT_RECURSION_LIMIT)
-        if limit <= 0:
-            raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
-        callbacks = None if run_manager is None else run_manager.get_child()
-        return patch_config(config, callbacks=callbacks, recursion_limit=limit - 1)
 
     # --- to a model ---
 
@@ -946,57 +730,6 @@ def _global_name(pair: AnyDual) -> str:
     return names[0]
 
 
-def _run_by_invoke(pair: AnyDual, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
-    return pair.invoke(value, config, **kwargs)
-
-
-def _start_by_ainvoke(
-    pair: AnyDual, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
-) -> asyncio.Task[Any]:
-    return asyncio.create_task(pair.ainvoke(value, config, **kwargs))
-
-
-def _needs_a_run(entry: Entry) -> bool:
-    return entry.shape.is_generator or entry.shape.takes_run_manager
-
-
-def _arguments(
-    entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the function's arguments on an unobserved run."""
-    shape = entry.shape
-    args, kwargs = shape.arguments(entry.fn, value, kwargs)
-    if shape.takes_config:
-        kwargs = {**kwargs, "config": recoloured(config, is_async=shape.is_async)}
-    return args, kwargs
-
-
-_NO_RUNNABLES = frozenset((type(None), bool, bytes, dict, float, int, list, str, tuple))
-"""Types of most outputs: to ask an abstract class whether it knows them takes seven times as long."""
-
-
-def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
-    return type(output) not in _NO_RUNNABLES and isinstance(output, Runnable)
-
-
 def _is_stub_of(candidate: Any, fn: Function) -> bool:
     candidate = unwrapped(candidate)
     return inspect.isfunction(candidate) and candidate.__name__ != "<lambda>" and same_parameters(candidate, fn)
-
-
-def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:
-    """Return a run manager whose methods are awaited by an async function, and not by a sync one."""
-    if is_async == isinstance(run_manager, AsyncCallbackManagerForChainRun):
-        return run_manager
-    if isinstance(run_manager, AsyncCallbackManagerForChainRun):
-        return run_manager.get_sync()
-    return AsyncCallbackManagerForChainRun(
-        run_id=run_manager.run_id,
-        handlers=run_manager.handlers,
-        inheritable_handlers=run_manager.inheritable_handlers,
-        parent_run_id=run_manager.parent_run_id,
-        tags=run_manager.tags,
-        inheritable_tags=run_manager.inheritable_tags,
-        metadata=run_manager.metadata,
-        inheritable_metadata=run_manager.inheritable_metadata,
-    )

@@ -44,20 +44,21 @@ LEVELS = {
     "entries": 6,
     "pipes": 6,
     "schemas": 6,
-    "runnable": 7,
-    "methods": 8,
-    "pairs": 8,
-    "decorators": 9,
-    "patch": 10,
-    "__init__": 11,
+    "paths": 7,
+    "runnable": 8,
+    "methods": 9,
+    "pairs": 9,
+    "decorators": 10,
+    "patch": 11,
+    "__init__": 12,
     # the edge
-    "testing": 12,
-    "http": 12,
-    "shared": 12,
-    "metrics": 12,
-    "check": 12,
-    "pytest_plugin": 13,  # offers `testing` as fixtures
-    "cli": 13,  # offers `check` as a command
+    "testing": 13,
+    "http": 13,
+    "shared": 13,
+    "metrics": 13,
+    "check": 13,
+    "pytest_plugin": 14,  # offers `testing` as fixtures
+    "cli": 14,  # offers `check` as a command
 }
 
 

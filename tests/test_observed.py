@@ -699,7 +699,7 @@ def test_without_a_watcher_a_run_is_unobserved() -> None:
         "asyncify.runs.ensure_config",
         "asyncify.runs._has_handlers",
         "asyncify.runs.env_var_is_set",
-        "asyncify.runnable.is_reserved",
+        "asyncify.paths.is_reserved",
         "asyncify.pipes.is_reserved",
     ],
 )
@@ -774,7 +774,7 @@ def test_the_decision_is_made_once_for_a_pipe(run: Run, monkeypatch: pytest.Monk
     """A pipe of pairs with a dict of pairs in it asks once whether anybody watches."""
     asked = mock.Mock(return_value=False)
     monkeypatch.setattr("asyncify.pipes.observed", asked)
-    monkeypatch.setattr("asyncify.runnable.observed", asked)
+    monkeypatch.setattr("asyncify.paths.observed", asked)
     pair: Any = Dual(_double, _adouble)
     pipe = pair | {"a": pair, "b": pair | pair} | Dual(_merge, _amerge)
 
@@ -805,7 +805,7 @@ def test_the_decision_is_made_once_for_each_public_call(
 ) -> None:
     """A batch decides once for all its inputs; of a pipe that streams each pair is a stream of its own."""
     asked = mock.Mock(return_value=False)
-    for module in ("pipes", "runnable", "batches"):
+    for module in ("pipes", "paths", "batches"):
         monkeypatch.setattr(f"asyncify.{module}.observed", asked)
     CALLS[name](runnable)
 
