@@ -246,7 +246,10 @@ class Meter:
         self._only_window = self._windows[0] if len(self._windows) == 1 else None
         interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
         if self._interval and self._last > -math.inf:  # the next call comes at the new pace, not at the old one
-            self._next = self._last + (self._next - self._last) * (interval / self._interval)
+            as_charged = self._next == self._last + self._last_cost * self._interval
+            # The quotient has a rounding in it, of which a longer interval makes more.
+            units = self._last_cost if as_charged else (self._next - self._last) / self._interval
+            self._next = self._last + units * interval
         self._interval = interval
         self._tolerance = (limits.burst - 1) * self._interval
 
