@@ -272,7 +272,7 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
         try:
             result = await receive(future)
         except BaseException as error:
-            future.add_done_callback(partial(_abandon, permit, error))
+            future.add_done_callback(partial(_end_with, permit, error))
             raise
         permit.end()
         return result
@@ -290,8 +290,18 @@ def _submit_to_threads(
 
 
 async def _receive(fn: Function, executor: Executor, future: Future[Any]) -> Any:
-    result = await _of_executor(fn, executor, future)
+    try:
+        result = await _of_executor(fn, executor, future)
+    except BaseException:
+        future.add_done_callback(_close_unawaited)
+        raise
     return await result if iscoroutine(result) else result
+
+
+def _close_unawaited(future: Future[Any]) -> None:
+    """Close the coroutine that a thread has given to a call which was given up meanwhile."""
+    if not future.cancelled() and future.exception() is None and iscoroutine(made := future.result()):
+        made.close()
 
 
 async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) -> Any:
@@ -351,10 +361,8 @@ def _end(permit: Pass, future: Future[Any]) -> None:
             permit.end(outcome.error if isinstance(outcome, Outcome) else None)
 
 
-def _abandon(permit: Pass, error: BaseException, future: Future[Any]) -> None:
-    """End a call that its caller has left: a coroutine that it gave is awaited no more."""
-    if not future.cancelled() and future.exception() is None and iscoroutine(made := future.result()):
-        made.close()
+def _end_with(permit: Pass, error: BaseException, _: Future[Any]) -> None:
+    """End a call that has failed, or that its caller has left, once nothing of it runs."""
     permit.end(error)
 
 

@@ -467,7 +467,17 @@ async def test_a_coroutine_from_threads_of_somebody_else_is_cancelled_with_its_c
     assert (held, limiter.stats().in_flight) == (1, 0)
 
 
-async def test_a_coroutine_that_threads_of_somebody_else_make_too_late_is_closed():
+async def leave(pair: Any, started: threading.Event) -> None:
+    """Call a pair, and give the call up when its thread has begun."""
+    call = asyncio.create_task(pair.acall("abcd"))
+    await asyncio.to_thread(started.wait, SECONDS)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_a_coroutine_that_threads_of_somebody_else_make_too_late_is_closed(*, limited):
     """The call was given up while the thread ran: its slot is taken until then, and nobody is told of the coroutine."""
     started, go, limiter = threading.Event(), threading.Event(), Limiter(limit=1)
     made: list[Any] = []
@@ -480,16 +490,12 @@ async def test_a_coroutine_that_threads_of_somebody_else_make_too_late_is_closed
         return made[0]
 
     with ThreadPoolExecutor(1) as threads:
-        pair = concurrency(limiter=limiter)(dual(late, bridge=threads))
-        call = asyncio.create_task(pair.acall("abcd"))
-        await asyncio.to_thread(started.wait, SECONDS)
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
+        pair = dual(late, bridge=threads)
+        await leave(concurrency(limiter=limiter)(pair) if limited else pair, started)
         held = limiter.stats().in_flight
         go.set()
 
-    assert (held, limiter.stats().in_flight, awaited.most) == (1, 0, 0)
+    assert (held, limiter.stats().in_flight, awaited.most) == (int(limited), 0, 0)
     assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
 
@@ -503,12 +509,7 @@ async def test_a_cancelled_call_holds_its_slot_until_the_executor_is_done():
 
     limiter = Limiter(limit=1)
     with ThreadPoolExecutor(1) as threads:
-        pair = concurrency(limiter=limiter)(dual(stuck, bridge=threads))
-        call = asyncio.create_task(pair.acall("abc"))
-        await asyncio.to_thread(started.wait, SECONDS)
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
+        await leave(concurrency(limiter=limiter)(dual(stuck, bridge=threads)), started)
         held = limiter.stats().in_flight
         go.set()
 
