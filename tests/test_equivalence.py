@@ -572,7 +572,7 @@ def test_a_tree_of_pairs_is_a_tree_of_lambdas_async(*, spec: Spec, config: Runna
     theirs = _run_skipping(_arun(make_lambda, spec, config, observed=observed))
 
     assert ours.left_running == 0
-    if observed or ours.cut_short == theirs.cut_short:
+    if observed or "dict" not in repr(spec) or ours.cut_short == theirs.cut_short:
         assert ours == theirs
 
 
