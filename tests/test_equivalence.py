@@ -177,7 +177,7 @@ class Tree:
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     runs: dict[Any, str] = field(default_factory=dict)
     running: int = 0
-    cut_short: int = 0  # calls that were cancelled
+    cut_short: list[str] = field(default_factory=list)  # the calls that were cancelled
 
     def build(self, spec: Spec, place: str = "0") -> Any:
         """Return the runnable that a specification describes."""
@@ -204,7 +204,7 @@ class Tree:
         try:
             await asyncio.sleep(1 + zlib.crc32(place.encode()) / 2**32)
         except asyncio.CancelledError:
-            self.cut_short += 1
+            self.cut_short.append(place)
             raise
 
     def _note(self, place: str, *values: Any) -> None:
@@ -250,7 +250,7 @@ class Tree:
                 await asyncio.sleep(TOO_LONG)
             except asyncio.CancelledError:
                 self.seen[place].append("cancelled")
-                self.cut_short += 1
+                self.cut_short.append(place)
                 raise
             finally:
                 self.running -= 1
@@ -442,7 +442,7 @@ class Outcome:
     ambient: Any
     config: RunnableConfig
     left_running: int
-    cut_short: int
+    cut_short: list[str]
 
 
 INPUTS = (1, 0)
