@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextvars import copy_context
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.base import Runnable, RunnableBindingBase
@@ -22,7 +23,7 @@ from asyncify.fanout import aas_completed, agather, as_completed, gather
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
 
-__all__ = ["Batches", "Items", "checked_count", "layers"]
+__all__ = ["Batches", "Items", "check_configs", "checked_count", "layers"]
 
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
 
@@ -224,7 +225,20 @@ def _count(config: Configs, inputs: Sequence[Any]) -> int:
 
     Of a list all are: it is as long as the inputs, or there are none.
     """
+    check_configs(config)
     return len(inputs) or len(config) if isinstance(config, Sequence) else min(max(len(inputs), 1), 2)
+
+
+def check_configs(config: object) -> None:
+    """Check that these can be the configs of a batch.
+
+    Raises:
+        TypeError: it is neither a config nor a list of them.
+    """
+    if isinstance(config, str) or not isinstance(config, (Mapping, Sequence, NoneType)):
+        raise TypeError(
+            f'config={config!r}: must be one config, as in {{"tags": ["t"]}}, or a list of one for each input'
+        )
 
 
 def _name(runnable: Any) -> str:

@@ -19,7 +19,7 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config, patch
 from langchain_core.runnables.utils import AddableDict
 
 from asyncify.background import background
-from asyncify.batches import Batches
+from asyncify.batches import Batches, check_configs
 from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.relay import Relay
@@ -101,6 +101,7 @@ class Piped(Batches):
 
 def is_bounded(config: RunnableConfig | Sequence[RunnableConfig] | None) -> bool:
     """Tell whether a batch with this config, or these, has a bound of its own on the calls in flight."""
+    check_configs(config)
     first = next(iter(config), None) if isinstance(config, Sequence) else config
     return ensure_config(first).get("max_concurrency") is not None
 

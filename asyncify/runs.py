@@ -63,8 +63,17 @@ def observed(config: RunnableConfig | None) -> bool:
 
     True for a handler in the config or else in the ambient config, LangSmith tracing in any of its forms, debug
     mode, a configure hook that is set, and a method of LangChain's that somebody has instrumented.
+
+    Raises:
+        TypeError: the config is something else.
     """
-    callbacks: Any = config.get("callbacks") if config else None
+    try:
+        callbacks: Any = config.get("callbacks") if config else None
+    except AttributeError:
+        raise TypeError(
+            f'config={config!r}: must be a config, as in {{"tags": ["t"]}}; a runnable takes one input: a mapping if '
+            "the function needs several arguments, and .call() and .acall() take them as the function does"
+        ) from None
     if callbacks is None and (ambient := _get_ambient()) is not None:
         callbacks = ambient.get("callbacks")
     return (

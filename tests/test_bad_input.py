@@ -1,5 +1,6 @@
 """What bad input gets: a typed error that names the function and says what to write, and no trace left behind."""
 
+import asyncio
 import gc
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -256,6 +257,43 @@ def test_a_fake_that_can_not_be_called_is_refused(act: Callable[[], Any], messag
     with pytest.raises(TypeError, match=message), act():
         pass
     assert _Standing.pair.fakes == ()
+
+
+_given_two = {"input": {"pair": "EUR", "day": 3}, "config": 3}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(lambda pair: pair.invoke(**_given_two), id="invoke"),
+        pytest.param(lambda pair: asyncio.run(pair.ainvoke(**_given_two)), id="ainvoke"),
+        pytest.param(lambda pair: list(pair.stream(**_given_two)), id="stream"),
+        pytest.param(lambda pair: (pair | pair).invoke(**_given_two), id="pipe"),
+        pytest.param(lambda pair: (pair | {"a": pair}).steps[-1].invoke(**_given_two), id="dict"),
+    ],
+)
+def test_a_second_argument_that_is_no_config_is_refused(run: Callable[[Any], object]) -> None:
+    """Such as the second of a function's own: it is told how a runnable takes several."""
+    pair = Dual(lambda given: given)
+
+    with pytest.raises(TypeError, match=r"config=3: must be a config.* one input: a mapping if .*, and \.call\(\)"):
+        run(pair)
+
+
+@pytest.mark.parametrize("config", [3, "EUR", {"EUR"}], ids=repr)
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(lambda pair, config: pair.batch(["EUR"], config), id="batch"),
+        pytest.param(lambda pair, config: asyncio.run(pair.abatch(["EUR"], config)), id="abatch"),
+        pytest.param(lambda pair, config: pair.batch_as_completed(["EUR"], config), id="batch_as_completed"),
+        pytest.param(lambda pair, config: pair.abatch_as_completed(["EUR"], config), id="abatch_as_completed"),
+    ],
+)
+def test_configs_of_a_batch_that_are_none_are_refused(run: Callable[[Any, Any], object], config: object) -> None:
+    """At once, where the batch is asked for."""
+    with pytest.raises(TypeError, match=r"config=.*: must be one config, .*, or a list of one for each input"):
+        run(Dual(_fetch), config)
 
 
 def test_a_bad_limit_on_a_function_names_the_function() -> None:
