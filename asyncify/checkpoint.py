@@ -345,6 +345,7 @@ _BUSY_WAY_OUT = "another process has it for itself: wait for that, or name anoth
 _DISK_WAY_OUT = "see to the disk and its permissions, or name another path"
 _WAYS_OUT = {
     sqlite3.SQLITE_BUSY: _BUSY_WAY_OUT,
+    sqlite3.SQLITE_NOTADB: "name another path, or delete the file if it is a checkpoint that was damaged",
     **dict.fromkeys(
         (
             sqlite3.SQLITE_CANTOPEN,

@@ -261,7 +261,7 @@ class _Options:
         self.key = key
         self.has_checkpoint = checkpoint is not None
         self._inputs: Any = inputs
-        self._work = _work_of(runnable)
+        self._work = "" if checkpoint is None else _work_of(runnable)
         self._checkpoint = checkpoint
         self._codec: Codec = codec
         self._asked_window = checked_count("window", window)
@@ -509,7 +509,7 @@ def _work_of(runnable: object) -> str:
         return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in its.steps__.items()) + "}"
     name: str = its.get_name()
     if isinstance(runnable, RunnableLambda):
-        name += _digests(_fixed_in(getattr(its, "func", None) or its.afunc))
+        name += _digests(_fixed_in(its.func if hasattr(its, "func") else its.afunc))
     parts = ", ".join(map(_work_of, _parts_of(its)))
     return f"{name}({parts})" if parts else name
 
@@ -526,7 +526,7 @@ def _fixed_in(fn: object) -> dict[str, object]:
     if isinstance(instance, BaseModel):
         return dict(instance)
     if is_dataclass(instance) and not isinstance(instance, type):
-        return {known.name: getattr(instance, known.name) for known in fields(instance)}
+        return {known.name: getattr(instance, known.name, None) for known in fields(instance)}
     return {}
 
 
@@ -554,6 +554,6 @@ def _digest(value: object) -> str:
     """Return a digest of an argument, which may be a secret and is not to stand in a file; or else its type."""
     try:
         written = fingerprint(value)
-    except TypeError:
+    except (TypeError, RecursionError):
         return type(value).__name__
     return hashlib.blake2b(written.encode(), digest_size=8).hexdigest()

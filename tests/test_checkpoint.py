@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -1207,3 +1207,47 @@ def test_two_processes_on_one_file_do_not_corrupt_it(tmp_path: Path, processes: 
     assert len(lines(tmp_path / "calls")) == calls_before
     with closing(sqlite3.connect(tmp_path / "run.sqlite")) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@dataclass
+class _Loader:
+    data: list[Any]
+    connection: object = field(init=False)
+
+    @dual
+    def load(self, index: int) -> object:
+        return self.data[index]
+
+
+def test_the_work_is_named_for_a_checkpoint_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked what a method's instance holds, which may be much; or not be there yet; or hold itself."""
+    data: list[Any] = [1]
+    data.append(data)
+    load = _Loader(data).load
+
+    assert list(each(load, [0], checkpoint=tmp_path / "run.sqlite")) == [1]
+    monkeypatch.setattr(flow, "_work_of", None)
+    assert list(each(load, [0])) == [1]
+
+
+class _Empty:
+    def __len__(self) -> int:
+        return 0
+
+    def __call__(self, value: int) -> int:
+        return value
+
+
+def test_a_callable_that_is_empty_is_named_as_well(tmp_path: Path) -> None:
+    """What has a length of 0 is false, and there all the same."""
+    assert list(each(RunnableLambda(_Empty(), name="empty"), [3], checkpoint=tmp_path / "run.sqlite")) == [3]
+
+
+def test_nobody_is_told_to_delete_what_may_be_no_checkpoint(tmp_path: Path) -> None:
+    """It may be a text that was named by mistake."""
+    text = tmp_path / "notes.md"
+    text.write_text("notes " * 1000)
+
+    with pytest.raises(CheckpointError, match=r"not a database; name another path, or .* if it is a checkpoint"):
+        list(each(Dual(str), [1], checkpoint=text))
+    assert text.read_text() == "notes " * 1000
