@@ -11,8 +11,9 @@ import math
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextvars import copy_context
+from operator import index
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from langchain_core.runnables.base import Runnable, RunnableBindingBase
 from langchain_core.runnables.config import RunnableConfig, get_config_list
@@ -213,11 +214,12 @@ def checked_count(name: str, value: object) -> int | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}={value!r}: must be a whole number of calls, as in {name}=10")
-    if value < 1:
+    count = index(value)
+    if count < 1:
         raise ValueError(f"{name}={value!r}: must be at least 1, as in {name}=10; leave it out for no bound")
-    return value
+    return count
 
 
 def _count(config: Configs, inputs: Sequence[Any]) -> int:

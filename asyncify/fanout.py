@@ -17,6 +17,7 @@ from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from time import monotonic
 from typing import Any, Self
@@ -277,7 +278,9 @@ class Blocking(ABC):
     def __init__(self, *, return_exceptions: bool) -> None:
         self._return_exceptions = return_exceptions
         self._is_over = False
-        self._lock = threading.Lock()  # taken by itself: an interrupt as a Condition is entered leaves that taken
+        # Re-entrant: a garbage collector may end the fan-out in the middle of anything, in a thread that holds it.
+        # Taken by itself: an interrupt as a Condition is entered leaves that taken.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._inbox: deque[tuple[int, Any]] = deque()
         self._ended: deque[Ended] = deque()
@@ -423,7 +426,8 @@ class Threads(Blocking):
         with self._lock:
             if self._inbox:
                 self._at_work.add(get_ident())
-                return self._inbox.popleft()
+                with suppress(IndexError):  # it has been emptied meanwhile, by a garbage collector in this very thread
+                    return self._inbox.popleft()
             self._at_work.discard(get_ident())
             self._hired -= 1
             self._changed.notify()
@@ -458,6 +462,7 @@ async def agather(
     start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
 ) -> list[Any]:
     """Return the outputs of all items, in order; the first error cancels the rest."""
+    inputs = tuple(inputs)  # whoever awaits this may change a list meanwhile
     outputs: list[Any] = [None] * len(inputs)
     async with Tasks(start, inputs, width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
@@ -487,7 +492,7 @@ async def aas_completed(
     start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
 ) -> AsyncGenerator[tuple[int, Any]]:
     """Yield index and output of each item as it ends; the first error, or closing this, cancels the rest."""
-    async with Tasks(start, inputs, width, return_exceptions=return_exceptions) as fan:
+    async with Tasks(start, tuple(inputs), width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
             for ended in group:
                 yield ended[0], outcome(ended, return_exceptions=return_exceptions)

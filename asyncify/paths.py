@@ -256,7 +256,11 @@ def _start_by_ainvoke(
     *,
     awaited: bool = False,
 ) -> asyncio.Task[Any]:
-    return asyncio.create_task(pair.ainvoke(value, config, **kwargs))
+    async def call() -> Any:
+        # An override may raise where it is called, or give an awaitable that is no coroutine.
+        return await pair.ainvoke(value, config, **kwargs)
+
+    return asyncio.create_task(call())
 
 
 def _needs_a_run(entry: Entry) -> bool:

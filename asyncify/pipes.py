@@ -19,7 +19,7 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config, patch
 from langchain_core.runnables.utils import AddableDict
 
 from asyncify.background import background
-from asyncify.batches import Batches, check_configs
+from asyncify.batches import Batches, check_configs, checked_count
 from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.relay import Relay
@@ -227,7 +227,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the sync sides; keyword arguments go to none of them."""
-        if ensure_config(config).get("max_concurrency") is not None:
+        if _bound(ensure_config(config)) is not None:
             return self._invoke_upstream(value, config)
         config, steps = config_of_steps(config), dict(self.steps__)
         pool = ThreadPool(None, self.get_name())
@@ -292,7 +292,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
         branches = {
             key: partial(step.transform, config=child) for key, step, child in self._children(run_manager, config)
         }
-        pool = ThreadPool(config.get("max_concurrency"), self.get_name())
+        pool = ThreadPool(_bound(config), self.get_name())
         with closing(merge(inputs, branches, pool)) as chunks:
             for key, chunk in chunks:
                 yield AddableDict({key: chunk})
@@ -316,6 +316,11 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def lc_id(cls) -> list[str]:
         """Return the id of `RunnableParallel`."""
         return RunnableParallel.lc_id()
+
+
+def _bound(config: RunnableConfig) -> int | None:
+    """Return how many branches may run at once, None for all."""
+    return checked_count("max_concurrency", config.get("max_concurrency"))
 
 
 def _sum(limits: Iterable[int | None]) -> int | None:

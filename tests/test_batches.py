@@ -5,12 +5,14 @@ import itertools
 import linecache
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,9 +53,10 @@ def batch(
     path: str, runnable: Runnable[Any, Any], inputs: Sequence[Any], config: Any = None, **options: Any
 ) -> list[Any]:
     """Run a batch on one of the two paths."""
+    given = inputs if isinstance(inputs, list) else list(inputs)
     if path == "sync":
-        return runnable.batch(list(inputs), config, **options)
-    return asyncio.run(runnable.abatch(list(inputs), config, **options))
+        return runnable.batch(given, config, **options)
+    return asyncio.run(runnable.abatch(given, config, **options))
 
 
 def completed(
@@ -411,6 +414,23 @@ def test_a_bound_that_bounds_nothing_is_refused(
             run(path, Pair(times_ten, times_ten_async), [1, 2], config)
 
 
+def test_a_bound_of_a_dict_that_bounds_nothing_is_refused() -> None:
+    """Of a dict of pairs too, whose stream would wait for ever for the first of no threads."""
+    pair = Pair(times_ten, times_ten_async)
+    pipe: Any = pair | {"a": pair, "b": pair}
+    for run in (pipe.invoke, lambda *args: list(pipe.stream(*args))):
+        with pytest.raises(ValueError, match="max_concurrency=0: must be at least 1"):
+            run(1, {"max_concurrency": 0})
+
+
+def test_a_bound_may_be_any_whole_number() -> None:
+    """NumPy's too."""
+    pair, one = Pair(times_ten, times_ten_async), cast("int", np.int64(1))
+
+    assert pair.batch([1, 2], {"max_concurrency": one}) == [10, 20]
+    assert list(each(pair, [1, 2], window=one)) == [10, 20]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_ambient_bound_holds_for_a_nested_batch(path: str) -> None:
     """A batch inside a run takes `max_concurrency` from the config of that run."""
@@ -563,6 +583,104 @@ def test_a_stream_that_is_collected_in_its_own_thread_does_not_wait_for_itself()
     following.join(SAFETY_NET)
 
     assert not following.is_alive()
+
+
+def test_a_stream_that_is_collected_by_a_thread_with_the_lock_of_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on the garbage collector may run between any two steps, those of a thread's `_next` too."""
+    held: list[Any] = []
+    may_end, collected = threading.Event(), threading.Event()
+
+    def call(value: int) -> int:
+        if value:
+            assert may_end.wait(SAFETY_NET)
+        return value
+
+    def get_ident() -> int:  # called by `_next`, with the lock held
+        if may_end.is_set() and held:
+            held.clear()
+            collected.set()
+        return threading.get_ident()
+
+    held.append(iter(concurrency(limit=2)(Pair(call)).batch_as_completed(range(100))))
+    next(held[0])
+    monkeypatch.setattr(fanout, "get_ident", get_ident)
+    others = set(threading.enumerate())
+    may_end.set()
+
+    assert collected.wait(SAFETY_NET)
+    end = time.monotonic() + SAFETY_NET
+    while any(thread.name == "call" for thread in others & set(threading.enumerate())) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not [thread for thread in others & set(threading.enumerate()) if thread.name == "call"]
+
+
+@pytest.mark.parametrize("act", [lambda inputs: inputs.clear(), lambda inputs: inputs.append(7)], ids=["fewer", "more"])
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+def test_inputs_are_those_that_were_given(
+    path: str, run: Callable[..., list[Any]], act: Callable[[list[int]], None]
+) -> None:
+    """A list that its owner changes while the batch runs is taken as it was."""
+    inputs = list(range(20))
+
+    def call(value: int) -> int:
+        if value == 1:
+            act(inputs)
+        return value
+
+    async def call_async(value: int) -> int:
+        await asyncio.sleep(0)
+        return call(value)
+
+    outputs = run(path, Pair(call, call_async), inputs, {"max_concurrency": 2})
+
+    expected: list[Any] = list(range(20))
+    assert sorted(outputs) == (expected if run is batch else list(zip(expected, expected, strict=True)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_override_that_raises_as_it_is_called_is_one_input_of_many(path: str) -> None:
+    """An `ainvoke` need not be an `async def`: it may raise at once, or give a future."""
+
+    class Checked(Pair):
+        def invoke(self, input: int, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+            self.check(input)
+            return super().invoke(input, config, **kwargs)
+
+        def ainvoke(self, input: int, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+            self.check(input)
+            return asyncio.ensure_future(super().ainvoke(input, config, **kwargs))
+
+        def check(self, input: int) -> None:
+            if input == 2:
+                raise OddError(input)
+
+    outputs = batch(path, Checked(times_ten, times_ten_async), [1, 2, 3], return_exceptions=True)
+
+    assert [type(output) for output in outputs] == [int, OddError, int]
+
+
+async def test_an_override_that_raises_as_it_is_called_ends_the_other_branches_a() -> None:
+    """Of a dict: none of them runs on."""
+    ended: list[str] = []
+
+    async def wait(value: int) -> int:
+        try:
+            await asyncio.sleep(SAFETY_NET)
+        finally:
+            ended.append("waiting")
+        return value
+
+    class Refusing(Pair):
+        def ainvoke(self, input: int, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+            raise OddError(input)
+
+    pipe: Any = Pair(times_ten, times_ten_async) | {"a": Pair(times_ten, wait), "b": Refusing(times_ten)}
+    with pytest.raises(OddError):
+        await pipe.ainvoke(1)
+
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert ended in ([], ["waiting"])
 
 
 @pytest.mark.parametrize("path", PATHS)
