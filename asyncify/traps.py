@@ -135,6 +135,5 @@ def _tell(warning: AsyncifyWarning) -> None:
         return
     names = frame.f_globals
     registry = names.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(
-        warning, None, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry, names
-    )
+    # Without the module's globals: from Python 3.12 on they are refused where they name no loader, as a notebook's do.
+    warnings.warn_explicit(warning, None, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry)

@@ -408,3 +408,27 @@ def test_a_sync_batch_of_an_async_function_keeps_to_max_concurrency():
 
     assert Dual(fetch).batch(list(range(50)), {"max_concurrency": 7}) == list(range(50))
     assert most == 7
+
+
+_NOTEBOOK = """
+import asyncio
+from asyncify import dual
+
+@dual
+def fetch(query):
+    return query
+
+outputs = asyncio.run(fetch.abatch(list(range(20))))
+"""
+
+
+@pytest.mark.parametrize("names", [{}, {"__spec__": None}, {"__spec__": None, "__loader__": None}], ids=repr)
+def test_a_notebook_is_told_of_a_trap_and_gets_its_outputs(names):
+    """Its `__main__` names no loader of a module, which Python 3.12 and later take ill in a warning."""
+    cell = {"__name__": "__main__", **names}
+
+    with pytest.warns(BridgedWarning, match="fetch run in threads") as told:
+        exec(compile(_NOTEBOOK, "cell.py", "exec"), cell)  # noqa: S102
+
+    assert cell["outputs"] == list(range(20))
+    assert [(warning.filename, warning.lineno) for warning in told] == [("cell.py", 9)]
