@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from _thread import get_ident
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
@@ -26,19 +27,22 @@ def merge(
     inputs: Iterator[Any], branches: Mapping[str, Callable[[Iterator[Any]], Any]], pool: ThreadPool
 ) -> Generator[tuple[str, Any]]:
     """Yield the chunks of all branches as they come, each with its key; each is made in a thread of the pool."""
-    streams: dict[str, Any] = {}
+    streams: dict[str, _Stream] = {}
     futures: dict[Future[Any], str] = {}
     scope = CancelScope()
 
     def ask(key: str) -> None:
-        futures[pool.submit(background.context_of_waiter(scope).run, next, streams[key], END)] = key
+        futures[pool.submit(background.context_of_waiter(scope).run, streams[key].make)] = key
+
+    def end() -> None:
+        _end([future for future, key in futures.items() if not streams[key].is_made_here()], scope)
 
     copies = safetee(inputs, len(branches), lock=threading.Lock())
     with ExitStack() as stack:
         for (key, branch), copy in zip(branches.items(), copies, strict=True):
-            streams[key] = branch(copy)
+            streams[key] = _Stream(branch(copy))
             stack.callback(streams[key].close)
-        stack.callback(_end, futures, scope)
+        stack.callback(end)
         for key in streams:
             ask(key)
         while futures:
@@ -47,6 +51,36 @@ def merge(
                 if (chunk := future.result()) is not END:
                     yield key, chunk
                     ask(key)
+
+
+class _Stream:
+    """A branch's chunks, which may be left by the very thread that makes one: a garbage collector runs anywhere."""
+
+    def __init__(self, chunks: Any) -> None:
+        self._chunks = chunks
+        self._thread: int | None = None  # that which makes a chunk
+        self._is_left = False
+
+    def make(self) -> Any:
+        """Return the next chunk, or END."""
+        self._thread = get_ident()
+        try:
+            return next(self._chunks, END)
+        finally:
+            self._thread = None
+            if self._is_left:
+                self._chunks.close()
+
+    def is_made_here(self) -> bool:
+        """Tell whether this thread is making a chunk."""
+        return self._thread == get_ident()
+
+    def close(self) -> None:
+        """Close it: at once, or if this thread is making a chunk, after that."""
+        if self.is_made_here():
+            self._is_left = True
+        else:
+            self._chunks.close()
 
 
 def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:

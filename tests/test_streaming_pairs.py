@@ -981,3 +981,36 @@ async def test_a_direct_call_gives_the_async_generator_that_it_was(
             await chunks.asend("end")
 
     assert heard == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("leave", ["close", "clear"])
+def test_a_dict_that_is_left_from_within_one_of_its_branches_does_not_wait_for_itself(leave: str) -> None:
+    """By a stop button, or by a garbage collector, which runs anywhere: that branch is closed after its chunk."""
+    held: list[Any] = []
+    is_read, ended = threading.Event(), threading.Event()
+
+    def count(value: int) -> Iterator[int]:
+        yield 1
+        yield 2
+
+    def leave_it(value: int) -> Iterator[int]:
+        try:
+            yield 3
+            assert is_read.wait(SAFETY_NET)
+            if leave == "close" and held:
+                held[0].close()
+            held.clear()
+            yield 4
+        finally:
+            ended.set()
+
+    leaving = concurrency(limit=1)(Dual(leave_it, name="leaving"))
+    held.append((Dual(lambda value: value) | {"a": Dual(count, name="count"), "b": leaving}).stream(1))
+    assert len([next(held[0]) for _ in range(3)]) == 3
+    is_read.set()
+
+    assert ended.wait(SAFETY_NET)
+    following = threading.Thread(target=leaving.invoke, args=(1,), daemon=True)
+    following.start()
+    following.join(SAFETY_NET)
+    assert not following.is_alive()  # its slot is free
