@@ -26,6 +26,8 @@ from time import monotonic, sleep
 from typing import Any, Literal, Self, cast
 from zlib import crc32
 
+from langchain_core.messages.base import TextAccessor
+
 from asyncify.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Codec", "Row", "fingerprint"]
@@ -393,7 +395,10 @@ def _to_json(output: object) -> str:
 
 
 def _require_plain(value: object) -> None:
-    """Raise a TypeError if JSON would give back something else: a tuple, a key that is no string, a subclass."""
+    """Raise a TypeError if JSON would give back something else: a tuple, a key that is no string, a subclass.
+
+    Only a message's text is given back as the string that it is.
+    """
     kind = type(value)
     if kind is list:
         for item in _as_list(value):
@@ -403,7 +408,7 @@ def _require_plain(value: object) -> None:
             if type(key) is not str:
                 raise TypeError(f"JSON has no key {key!r}")
             _require_plain(item)
-    elif value is not None and kind not in (str, int, float, bool):
+    elif value is not None and kind not in (str, int, float, bool, TextAccessor):
         raise TypeError(f"JSON has no {kind.__name__}")
 
 
@@ -421,7 +426,8 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any]]] = 
 }
 
 
-_WRITTEN_AS_THEY_ARE = frozenset((str, float, bool, bytes, type(None)))
+# LangChain's text of a message, which is what StrOutputParser returns, is a string that says so when it is called.
+_WRITTEN_AS_THEY_ARE = frozenset((str, TextAccessor, float, bool, bytes, type(None)))
 _LONG_BITS = 2000  # Python may refuse to write longer ones in decimal digits
 _SHORT_INT = 10**18
 

@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import ConfigurableField, RunnableBranch, RunnableLambda, RunnablePassthrough
 from pydantic import BaseModel, ConfigDict
 
@@ -1251,3 +1252,20 @@ def test_nobody_is_told_to_delete_what_may_be_no_checkpoint(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"not a database; name another path, or .* if it is a checkpoint"):
         list(each(Dual(str), [1], checkpoint=text))
     assert text.read_text() == "notes " * 1000
+
+
+def test_the_text_of_a_model_is_kept_as_a_string(tmp_path: Path) -> None:
+    """`prompt | model | StrOutputParser()` gives a string of a class of LangChain's own, which may be an input too."""
+    calls: list[str] = []
+
+    def ask(question: str) -> AIMessage:
+        calls.append(question)
+        return AIMessage(f"about {question}")
+
+    chain = RunnableLambda(ask) | StrOutputParser() | {"answer": StrOutputParser()}
+    texts = [AIMessage("tides").text, AIMessage("moons").text]
+    for _ in range(2):
+        outputs = list(each(chain, texts, checkpoint=tmp_path / "run.sqlite"))
+        assert outputs == [{"answer": "about tides"}, {"answer": "about moons"}]
+    assert list(each(chain, ["tides"], checkpoint=tmp_path / "run.sqlite")) == [{"answer": "about tides"}]
+    assert calls == ["tides", "moons"]
