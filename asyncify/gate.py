@@ -230,13 +230,8 @@ def _one_argument(only: Parameter, args: tuple[Any, ...], kwargs: dict[str, Any]
     return kwargs.get(only.name, None if only.default is Parameter.empty else only.default)
 
 
-def _all_arguments(
-    signature: Signature, title: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Mapping[str, Any]:
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"{title}: {error}") from None
+def _all_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
 
@@ -267,7 +262,7 @@ class Gate:
         if signature is None:
             return dataclasses.replace(self, _title=describe(fn))
         only = sole_input(fn)
-        make_input = partial(_all_arguments, signature, describe(fn)) if only is None else partial(_one_argument, only)
+        make_input = partial(_all_arguments, signature) if only is None else partial(_one_argument, only)
         return dataclasses.replace(self, _title=describe(fn), _input=make_input)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:

@@ -381,15 +381,3 @@ def test_each_function_under_one_decorator_has_a_limit_of_its_own() -> None:
 
     assert fetch.limiter is not search.limiter
     assert search("a") == "a"
-
-
-def test_arguments_that_do_not_fit_are_told_by_the_function() -> None:
-    """A key that is made of all arguments binds them first; the error says for which function."""
-
-    @concurrency(limit=1, key=lambda given: given["tenant"])
-    def look_up(word: str, tenant: str) -> str:
-        return word + tenant
-
-    loose: Any = look_up
-    with pytest.raises(TypeError, match=r"look_up .*: missing a required argument: 'tenant'"):
-        loose("a")
