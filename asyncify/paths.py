@@ -18,7 +18,7 @@ from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableCon
 from typing_extensions import TypeVar
 
 from asyncify.entries import Entries, Entry
-from asyncify.permits import get_innermost, hand_over, held_by_this_task
+from asyncify.permits import get_innermost, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.pipes import Piped
 from asyncify.relay import Relay
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
@@ -93,6 +93,8 @@ class Paths(Piped, RunnableLambda[Input, Output]):
     def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         child = quiet_config(config, is_async=False)
         context = context_of(child)
+        if get_innermost() is not None:
+            hand_over(held_by_this_thread(), context)
         if entry.shape.takes_input_alone:
             output = context.run(entry.run, value, **kwargs)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asyncify import DeadlockError, Limiter, concurrency, dual
+from asyncify import DeadlockError, Dual, Limiter, concurrency, dual
 
 LIMIT = 2
 """Calls at once; a call nested more deeply than that waits for itself."""
@@ -117,6 +117,65 @@ async def test_a_call_over_a_bridge_that_waits_for_itself_is_told(bridge: str) -
         with pytest.raises(DeadlockError):
             await pair.ainvoke(1)
 
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda inner: inner.call(1), id="call"),
+        pytest.param(lambda inner: inner.invoke(1), id="invoke"),
+        pytest.param(lambda inner: inner.bind().invoke(1), id="bound"),
+        pytest.param(lambda inner: (inner | inner).invoke(1), id="pipe"),
+        pytest.param(lambda inner: Dual(inner.invoke).invoke(1), id="between"),
+    ],
+)
+def test_a_sync_call_within_a_call_over_a_bridge_that_waits_for_itself_is_told(call: Callable[[Any], Any]) -> None:
+    """Whoever invokes the outer one holds its slot, in another thread; and the inner one holds up that one's loop."""
+    limiter = Limiter(limit=1)
+    errors: list[BaseException] = []
+
+    @concurrency(limiter=limiter)
+    @dual
+    def inner(value: int) -> int:
+        return value
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> int:
+        result: int = call(inner)
+        return result
+
+    def run() -> None:
+        try:
+            outer.invoke(1)
+        except DeadlockError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+
+    assert len(errors) == 1
+    assert limiter.stats().in_flight == 0
+
+
+def test_a_sync_call_within_a_call_over_a_bridge_that_has_a_slot_is_admitted() -> None:
+    """With one more slot nothing waits."""
+    limiter = Limiter(limit=2)
+
+    @concurrency(limiter=limiter)
+    @dual
+    def inner(value: int) -> int:
+        return value + 1
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> int:
+        return inner.invoke(value)
+
+    assert outer.invoke(1) == 2
+    assert outer.batch([1, 2, 3], {"max_concurrency": 1}) == [2, 3, 4]
     assert limiter.stats().in_flight == 0
 
 
