@@ -18,7 +18,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
@@ -26,7 +25,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import iscoroutinefunction
 from os import PathLike, fspath
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from langchain_core.runnables.base import (
     Runnable,
@@ -261,7 +260,7 @@ class _Options:
         self.key = key
         self.has_checkpoint = checkpoint is not None
         self._inputs: Any = inputs
-        self._work = "" if checkpoint is None else _work_of(runnable)
+        self._runnable = runnable
         self._checkpoint = checkpoint
         self._codec: Codec = codec
         self._asked_window = checked_count("window", window)
@@ -293,7 +292,7 @@ class _Options:
         """Open the checkpoint, if there is to be one."""
         if self._checkpoint is None:
             return None
-        return Checkpoint(self._checkpoint, self._work, self._codec, has_key=self.key is not None)
+        return Checkpoint(self._checkpoint, _work_of(self._runnable), self._codec, has_key=self.key is not None)
 
 
 class _Source:
@@ -540,14 +539,23 @@ def _parts_of(runnable: object) -> Iterator[Any]:
     """Yield the runnables in the fields of another one: what is mapped, the fallbacks, the branches."""
     kind: Any = type(runnable)
     found: list[Any] = [getattr(runnable, field, None) for field in getattr(kind, "model_fields", ())]
+    found.reverse()  # the next is the last
+    seen: set[int] = set()  # containers: one may hold itself
     while found:
-        value = found.pop(0)
+        value = found.pop()
         if isinstance(value, Runnable):
             yield value
-        elif isinstance(value, (list, tuple)):
-            found[:0] = cast("Sequence[Any]", value)
-        elif isinstance(value, dict):
-            found[:0] = value.values()
+        elif (inside := _inside(value)) and id(value) not in seen:
+            seen.add(id(value))
+            found.extend(reversed(inside))
+
+
+def _inside(value: Any) -> list[Any]:
+    """Return what a container holds; of anything else nothing."""
+    kind: Any = type(value)
+    if issubclass(kind, dict):
+        return [*value.values()]
+    return [*value] if issubclass(kind, (list, tuple)) else []
 
 
 def _digest(value: object) -> str:

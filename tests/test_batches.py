@@ -662,13 +662,9 @@ def test_an_override_that_raises_as_it_is_called_is_one_input_of_many(path: str)
 
 async def test_an_override_that_raises_as_it_is_called_ends_the_other_branches_a() -> None:
     """Of a dict: none of them runs on."""
-    ended: list[str] = []
 
     async def wait(value: int) -> int:
-        try:
-            await asyncio.sleep(SAFETY_NET)
-        finally:
-            ended.append("waiting")
+        await asyncio.sleep(SAFETY_NET)
         return value
 
     class Refusing(Pair):
@@ -680,7 +676,6 @@ async def test_an_override_that_raises_as_it_is_called_ends_the_other_branches_a
         await pipe.ainvoke(1)
 
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    assert ended in ([], ["waiting"])
 
 
 @pytest.mark.parametrize("path", PATHS)

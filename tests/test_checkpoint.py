@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import ConfigurableField, RunnableBranch, RunnableLambda, RunnablePassthrough
@@ -1229,6 +1230,16 @@ def test_the_work_is_named_for_a_checkpoint_alone(tmp_path: Path, monkeypatch: p
     assert list(each(load, [0], checkpoint=tmp_path / "run.sqlite")) == [1]
     monkeypatch.setattr(flow, "_work_of", None)
     assert list(each(load, [0])) == [1]
+
+
+def test_the_parts_of_a_field_that_holds_itself_are_named_once(tmp_path: Path) -> None:
+    """A model's metadata may; and a list may be so long that each of its items may be looked at once only."""
+    model = FakeListChatModel(responses=["x"] * 300_000, metadata={})
+    metadata: dict[str, Any] = cast("dict[str, Any]", model.metadata)
+    metadata["self"] = metadata
+    chain = RunnableLambda(str, name="ask") | model | StrOutputParser()
+
+    assert list(each(chain, [1], checkpoint=tmp_path / "run.sqlite")) == ["x"]
 
 
 class _Empty:
