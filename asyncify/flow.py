@@ -18,6 +18,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    Sequence,
 )
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
@@ -25,7 +26,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import iscoroutinefunction
 from os import PathLike, fspath
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from langchain_core.runnables.base import (
     Runnable,
@@ -552,10 +553,12 @@ def _parts_of(runnable: object) -> Iterator[Any]:
 
 def _inside(value: Any) -> list[Any]:
     """Return what a container holds; of anything else nothing."""
-    kind: Any = type(value)
-    if issubclass(kind, dict):
-        return [*value.values()]
-    return [*value] if issubclass(kind, (list, tuple)) else []
+    held: list[Any] = []
+    if isinstance(value, dict):
+        held[:] = value.values()
+    elif isinstance(value, (list, tuple)):
+        held[:] = cast("Sequence[Any]", value)
+    return held
 
 
 def _digest(value: object) -> str:
