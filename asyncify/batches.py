@@ -134,13 +134,8 @@ class Batches:
         """Run the sync side; the config is that of the caller."""
 
     @abstractmethod
-    def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
-    ) -> asyncio.Task[Any]:
-        """Start the async side in a task of its own; the config is that of the caller.
-
-        `awaited` says that the caller's task will wait for it and for nothing else.
-        """
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+        """Start the async side in a task of its own; the config is that of the caller."""
 
     @abstractmethod
     def admits(self) -> int | None:

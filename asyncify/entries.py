@@ -16,13 +16,13 @@ from functools import partial
 from inspect import iscoroutine
 from typing import Any, Literal, cast
 
-from asyncify.background import background
+from asyncify.background import END, background
 from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import Gate, Pass
-from asyncify.permits import hand_over, held_by_this_task, held_by_this_thread
+from asyncify.permits import Link, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held
@@ -171,7 +171,9 @@ def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
         return run_in_background(partial(side.run, *args, **kwargs))
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        return background.stream(side.run(*args, **kwargs), _context_of_thread())
+        context, link = _waited_for_by_thread()
+        chunks = side.run(*args, **kwargs)
+        return background.stream(chunks if link is None else _achunks_linked(link, chunks), context)
 
     if bridge == "error":
         return replace(side, run=_refuse(side.fn, "sync"), kind="missing")
@@ -195,12 +197,13 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
 
 def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
-        work = partial(fn, *args, **kwargs)
-        if gate is None:
-            return await pool.call(work, _nothing, _context_of_task())
-        permit = await gate.aenter(args, kwargs)
-        permit.step_out()
-        return await pool.call(partial(_under, permit, work), permit.end, _context_of_task())
+        work, ended = partial(fn, *args, **kwargs), _nothing
+        if gate is not None:
+            permit = await gate.aenter(args, kwargs)
+            permit.step_out()
+            work, ended = partial(_under, permit, work), permit.end
+        context, link = _waited_for_by_task()
+        return await pool.call(_linked(link, work), ended, context)
 
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         chunks: Generator[Any, Any, Any] = fn(*args, **kwargs)
@@ -209,7 +212,10 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
             permit = await gate.aenter(args, kwargs)
             permit.step_out()
             chunks, ended = _chunks_under(permit, chunks), permit.end
-        async with aclosing(pool.stream(chunks, ended, _context_of_task())) as threaded:
+        context, link = _waited_for_by_task()
+        if link is not None:
+            chunks = _chunks_linked(link, chunks)
+        async with aclosing(pool.stream(chunks, ended, context)) as threaded:
             async for chunk in threaded:
                 yield chunk
 
@@ -218,21 +224,58 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
 
 def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
     """Await what `call` makes on the background loop, and wait for it in this thread."""
-    return background.run(call, _context_of_thread())
+    context, link = _waited_for_by_thread()
+    return background.run(call if link is None else partial(_acall_linked, link, call), context)
 
 
-def _context_of_thread() -> Context:
-    """Return the context for a coroutine that this thread waits for."""
+def _waited_for_by_thread() -> tuple[Context, Link | None]:
+    """Return the context for a coroutine that this thread waits for, and the link to it of what this thread holds."""
     context = background.context_of_waiter()
-    hand_over(held_by_this_thread(), context)
-    return context
+    return context, hand_over(held_by_this_thread(), context)
 
 
-def _context_of_task() -> Context:
-    """Return the context for a thread that this task waits for."""
+def _waited_for_by_task() -> tuple[Context, Link | None]:
+    """Return the context for a thread that this task waits for, and the link to it of what this task holds."""
     context = copy_context()
-    hand_over(held_by_this_task(), context)
-    return context
+    return context, hand_over(held_by_this_task(), context)
+
+
+def _linked(link: Link | None, work: Callable[[], Any]) -> Callable[[], Any]:
+    return work if link is None else partial(_call_linked, link, work)
+
+
+def _call_linked(link: Link, work: Callable[[], Any]) -> Any:
+    with link:
+        return work()
+
+
+async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
+    with link:
+        return await call()
+
+
+def _chunks_linked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Yield the chunks; the reader waits while one is made, and not in between."""
+    with closing(chunks):
+        while True:
+            with link:
+                chunk = next(chunks, END)
+            if chunk is END:
+                return
+            yield chunk
+
+
+async def _achunks_linked(link: Link, chunks: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+    """Yield the chunks; the reader waits while one is made, and not in between."""
+    async with aclosing(chunks):
+        relay: Relay[Any] = Relay(chunks)
+        while True:
+            with link:
+                chunk = await anext(relay, END)
+            if chunk is END:
+                return
+            with relay:
+                yield chunk
 
 
 def _under(permit: Pass, work: Callable[[], Any]) -> Any:
@@ -283,8 +326,9 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
 def _submit_to_threads(
     executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Future[Any]:
+    context, link = _waited_for_by_task()
     try:
-        return executor.submit(_context_of_task().run, call_guarded, fn, *args, **kwargs)
+        return executor.submit(context.run, call_guarded, _linked(link, partial(fn, *args, **kwargs)))
     except Exception as error:
         raise refusal(fn, executor, error) from error
 

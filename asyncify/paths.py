@@ -18,7 +18,6 @@ from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, RunnableCon
 from typing_extensions import TypeVar
 
 from asyncify.entries import Entries, Entry
-from asyncify.permits import get_innermost, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.pipes import Piped
 from asyncify.relay import Relay
 from asyncify.runs import context_of, is_reserved, observed, quiet_config, recoloured, signed
@@ -66,7 +65,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         entry = self._live.async_
         if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
             return await self._ainvoke_upstream(value, config, kwargs)
-        return cast("Output", await self._start(entry, value, config, kwargs, awaited=True))
+        return cast("Output", await self._start(entry, value, config, kwargs))
 
     def needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a side can't do without a run of LangChain's, observed or not."""
@@ -76,11 +75,9 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         """Run the sync side, where it is known that nobody watches."""
         return self._run(self._live.sync, value, config, kwargs)
 
-    def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
-    ) -> asyncio.Task[Any]:
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
         """Start the async side, where it is known that nobody watches."""
-        return self._start(self._live.async_, value, config, kwargs, awaited=awaited)
+        return self._start(self._live.async_, value, config, kwargs)
 
     def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
         if hasattr(self, "func"):
@@ -93,8 +90,6 @@ class Paths(Piped, RunnableLambda[Input, Output]):
     def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         child = quiet_config(config, is_async=False)
         context = context_of(child)
-        if get_innermost() is not None:
-            hand_over(held_by_this_thread(), context)
         if entry.shape.takes_input_alone:
             output = context.run(entry.run, value, **kwargs)
         else:
@@ -108,13 +103,11 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         return output.invoke(value, self._one_deeper(config, value))
 
     def _start(
-        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool
+        self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
     ) -> asyncio.Task[Any]:
-        """Start a side in a task of its own; `awaited` says that this task will wait for it and for nothing else."""
+        """Start a side in a task of its own."""
         child = quiet_config(config, is_async=True)
         context = context_of(child)
-        if awaited and get_innermost() is not None:
-            hand_over(held_by_this_task(), context)
         return asyncio.get_running_loop().create_task(self._arun(entry, value, child, kwargs), context=context)
 
     async def _arun(self, entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> Any:
@@ -255,8 +248,6 @@ def _start_by_ainvoke(
     value: Any,
     config: RunnableConfig | None,
     kwargs: dict[str, Any],
-    *,
-    awaited: bool = False,
 ) -> asyncio.Task[Any]:
     async def call() -> Any:
         # An override may raise where it is called, or give an awaitable that is no coroutine.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import Context, ContextVar, Token
 from typing import Any, Protocol
 
@@ -12,8 +15,10 @@ from asyncify.clock import Timer
 from asyncify.wakeups import Wakeups
 
 __all__ = [
+    "Link",
     "Permit",
     "Place",
+    "Steps",
     "get_innermost",
     "hand_over",
     "held_by_this_task",
@@ -193,17 +198,29 @@ def permits() -> Iterator[Permit]:
 
 # Which calls can't end while this one waits? That a context has inherited a permit proves nothing: a task left
 # running in the background has inherited it too. But a token can be reset only in the context that it was made in,
-# and every task has a context of its own, so a token tells whether this very task has entered.
+# and every task has a context of its own, so a token tells whether this very task has entered. A task that awaits
+# another stands among what the other calls back; it may take its steps in a context that is not its own.
 
 
 def held_by_this_thread() -> list[Permit]:
     """Return the permits that can't end while this thread is held up."""
     thread = get_ident()
-    return [permit for permit in permits() if permit.thread == thread] + _handed_over()
+    held = [permit for permit in permits() if permit.thread == thread]
+    for link in tuple(_here.links):
+        held += link.alive()
+    return held
 
 
 def held_by_this_task() -> list[Permit]:
     """Return the permits that can't end while this task is held up."""
+    held = _held_by_this_context()
+    for context in _contexts_waiting_for(asyncio.current_task()):
+        held += _held_by_another(context)
+    return list(dict.fromkeys(held))
+
+
+def _held_by_this_context() -> list[Permit]:
+    """Return the permits that were entered in this very context or handed over to it."""
     held: list[Permit] = []
     for permit in permits():
         if not _is_own(innermost, permit.token):
@@ -211,38 +228,130 @@ def held_by_this_task() -> list[Permit]:
         held.append(permit)
     for permit in reversed(held):
         permit.begin()  # the tokens are spent: wind up again what was unwound
-    return held + _handed_over()
+    link = _link.get()
+    if link is not None and _is_own(_link, link.token):
+        link.begin()
+        held += link.alive()
+    return held
 
 
-def hand_over(held: list[Permit], context: Context) -> None:
-    """Note that whoever holds these permits now waits for what will run in `context`, and for nothing else."""
-    if held:
-        context.run(_Link(held).begin)
+def _contexts_waiting_for(task: Any) -> Iterator[Context]:
+    """Yield the contexts of the tasks that await this one and nothing else, and of those that await these."""
+    chain = [task]
+    for awaited in chain:
+        for callback, context in getattr(awaited, "_callbacks", None) or ():
+            waiter = getattr(callback, "__self__", None)
+            if getattr(waiter, "_fut_waiter", None) is awaited:
+                chain.append(waiter)
+                yield context
 
 
-class _Link:
-    """Permits whose holder waits for this context."""
+def _held_by_another(context: Context | None) -> list[Permit]:
+    """Return what a task holds that waits, by its context and those in which it takes the steps of streams."""
+    held: list[Permit] = []
+    with suppress(RuntimeError):  # this task shares that context, and so what it holds is known
+        while context is not None:
+            held += context.run(_held_by_this_context)
+            context = context.run(_stepped_in)
+    return held
+
+
+def hand_over(held: list[Permit], context: Context) -> Link | None:
+    """Note that whoever holds these permits now waits for what will run in `context`, and for nothing else.
+
+    Returns:
+        what is to be entered, in the thread in which that runs, for as long as it is waited for; None if there is
+        nothing to hand over.
+    """
+    if not held:
+        return None
+    link = Link(held)
+    context.run(link.begin)
+    return link
+
+
+class Link:
+    """Permits whose holder waits for a context and, while this is entered, for the thread that it was entered in.
+
+    Whatever holds up that thread holds up what runs in it: a task, if it is an event loop's, among others.
+    """
 
     __slots__ = ("held", "token")
 
-    token: Token[_Link | None]
+    token: Token[Link | None]
 
     def __init__(self, held: list[Permit]) -> None:
         self.held = held
 
     def begin(self) -> None:
+        """Put this context at its end."""
         self.token = _link.set(self)
 
+    def alive(self) -> list[Permit]:
+        """Return those that have not ended."""
+        return [permit for permit in self.held if not permit.ended]
 
-_link: ContextVar[_Link | None] = ContextVar("asyncify_link", default=None)
+    def __enter__(self) -> None:
+        """Have this thread at its end, too."""
+        _here.links.add(self)
+
+    def __exit__(self, *_: object) -> None:
+        """Have it no longer there."""
+        _here.links.discard(self)
 
 
-def _handed_over() -> list[Permit]:
-    link = _link.get()
-    if link is None or not _is_own(_link, link.token):
-        return []
-    link.begin()
-    return [permit for permit in link.held if not permit.ended]
+_link: ContextVar[Link | None] = ContextVar("asyncify_link", default=None)
+
+
+class _Here(threading.local):
+    """The links to this thread."""
+
+    def __init__(self) -> None:
+        self.links: set[Link] = set()
+
+
+_here = _Here()
+
+
+class Steps:
+    """The steps of a stream, which are taken in a context that is not that of the task which reads it."""
+
+    __slots__ = ("_innermost", "_reader", "context", "token")
+
+    token: Token[Steps | None]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._reader: asyncio.Task[Any] | None = None
+        self._innermost: Permit | None = None
+
+    def begin(self) -> None:
+        """Note that this context takes a step now, until `end()`; it waits for the step and for nothing else."""
+        if (permit := get_innermost()) is not None or self._innermost is not None:
+            reader = asyncio.current_task()
+            if permit is not self._innermost or reader is not self._reader:
+                self._innermost, self._reader = permit, reader
+                self.context.run(Link(held_by_this_task()).begin)
+        self.token = _steps.set(self)
+
+    def end(self) -> None:
+        """Note that it does so no longer."""
+        try:  # noqa: SIM105  (`suppress` takes four times as long, and this is done for each chunk)
+            _steps.reset(self.token)
+        except (ValueError, RuntimeError):
+            pass  # a garbage collector closes the stream, in whatever context that runs
+
+
+_steps: ContextVar[Steps | None] = ContextVar("asyncify_steps", default=None)
+
+
+def _stepped_in() -> Context | None:
+    """Return the context in which the task that runs in this one takes a step."""
+    steps = _steps.get()
+    if steps is None or not _is_own(_steps, steps.token):
+        return None
+    steps.token = _steps.set(steps)
+    return steps.context
 
 
 def _is_own(variable: ContextVar[Any], token: Token[Any]) -> bool:

@@ -136,13 +136,11 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         config = config_of_steps(config)
         for step in _pairs(self.steps):
-            value = await step.start_unobserved(value, config, kwargs, awaited=True)
+            value = await step.start_unobserved(value, config, kwargs)
             kwargs = {}
         return value
 
-    def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
-    ) -> asyncio.Task[Any]:
+    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
@@ -269,7 +267,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
         return dict(zip(steps, outputs, strict=True))
 
     def start_unobserved(
-        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any], *, awaited: bool = False
+        self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
     ) -> asyncio.Task[dict[str, Any]]:
         """Start the async sides; keyword arguments go to none of them."""
         return asyncio.create_task(self._arun_unobserved(value, config))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextvars import Context
 from types import coroutine
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
+from asyncify.permits import Steps
 from asyncify.relay import Relay
 from asyncify.runs import context_of
 
@@ -164,10 +164,11 @@ async def astream_run(
     context = context_of(config)
     outputs = transform(inputs, run, config)
     relay: Relay[Any] = Relay(outputs if run is None else closable(_atap(outputs, run)))
+    steps = Steps(context)
     try:
         while True:
             try:
-                chunk = await _in_context(anext(relay), context)
+                chunk = await _take(anext(relay), steps)
             except StopAsyncIteration:
                 break
             if is_told:
@@ -176,7 +177,7 @@ async def astream_run(
                 yield chunk
     except BaseException as error:
         try:
-            await _in_context(outputs.aclose(), context)
+            await _take(outputs.aclose(), steps)
         finally:
             if run is not None:
                 await run.on_chain_error(error, inputs=received.value)
@@ -198,17 +199,21 @@ def _atap(chunks: AsyncIterator[Any], run: AsyncCallbackManagerForChainRun) -> A
 
 
 @coroutine
-def _in_context(awaitable: Awaitable[Any], context: Context) -> Generator[Any, Any, Any]:
+def _take(awaitable: Awaitable[Any], steps: Steps) -> Generator[Any, Any, Any]:
     """Await something in this task, with each of its steps in another context."""
-    steps = awaitable.__await__()
+    context = steps.context
+    waited = awaitable.__await__()
+    steps.begin()
     try:
-        waits_for = context.run(next, steps)
+        waits_for = context.run(next, waited)
         while True:
             try:
                 outcome = yield waits_for
             except BaseException as error:  # noqa: BLE001  (a cancellation above all: it belongs to the step)
-                waits_for = context.run(steps.throw, error)
+                waits_for = context.run(waited.throw, error)
             else:
-                waits_for = context.run(steps.send, outcome)
+                waits_for = context.run(waited.send, outcome)
     except StopIteration as end:
         return end.value
+    finally:
+        steps.end()

@@ -203,9 +203,7 @@ class Turnstile:
 
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
         """
-        blocks = {other for other in held if other.place is self and other.slots}
-        frozen = self._frozen_by(permit) - blocks
-        blocks |= frozen
+        blocks = {other for other in held if other.place is self and other.slots} | self._frozen_by(permit)
         if not blocks:
             return
         doomed = False
@@ -220,7 +218,7 @@ class Turnstile:
                     self._blocked.update(blocks)
         self._settle()
         if doomed:
-            raise DeadlockError(self._deadlock_message(frozen=bool(frozen)))
+            raise DeadlockError(self._deadlock_message(frozen=not blocks.issubset(permits())))
 
     def _frozen_by(self, permit: Permit) -> set[Permit]:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""

@@ -1,21 +1,23 @@
 """A pair that waits for itself: told when it is certain, through every way that a pair can call a pair."""
 
 import asyncio
+import contextvars
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, concurrency, dual
+from tests.crowd import SAFETY_NET, until, wait_until
 
 LIMIT = 2
 """Calls at once; a call nested more deeply than that waits for itself."""
-
-SAFETY_NET = 30
-"""Seconds after which a test that hangs fails."""
 
 
 def _ancestors() -> tuple[Any, Any]:
@@ -120,44 +122,305 @@ async def test_a_call_over_a_bridge_that_waits_for_itself_is_told(bridge: str) -
     assert limiter.stats().in_flight == 0
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param(lambda inner: inner.call(1), id="call"),
-        pytest.param(lambda inner: inner.invoke(1), id="invoke"),
-        pytest.param(lambda inner: inner.bind().invoke(1), id="bound"),
-        pytest.param(lambda inner: (inner | inner).invoke(1), id="pipe"),
-        pytest.param(lambda inner: Dual(inner.invoke).invoke(1), id="between"),
-    ],
-)
-def test_a_sync_call_within_a_call_over_a_bridge_that_waits_for_itself_is_told(call: Callable[[Any], Any]) -> None:
-    """Whoever invokes the outer one holds its slot, in another thread; and the inner one holds up that one's loop."""
-    limiter = Limiter(limit=1)
+class _Watcher(BaseCallbackHandler):
+    """Watches, so that a call is a run of LangChain's."""
+
+
+def _first_of_stream(inner: Any) -> Any:
+    return next(inner.stream(1))
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "call": lambda inner: inner.call(1),
+    "invoke": lambda inner: inner.invoke(1),
+    "bound": lambda inner: inner.bind().invoke(1),
+    "pipe": lambda inner: (inner | inner).invoke(1),
+    "between": lambda inner: Dual(inner.invoke).invoke(1),
+    "stream": _first_of_stream,
+    "batch of one": lambda inner: inner.batch([1]),
+    "observed": lambda inner: inner.invoke(1, {"callbacks": [_Watcher()]}),
+    "lambda": lambda inner: RunnableLambda(inner.invoke).invoke(1),
+    "pipe of LangChain's": lambda inner: (RunnableLambda(abs) | inner).invoke(1),
+    "context": lambda inner: contextvars.Context().run(inner.call, 1),
+    "bridged between": lambda inner: _awaiting(inner).invoke(1),
+}
+"""Ways to wait for a pair in a thread."""
+
+
+def _awaiting(inner: Any) -> Any:
+    """Return a pair whose function awaits another one."""
+
+    async def wait(value: int) -> int:
+        result: int = await inner.acall(value)
+        return result
+
+    return dual(wait)
+
+
+def _told(run: Callable[[], Any]) -> bool:
+    """Tell whether this call, in a thread of its own, ends with a DeadlockError; it may also hang."""
     errors: list[BaseException] = []
 
+    def guarded() -> None:
+        try:
+            run()
+        except DeadlockError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+    return len(errors) == 1
+
+
+def _inner(limiter: Limiter) -> Any:
     @concurrency(limiter=limiter)
     @dual
     def inner(value: int) -> int:
         return value
 
+    return inner
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_a_sync_call_within_a_call_over_a_bridge_that_waits_for_itself_is_told(way: str) -> None:
+    """Whoever invokes the outer one holds its slot, in another thread; and the inner one holds up that one's loop."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
     @concurrency(limiter=limiter)
     @dual
     async def outer(value: int) -> int:
-        result: int = call(inner)
+        result: int = CALLS[way](inner)
         return result
 
-    def run() -> None:
-        try:
-            outer.invoke(1)
-        except DeadlockError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(SAFETY_NET)
-
-    assert len(errors) == 1
+    assert _told(lambda: outer.invoke(1))
     assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_a_sync_call_within_a_stream_over_a_bridge_that_waits_for_itself_is_told(way: str) -> None:
+    """Who reads the stream waits for the chunk."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> AsyncIterator[int]:
+        yield value
+        yield CALLS[way](inner)
+
+    assert _told(lambda: list(outer.stream(1)))
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("way", CALLS)
+@pytest.mark.parametrize("kind", ["function", "generator"])
+async def test_a_sync_call_within_a_call_in_a_thread_that_waits_for_itself_is_told(way: str, kind: str) -> None:
+    """The task that holds the slot waits for that thread; what the thread calls may run in another context."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @dual(name=f"{way} in a function")
+    def between(value: int) -> int:
+        result: int = CALLS[way](inner)
+        return result
+
+    @dual(name=f"{way} in a generator")
+    def chunks(value: int) -> Iterator[int]:
+        yield value
+        yield CALLS[way](inner)
+
+    outer: Any = between if kind == "function" else chunks
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        with pytest.raises(DeadlockError):
+            await _last(outer.astream(1))
+
+    assert limiter.stats().in_flight == 0
+
+
+async def _last(chunks: AsyncIterator[Any]) -> Any:
+    return [chunk async for chunk in chunks][-1]
+
+
+AWAITED: dict[str, Callable[[Any], Awaitable[Any]]] = {
+    "acall": lambda inner: inner.acall(1),
+    "ainvoke": lambda inner: inner.ainvoke(1),
+    "bound": lambda inner: inner.bind().ainvoke(1),
+    "pipe": lambda inner: (inner | inner).ainvoke(1),
+    "stream": lambda inner: _last(inner.astream(1)),
+    "stream of a pipe": lambda inner: _last((inner | inner).astream(1)),
+    "observed": lambda inner: inner.ainvoke(1, {"callbacks": [_Watcher()]}),
+    "observed pipe": lambda inner: (inner | inner).ainvoke(1, {"callbacks": [_Watcher()]}),
+    "observed stream": lambda inner: _last(inner.astream(1, {"callbacks": [_Watcher()]})),
+    "lambda": lambda inner: RunnableLambda(inner.ainvoke).ainvoke(1),
+    "pipe of LangChain's": lambda inner: (RunnableLambda(abs) | inner).ainvoke(1),
+    "retry": lambda inner: inner.with_retry(stop_after_attempt=1).ainvoke(1),
+    "task": lambda inner: asyncio.create_task(inner.acall(1)),
+}
+"""Ways to wait for a pair, and for nothing else, in a task."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(kind, way) for kind in ("async", "bridged") for way in AWAITED]
+    + [("generator", way) for way in AWAITED if way not in ("acall", "task")],
+)
+async def test_an_async_call_that_waits_for_itself_is_told(kind: str, way: str) -> None:
+    """However the pair is run, the task that holds the slot awaits it, or a task that does."""
+    limiter = Limiter(limit=1)
+
+    async def echo(value: int) -> int:
+        return value
+
+    async def echoes(value: int) -> AsyncIterator[int]:
+        yield value
+
+    made: dict[str, Any] = {"async": echo, "bridged": abs, "generator": echoes}
+    inner = concurrency(limiter=limiter)(dual(made[kind], name=f"{way} {kind}"))
+
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        with pytest.raises(DeadlockError):
+            await AWAITED[way](inner)
+
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("way", AWAITED)
+def test_an_async_call_within_a_call_over_a_bridge_that_waits_for_itself_is_told(way: str) -> None:
+    """The thread that holds the slot waits for the task that awaits the pair."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> int:
+        result: int = await AWAITED[way](inner)
+        return result
+
+    assert _told(lambda: outer.invoke(1))
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"callbacks": [_Watcher()]}], ids=["unobserved", "observed"])
+@pytest.mark.parametrize("way", AWAITED)
+async def test_an_async_call_within_a_stream_that_waits_for_itself_is_told(way: str, config: Any) -> None:
+    """A stream takes its steps in a context of its own, within the task that reads it."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> AsyncIterator[int]:
+        yield value
+        yield await AWAITED[way](inner)
+
+    async with asyncio.timeout(SAFETY_NET):
+        with pytest.raises(DeadlockError):
+            await _last(outer.astream(1, config))
+
+    assert limiter.stats().in_flight == 0
+
+
+async def test_a_stream_that_another_task_reads_on_is_no_proof() -> None:
+    """Who began to read it, and holds the slot, goes on."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @dual
+    async def outer(value: int) -> AsyncIterator[int]:
+        yield value
+        yield await inner.acall(value)
+
+    chunks = outer.astream(1)
+    async with asyncio.timeout(SAFETY_NET):
+        async with limiter:
+            assert await anext(chunks) == 1
+            rest = asyncio.create_task(_last(chunks), context=contextvars.Context())
+            await until(lambda: limiter.stats().waiting == 1)
+
+        assert await rest == 1
+    assert limiter.stats().in_flight == 0
+
+
+def test_a_sync_call_that_holds_up_the_loop_of_a_call_over_a_bridge_is_told() -> None:
+    """A stranger to the call inside may hold up the loop that it needs."""
+    limiter = Limiter(limit=1, name="quotes")
+    inner = _inner(limiter)
+    is_in, has_gone = threading.Event(), threading.Event()
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> int:
+        is_in.set()
+        await until(has_gone.is_set)
+        return value
+
+    @dual
+    async def stranger(value: int) -> int:
+        return int(inner.invoke(value))
+
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(outer.invoke, 1)
+        assert is_in.wait(SAFETY_NET)
+        with pytest.raises(DeadlockError, match="run on the event loop which this one holds up while it waits"):
+            stranger.invoke(2)
+        has_gone.set()
+
+        assert result.result(SAFETY_NET) == 1
+    assert limiter.stats().in_flight == 0
+
+
+def test_the_reader_of_a_stream_over_a_bridge_waits_only_for_its_chunks() -> None:
+    """In between it holds the slot and goes on: a sync call on that loop has only to wait for it."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> AsyncIterator[int]:
+        yield value
+        yield value
+
+    @dual
+    async def stranger(value: int) -> int:
+        return int(inner.invoke(value))
+
+    chunks = outer.stream(1)
+    assert next(chunks) == 1
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(stranger.invoke, 2)
+        wait_until(lambda: limiter.stats().waiting == 1)
+        limiter.resize(limit=2)
+
+        assert result.result(SAFETY_NET) == 2
+    assert list(chunks) == [1]
+    assert limiter.stats().in_flight == 0
+
+
+def test_a_call_over_a_bridge_that_has_ended_is_no_proof() -> None:
+    """Who waited for it goes on, and may end its own call, while tasks that it has left behind wait on its loop."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    results: queue.SimpleQueue[int] = queue.SimpleQueue()
+    go_on = threading.Event()
+
+    async def left_behind() -> None:
+        await until(go_on.is_set)
+        results.put(inner.invoke(3))
+
+    tasks: set[Any] = set()
+
+    @dual
+    async def outer(value: int) -> int:
+        tasks.add(asyncio.create_task(left_behind()))
+        return value
+
+    with limiter:
+        assert outer.invoke(1) == 1
+        go_on.set()
+        wait_until(lambda: limiter.stats().waiting == 1)
+    assert results.get(timeout=SAFETY_NET) == 3
 
 
 def test_a_sync_call_within_a_call_over_a_bridge_that_has_a_slot_is_admitted() -> None:

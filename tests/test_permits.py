@@ -1,9 +1,11 @@
 """Permits: which calls can't end while this thread or this task waits."""
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -245,10 +247,82 @@ class TestTask:
             assert held_by_this_task() == [mine]
             return inherited, list(permits())
 
-        held, around = await asyncio.create_task(inside())
+        task = asyncio.create_task(inside())
+        await asyncio.wait([task])  # by way of which another task might end the wait
+        held, around = task.result()
 
         assert held == []
         assert around[1:] == [permit]
+
+    async def test_a_task_holds_what_those_hold_who_await_it(self, place: Place) -> None:
+        """They await it and nothing else, through however many tasks; asking changes nothing for them."""
+        outer = begun(place)
+
+        async def innermost_task() -> list[list[Permit]]:
+            return [held_by_this_task() for _ in range(2)]
+
+        async def between() -> tuple[list[list[Permit]], Permit]:
+            mine = begun(place)
+            held = await asyncio.create_task(innermost_task())
+            assert held_by_this_task() == [mine, outer]
+            return held, mine
+
+        held, mine = await asyncio.create_task(between())
+
+        assert held == [[mine, outer]] * 2
+        assert held_by_this_task() == [outer]
+
+    async def test_a_task_holds_what_is_held_in_a_context_that_it_shares(self, place: Place) -> None:
+        """Two tasks may run in one context."""
+        permit = begun(place)
+        context = contextvars.copy_context()
+
+        async def ask() -> list[Permit]:
+            return held_by_this_task()
+
+        async def share() -> tuple[list[Permit], Permit]:
+            mine = begun(place)
+            held: list[Permit] = await asyncio.get_running_loop().create_task(ask(), context=context)
+            return held, mine
+
+        held, mine = await asyncio.get_running_loop().create_task(share(), context=context)
+
+        assert held == [mine, permit]
+
+    async def test_a_task_does_not_hold_what_those_hold_who_have_left_it(self, place: Place) -> None:
+        """Whoever was cancelled as it awaited a task behind a shield goes on without it."""
+        go_on = asyncio.Event()
+
+        async def inside() -> list[Permit]:
+            await go_on.wait()
+            return held_by_this_task()
+
+        async def leave() -> asyncio.Task[list[Permit]]:
+            begun(place)
+            task = asyncio.create_task(inside())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await asyncio.shield(task)
+            return task
+
+        task = await asyncio.create_task(leave())
+        go_on.set()
+
+        assert await task == []
+
+    def test_many_tasks_in_a_row(self, place: Place) -> None:
+        """However many await each other."""
+
+        async def descend(depth: int) -> list[Permit]:
+            if depth:
+                return await asyncio.create_task(descend(depth - 1))
+            return held_by_this_task()
+
+        async def main() -> None:
+            permit = begun(place)
+            assert await descend(5000) == [permit]
+
+        asyncio.run(main())
 
     async def test_a_task_holds_what_was_handed_over_to_it(self, place: Place) -> None:
         """Whoever holds them waits for this context and for nothing else."""
@@ -277,9 +351,24 @@ class TestTask:
             return held_by_this_task() + held_by_this_thread()
 
         async def inside() -> list[Permit]:
-            return await asyncio.create_task(deeper())
+            task = asyncio.create_task(deeper())
+            await asyncio.wait([task])
+            return task.result()
 
         assert await asyncio.get_running_loop().create_task(inside(), context=context) == []
+
+    def test_a_thread_holds_what_was_handed_over_to_it(self, place: Place) -> None:
+        """Whatever context it is in, for as long as it is waited for."""
+        permit = begun(place)
+        context = contextvars.Context()
+        link = hand_over([permit], context)
+        assert link is not None
+        with link:
+            assert contextvars.Context().run(held_by_this_thread) == [permit]
+            with ThreadPoolExecutor(1) as threads:
+                assert threads.submit(context.run, held_by_this_thread).result() == []
+            permit.end()
+            assert contextvars.Context().run(held_by_this_thread) == []
 
     def test_nothing_to_hand_over(self) -> None:
         """No holder, no link."""
