@@ -176,7 +176,7 @@ def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
         return background.stream(chunks if link is None else _achunks_linked(link, chunks), context)
 
     if bridge == "error":
-        return replace(side, run=_refuse(side.fn, "sync"), kind="missing")
+        return replace(side, run=_refuse(side.fn), kind="missing")
     entry = stream if side.shape.is_generator else run
     return replace(side, run=entry if gate is None else _limited(entry, side.shape, gate), kind="bridged")
 
@@ -184,7 +184,7 @@ def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
 def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
     """Make the async side of a sync function: on threads of its own, or on the executor that it was given."""
     if bridge == "error":
-        return replace(side, run=_arefuse(side.fn, "async"), kind="missing")
+        return replace(side, run=_arefuse(side.fn, side.shape), kind="missing")
     if isinstance(bridge, Executor):
         return replace(side, run=_delegated(side.fn, side.shape, gate, bridge), kind="bridged")
 
@@ -410,22 +410,25 @@ def _end_with(permit: Pass, error: BaseException, _: Future[Any]) -> None:
     permit.end(error)
 
 
-def _refuse(fn: Function, colour: str) -> Function:
+def _refuse(fn: Function) -> Function:
     def run(*_args: Any, **_kwargs: Any) -> Any:
-        raise BridgeError(_refusal(fn, colour))
+        raise BridgeError(_refusal(fn, "sync", "sync"))
 
     return run
 
 
-def _arefuse(fn: Function, colour: str) -> Function:
+def _arefuse(fn: Function, shape: Shape) -> Function:
     async def run(*_args: Any, **_kwargs: Any) -> Any:
-        raise BridgeError(_refusal(fn, colour))
+        raise BridgeError(_refusal(fn, "async", "async_"))
 
-    return run
+    async def stream(*_args: Any, **_kwargs: Any) -> AsyncIterator[Any]:
+        await run()
+        yield
+
+    return stream if shape.is_generator else run
 
 
-def _refusal(fn: Function, colour: str) -> str:
-    argument = "async_" if colour == "async" else "sync"
+def _refusal(fn: Function, colour: str, argument: str) -> str:
     return (
         f'{describe(fn)} has no {colour} side and bridge="error" forbids to make one; '
         f"write it and give it as {argument}=, or drop the bridge argument"

@@ -12,7 +12,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
-from asyncify import Dual, concurrency, dual, watch
+from asyncify import BridgeError, Dual, concurrency, dual, watch
 
 SAFETY_NET = 30
 """Seconds after which a test that hangs fails."""
@@ -1015,3 +1015,23 @@ def test_a_dict_that_is_left_from_within_one_of_its_branches_does_not_wait_for_i
     following.start()
     following.join(SAFETY_NET)
     assert not following.is_alive()  # its slot is free
+
+
+async def test_bridge_error_forbids_to_make_a_side_of_a_generator() -> None:
+    """With `bridge="error"` the missing side raises, on a stream too."""
+
+    @dual(bridge="error", name="sync_feed")
+    def feed(count: int) -> Iterator[str]:
+        yield from Feed().ticks(count)
+
+    @dual(bridge="error", name="async_feed")
+    async def afeed(count: int) -> AsyncIterator[str]:
+        async for tick in Feed().aticks(count):
+            yield tick
+
+    for read in (feed.ainvoke(1), anext(feed.acall(1)), anext(feed.astream(1)), feed.abatch([1])):
+        with pytest.raises(BridgeError, match=r"feed .* has no async side .* give it as async_="):
+            await read
+    for read_sync in (afeed.invoke, lambda count: list(afeed.call(count)), lambda count: list(afeed.stream(count))):
+        with pytest.raises(BridgeError, match=r"feed .* has no sync side .* give it as sync="):
+            read_sync(1)
