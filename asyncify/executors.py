@@ -15,6 +15,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -22,7 +23,7 @@ from typing import Any, cast
 from asyncify.errors import BridgeError, PairError
 from asyncify.signatures import Shape, describe
 
-__all__ = ["Outcome", "Parcel", "Ticket", "check_sendable", "portable_config", "refusal", "ticket_for"]
+__all__ = ["Outcome", "Parcel", "Ticket", "check_sendable", "goes_as_code", "portable_config", "refusal", "ticket_for"]
 
 Function = Callable[..., Any]
 
@@ -85,54 +86,68 @@ def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
 
     What `__main__` is elsewhere is sure only for the processes that Python itself starts.
     """
+    if getattr(fn, "__module__", None) == "__main__" and not isinstance(executor, ProcessPoolExecutor):
+        return None
+    return _ticket_of(fn)
+
+
+def _ticket_of(fn: Function) -> Ticket | None:
     module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    if not module or not qualname or (module == "__main__" and not isinstance(executor, ProcessPoolExecutor)):
+    if not module or not qualname:
         return None
     tickets = (Ticket(module, qualname + way) for way in _WAYS)
     return next((ticket for ticket in tickets if ticket.redeem() is fn), None)
 
 
+_sent: ContextVar[list[object] | None] = ContextVar("asyncify_sent", default=None)
+"""What has gone as code so far, while code is pickled."""
+
+
+def goes_as_code(named: object) -> bool:
+    """Tell whether what is pickled just now has to go without its name: where code of `__main__` is sent."""
+    sent = _sent.get()
+    if sent is None or named.__module__ != "__main__":
+        return False
+    sent.append(named)
+    return True
+
+
 class Parcel:
     """A call, ready to be sent: called in another process, it makes it.
 
-    The arguments are packed here and unpacked by the call: what fails then is the error of this call alone, where a
-    `ProcessPoolExecutor` that has to do it is of no use any more.
+    The arguments, and a function that goes without a ticket, are packed here and unpacked by the call: what fails then
+    is the error of this call alone, where an executor that has to do it is of no use any more.
 
     Raises:
-        PicklingError: the arguments can't be pickled.
+        PicklingError: they can't be pickled.
     """
 
     def __init__(self, fn: Function | Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.fn = fn
-        is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # whose classes are there under that name
+        self.__name__: str = fn.path if isinstance(fn, Ticket) else getattr(fn, "__name__", "call")
+        self._fn = None if not isinstance(fn, Ticket) and "cloudpickle" in sys.modules else fn
         try:
-            self._packed = (pickle.dumps if is_of_main else _dumps)((args, kwargs))
+            self._packed = _pack(fn, args, kwargs) if self._fn is None else _pack_arguments(fn, args, kwargs)
         except Exception as error:
             raise pickle.PicklingError(f"{type(error).__name__}: {error}") from error
 
     def __call__(self) -> Outcome:
         """Make the call; whatever it raises is part of the outcome."""
         try:
-            fn = self.fn.redeem() if isinstance(self.fn, Ticket) else self.fn
-            args, kwargs = self._unpacked(fn)
+            fn, args, kwargs = self._unpacked()
             return Outcome(_packed_result(fn, fn(*args, **kwargs)))
         except Exception as error:  # noqa: BLE001  (it is raised where the call is awaited)
             return Outcome(_packed_error(error), "".join(traceback.format_exception(error)))
 
-    def _unpacked(self, fn: Function) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _unpacked(self) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
+        fn: Any = self._fn.redeem() if isinstance(self._fn, Ticket) else self._fn
         try:
-            args, kwargs = pickle.loads(self._packed)  # noqa: S301  (packed by ourselves)
+            _, code, args, kwargs = pickle.loads(self._packed)  # noqa: S301  (packed by ourselves)
         except Exception as error:
+            what = f"{self.__name__}: its code or its" if fn is None else f"{describe(fn)}: its"
             raise BridgeError(
-                f"{describe(fn)}: its arguments can't be read in its process ({type(error).__name__}: {error}); "
-                "give it plain data"
+                f"{what} arguments can't be read in its process ({type(error).__name__}: {error}); give it plain data"
             ) from error
-        return args, kwargs
-
-    @property
-    def __name__(self) -> str:
-        """What a dashboard calls the task."""
-        return self.fn.path if isinstance(self.fn, Ticket) else getattr(self.fn, "__name__", "call")
+        return fn or code, args, kwargs
 
     def __dask_tokenize__(self) -> str:
         """Tell Dask that no call is like another: it would run equal ones once."""
@@ -205,6 +220,26 @@ def _packed_result(fn: Function, result: Any) -> bytes:
 def _dumps(value: Any) -> bytes:
     pickler: Any = sys.modules.get("cloudpickle", pickle)  # what loky and Dask have loaded
     return bytes(pickler.dumps(value))
+
+
+def _pack(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """Pack a call with the code of its function."""
+    sent: list[object] = []
+    token = _sent.set(sent)
+    try:
+        packed = _dumps((None, fn, args, kwargs))
+        if sent and (ticket := _ticket_of(fn)) is not None:
+            pair = Ticket(ticket.module, fn.__qualname__).redeem()
+            if any(pair is one for one in sent):  # it is made of its function, which has to be complete by then
+                packed = _dumps((pair, fn, args, kwargs))
+    finally:
+        _sent.reset(token)
+    return packed
+
+
+def _pack_arguments(fn: Function | Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # whose classes are there under that name
+    return (pickle.dumps if is_of_main else _dumps)((None, None, args, kwargs))
 
 
 def _packed_error(error: BaseException) -> bytes:

@@ -27,6 +27,7 @@ from typing_extensions import ParamSpec, TypeVar
 from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
+from asyncify.executors import goes_as_code
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
@@ -487,14 +488,18 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def __reduce__(self) -> Any:
         """Pickle a decorated pair by its module and name, any other by its functions."""
-        if self._by_reference:
+        if self._by_reference and not goes_as_code(self):
             return _global_name(self)
         if self._gate is not None:
             raise pickle.PicklingError(
                 f"{describe(self)} has a limit, which holds in one process, so it can't be pickled; decorate a "
-                "function at the top of a module, which is pickled by its name, or limit the pair where it arrives"
+                "function at the top of a module that is imported, which is pickled by its name, or limit the pair "
+                "where it arrives"
             )
-        return copyreg.__newobj__, (type(self),), {k: v for k, v in vars(self).items() if k not in _MADE_ANEW}  # type: ignore[attr-defined]
+        state = {k: v for k, v in vars(self).items() if k not in _MADE_ANEW}
+        if self._by_reference and isinstance(self._bridge, Executor):
+            state["_bridge"] = "thread"  # it goes to a process of that very executor, say
+        return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make anew what was not pickled."""

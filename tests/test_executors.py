@@ -4,6 +4,7 @@ import asyncio
 import gc
 import inspect
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -627,6 +628,83 @@ def test_a_function_of_the_main_program_leaves_the_process(tmp_path):
     )
 
     assert (done.stdout, done.stderr) == ("ABC True\nabc True\n", "")
+
+
+OF_MAIN = """
+import asyncio
+
+import loky  # type: ignore[import-untyped]  # it has no types
+from asyncify import concurrency, dual
+
+pool = loky.get_reusable_executor(max_workers=1)
+
+@dual
+def add(number, by=1):
+    return number + by
+
+@dual(bridge=pool)
+def names_another(number):
+    return add(number) + add.invoke(number)
+
+@dual(bridge=pool)
+def names_itself(number, *, least=0):
+    return number if number <= least else 1 + names_itself(number - 1)
+
+@dual(bridge=pool)
+def ping(number):
+    return pong(number - 1) if number else "ping"
+
+@dual
+def pong(number):
+    return ping(number - 1) if number else "pong"
+
+@concurrency(limit=1)
+@dual(bridge=pool)
+def limited(number):
+    return 2 * number
+
+@dual(bridge=pool)
+def names_limited(number):
+    return limited(number)
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("no number",)
+
+unreadable = Unreadable()
+
+@dual(bridge=pool)
+def names_unreadable(number):
+    return unreadable
+
+async def main():
+    for pair in (names_unreadable, names_limited, names_another, names_itself, ping, limited):
+        try:
+            print(pair.name, await pair.ainvoke(3))
+        except Exception as error:
+            print(type(error).__name__, error)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+    pool.shutdown()
+"""
+
+
+def test_what_a_function_of_the_main_program_names_goes_with_it(tmp_path):
+    """Where `__main__` is another program its pairs go as their functions; what can't be read costs one call alone."""
+    program = tmp_path / "program.py"
+    program.write_text(OF_MAIN)
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=SECONDS, check=False, env=with_package()
+    )
+    first, second, *others = done.stdout.splitlines()
+
+    assert re.match(
+        r"BridgeError names_unreadable: its code or its arguments can't be read in its .* \(ValueErr", first
+    )
+    assert re.match(r"BridgeError __main__\.names_limited .*: __main__\.limited .* has a limit, which holds in", second)
+    assert others == ["names_another 8", "names_itself 3", "ping pong", "limited 6"]
+    assert done.stderr == ""
 
 
 def with_package() -> dict[str, str]:
