@@ -281,7 +281,7 @@ class Link:
     token: Token[Link | None]
 
     def __init__(self, held: list[Permit]) -> None:
-        self.held = held
+        self.held: list[Permit] = held
 
     def begin(self) -> None:
         """Put this context at its end."""
@@ -321,7 +321,7 @@ class Steps:
     token: Token[Steps | None]
 
     def __init__(self, context: Context) -> None:
-        self.context = context
+        self.context: Context = context
         self._reader: asyncio.Task[Any] | None = None
         self._innermost: Permit | None = None
 
