@@ -24,7 +24,7 @@ from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable
 from asyncify.gate import Gate, Pass
 from asyncify.permits import Link, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.relay import Relay
-from asyncify.signatures import Shape, describe, shape_of
+from asyncify.signatures import Shape, describe, shape_of, signature_of
 from asyncify.traps import telling_if_held
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries", "run_in_background"]
@@ -69,27 +69,29 @@ def make_entries(
     gate: Gate | None,
     bridge: Bridge,
     name: str,
+    called_like: Function,
     warn: bool = False,
 ) -> Entries:
     """Put the limit around both sides, and make the one that is missing.
 
-    With `warn`, a sync call that is made on an event loop and holds it is told.
+    Both take their input as `called_like` does: a mock that has come in the place of a side has no parameters of its
+    own. With `warn`, a sync call that is made on an event loop and holds it is told.
     """
-    fn = sync or async_
-    if fn is None:
-        raise AssertionError("a pair has at least one side")
     if gate is not None:
-        gate = gate.before(fn)
-    make = partial(_entries, None if sync is None else _side(sync), gate=gate, bridge=bridge, name=name, warn=warn)
+        gate = gate.before(called_like)
+    own = None if signature_of(called_like) is None else shape_of(called_like)
+    first = None if sync is None else _side(sync, own)
+    make = partial(_entries, first, gate=gate, bridge=bridge, name=name, warn=warn)
     if async_ is None:
         return make(None)
-    side = _side(async_)
+    side = _side(async_, own)
     watched = replace(side, run=timed(async_, name, is_generator=side.shape.is_generator))
     return replace(make(side), timed=make(watched))
 
 
-def _side(fn: Function) -> Entry:
-    return Entry(fn, fn, shape_of(fn), "native")
+def _side(fn: Function, own: Shape | None) -> Entry:
+    shape = shape_of(fn)
+    return Entry(fn, fn, shape if own is None else shape.called_like(own), "native")
 
 
 def _entries(

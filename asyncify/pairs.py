@@ -18,7 +18,7 @@ from types import CodeType, TracebackType
 from typing import Any
 
 from asyncify.blocks import Block
-from asyncify.entries import Entries, Entry, Kind, make_entries
+from asyncify.entries import Entries, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.gate import ForeignLimiter, KeyedLimiter
 from asyncify.limiter import Limiter
@@ -264,15 +264,16 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, async_: Function | None) -> Entries:
     _check_fakes(pair, fake, sync, async_)
     if is_pair(fake):
-        entries = fake.entries
-    else:
-        if fake is not None:
-            sync, async_ = (None, fake) if is_async(fake) else (fake, None)
-        twin = sync if async_ is None else async_
-        if twin is not None and not is_async(twin):
-            async_ = _on_the_loop(twin)
-        entries = make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name())
-    return _called_like(entries, pair.entries)
+        return _called_like(fake.entries, pair.entries)
+    if fake is not None:
+        sync, async_ = (None, fake) if is_async(fake) else (fake, None)
+    twin = sync if async_ is None else async_
+    if twin is not None and not is_async(twin):
+        async_ = _on_the_loop(twin)
+    if pair.entries.sync.shape.is_generator:
+        sync = sync if sync is None or is_generator(sync) else _streamed(sync)
+        async_ = async_ if async_ is None or is_generator(async_) else _astreamed(async_)
+    return make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name(), called_like=pair.__wrapped__)
 
 
 def _check_fakes(pair: object, fake: Function | None, sync: Function | None, async_: Function | None) -> None:
@@ -314,23 +315,13 @@ def _may_take(fake: Function, own: Shape) -> bool:
 
 
 def _called_like(fake: Entries, own: Entries) -> Entries:
-    """Return the fake's entries, which take their input as the functions do whose place they have."""
+    """Return another pair's entries, which take their input as the functions do whose place they have."""
+    sync, async_ = fake.sync, fake.async_
     return Entries(
-        _one_called_like(fake.sync, own.sync),
-        _one_called_like(fake.async_, own.async_),
+        dataclasses.replace(sync, shape=sync.shape.called_like(own.sync.shape)),
+        dataclasses.replace(async_, shape=async_.shape.called_like(own.async_.shape)),
         timed=None if fake.timed is None else _called_like(fake.timed, own),
     )
-
-
-def _one_called_like(fake: Entry, own: Entry) -> Entry:
-    shape = dataclasses.replace(
-        fake.shape,
-        required=own.shape.required,
-        positional_only=own.shape.positional_only,
-        keyword_only=own.shape.keyword_only,
-        places=own.shape.places,
-    )
-    return dataclasses.replace(fake, shape=shape)
 
 
 def _on_the_loop(fake: Function) -> Function:
@@ -347,6 +338,33 @@ def _on_the_loop(fake: Function) -> Function:
             yield chunk
 
     return stream if is_generator(fake) else run
+
+
+def _streamed(fake: Function) -> Function:
+    """Return a fake of a generator that returns its chunks, or the only one, as one that yields them."""
+
+    @functools.wraps(fake, updated=())
+    def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        result = fake(*args, **kwargs)
+        yield from result if hasattr(result, "__next__") else (result,)
+
+    return stream
+
+
+def _astreamed(fake: Function) -> Function:
+    """Do the same with one that is awaited."""
+
+    @functools.wraps(fake, updated=())
+    async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        result = await fake(*args, **kwargs)
+        if hasattr(result, "__anext__"):
+            async for chunk in result:
+                yield chunk
+        else:
+            for chunk in result if hasattr(result, "__next__") else (result,):
+                yield chunk
+
+    return stream
 
 
 def _record(name: str, pair: AnyDual, origin: _Origin) -> Record:

@@ -214,6 +214,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             gate=self._gate,
             bridge=self._bridge,
             name=self.get_name(),
+            called_like=self.__wrapped__,
             warn=self._warn,
         )
         marks = _COROUTINE_MARKS if self._is_async_def and not self._entries.async_.shape.is_generator else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import functools
 import inspect
@@ -218,6 +219,16 @@ class Shape:
         is_placed = len(self.positional_only) > 1
         takes_input_alone = not (is_spread or is_placed or self.takes_config or self.takes_run_manager)
         object.__setattr__(self, "takes_input_alone", takes_input_alone)
+
+    def called_like(self, own: Shape) -> Shape:
+        """Return the shape of the same function, if it takes its input as another does in whose place it is."""
+        return dataclasses.replace(
+            self,
+            required=own.required,
+            positional_only=own.positional_only,
+            keyword_only=own.keyword_only,
+            places=own.places,
+        )
 
     def arguments(
         self, fn: Callable[..., Any], value: Any, kwargs: Mapping[str, Any]

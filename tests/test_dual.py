@@ -447,3 +447,45 @@ async def test_a_side_that_is_replaced_runs(side: str, *, limited: bool) -> None
         assert replaced == "FAKE X"
 
     assert (pipe.invoke("x"), await pipe.ainvoke("x")) == before
+
+
+def _rate(base: str, quote: str) -> str:
+    return f"{base}{quote}"
+
+
+async def _arate(base: str, quote: str) -> str:
+    return f"{base}{quote}"
+
+
+@pytest.mark.parametrize("side", ["func", "afunc"])
+async def test_a_mock_in_the_place_of_a_side_is_called_as_that_is(side: str) -> None:
+    """A mock's own parameters say nothing: the input is spread, and what `key=` and `cost=` see is as it was."""
+    seen: list[dict[str, str]] = []
+
+    def note(call: Any) -> str:
+        seen.append(dict(call))
+        return "all"
+
+    limited = concurrency(per_second=1000, key=note, cost=lambda call: len(call["base"]))
+    written, mocks = (_rate, mock.Mock) if side == "func" else (_arate, mock.AsyncMock)
+    pair: Any = limited(Dual(written))
+    value = {"base": "EUR", "quote": "CHF"}
+    with mock.patch.object(pair, side, mocks(return_value=1)) as made:
+        assert pair.invoke(value) == 1
+        assert await pair.ainvoke(value) == 1
+
+    assert made.call_args_list == [mock.call(**value)] * 2
+    assert seen == [value] * 2
+
+
+async def test_a_function_may_be_false() -> None:
+    """As a mock with a length is, and any object that says so."""
+
+    class Empty(list[str]):
+        def __call__(self, query: str) -> str:
+            return f"sync {query}"
+
+    pair: Any = Dual(Empty())
+
+    assert pair.invoke("x") == "sync x"
+    assert await pair.ainvoke("x") == "sync x"

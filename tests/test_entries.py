@@ -44,7 +44,7 @@ Side = Callable[..., Any] | None
 def entries(sides: tuple[Side, Side], limiter: Limiter | None = None, bridge: Bridge = "thread") -> Entries:
     """Make the entries of a pair that has these sides, sync and async."""
     gate = None if limiter is None else Gate(limiter)
-    return make_entries(*sides, gate=gate, bridge=bridge, name="fetch")
+    return make_entries(*sides, gate=gate, bridge=bridge, name="fetch", called_like=fetch)
 
 
 SIDES = [

@@ -360,6 +360,38 @@ async def test_a_generator_fakes_a_streaming_pair() -> None:
         assert [chunk async for chunk in ticks.astream("EUR")] == ["fake ", "EUR"]
 
 
+async def _aticks(query: str) -> AsyncIterator[str]:
+    yield query
+    yield "!"
+
+
+@pytest.mark.parametrize(
+    ("fakes", "chunks"),
+    [
+        pytest.param({"fake": lambda query: iter([query, "!"])}, ["x", "!"], id="iterator"),
+        pytest.param({"fake": Mock(side_effect=lambda query: iter([query, "!"]))}, ["x", "!"], id="mock"),
+        pytest.param({"fake": AsyncMock(side_effect=lambda query: iter([query, "!"]))}, ["x", "!"], id="async"),
+        pytest.param({"sync": lambda query: iter([query, "!"]), "async_": _aticks}, ["x", "!"], id="each its own"),
+        pytest.param(
+            {"sync": lambda query: iter([query, "!"]), "async_": lambda query: _aticks(query)},  # noqa: PLW0108
+            ["x", "!"],
+            id="a function that returns an async generator",
+        ),
+        pytest.param({"fake": lambda query: [query, "!"]}, [["x", "!"]], id="one chunk"),
+    ],
+)
+async def test_what_a_fake_of_a_generator_returns_is_streamed(fakes: dict[str, Any], chunks: list[Any]) -> None:
+    """A lambda can't yield, and a mock does not: an iterator that they return is what the function would have given."""
+
+    @dual
+    def feed(query: str) -> Iterator[str]:
+        yield query
+
+    with registry.override(feed, **fakes):
+        assert list(feed.stream("x")) == chunks
+        assert [chunk async for chunk in feed.astream("x")] == chunks
+
+
 def test_the_second_side_may_come_while_a_fake_is_there() -> None:
     """A pair that is completed during an override keeps its fake until the end of it."""
 
