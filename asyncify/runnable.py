@@ -43,7 +43,7 @@ from asyncify.schemas import (
     tool_of,
     tool_schema,
 )
-from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, same_parameters
+from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, plain, same_parameters
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = [
@@ -71,18 +71,48 @@ Function = Callable[..., Any]
 Binding = Literal["instance", "class", "nothing"]
 
 
-def _coroutine_marks() -> dict[str, object]:
-    """Return the attributes by which frameworks tell a coroutine function: by `asyncio`, and from 3.12 on `inspect`."""
-    mark: Callable[[Function], Function] = getattr(inspect, "markcoroutinefunction", lambda fn: fn)
-    return {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None), **vars(mark(lambda: None))}
+def _coroutine_marks(fn: Function) -> dict[str, object]:
+    """Return the attributes by which frameworks tell a coroutine function, by `asyncio` or by `inspect`.
+
+    Before Python 3.12 the latter takes no mark, but looks at the code of whatever has a function's attributes.
+    """
+    marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
+    if sys.version_info >= (3, 12):
+        return marks | vars(inspect.markcoroutinefunction(lambda: None))
+    written = plain(inspect.unwrap(fn))
+    return marks | {name: getattr(written, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")}
 
 
-_COROUTINE_MARKS = _coroutine_marks()
+_COROUTINE_MARKS = frozenset(_coroutine_marks(lambda: None))
 
 
 @final
 class Nothing:
     """To a checker, what no function returns: only `Any` passes for it, and the result of what never returns."""
+
+
+class _Side:
+    """A side of a pair, kept on it under another name.
+
+    A class that decorates functions keeps its own in `func`, as LangGraph's `task` does, and then copies all that the
+    function keeps by `functools.update_wrapper`: it would run the side, without its limit.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self._kept = f"_{name}"
+
+    def __get__(self, pair: object, owner: type) -> Function:
+        if pair is not None and self._kept in vars(pair):
+            return cast("Function", vars(pair)[self._kept])
+        raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}", name=self._name, obj=pair)
+
+    def __set__(self, pair: object, side: Function) -> None:
+        vars(pair)[self._kept] = side
+
+    def __delete__(self, pair: object) -> None:
+        self.__get__(pair, type(pair))
+        del vars(pair)[self._kept]
 
 
 class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
@@ -114,6 +144,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     __wrapped__: Function
 
     if not TYPE_CHECKING:
+        func = _Side()
+        afunc = _Side()
 
         def __class_getitem__(cls, given: Any) -> Any:
             """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
@@ -217,8 +249,10 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             called_like=self.__wrapped__,
             warn=self._warn,
         )
-        marks = _COROUTINE_MARKS if self._is_async_def and not self._entries.async_.shape.is_generator else {}
-        vars(self).update({name: marks.get(name) for name in _COROUTINE_MARKS})
+        is_coroutine_function = self._is_async_def and not self._entries.async_.shape.is_generator
+        for name in _COROUTINE_MARKS:
+            vars(self).pop(name, None)
+        vars(self).update(_coroutine_marks(self.__wrapped__) if is_coroutine_function else {})
         self.set_fakes(self._fakes)
 
     def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
@@ -535,7 +569,7 @@ class _Bound(Dual[Any, Any]):
         self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def
         if pair._is_async_def:
-            vars(self).update({name: vars(pair)[name] for name in _COROUTINE_MARKS})
+            vars(self).update({name: mark for name, mark in vars(pair).items() if name in _COROUTINE_MARKS})
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
         if hasattr(pair, "func"):
@@ -546,7 +580,7 @@ class _Bound(Dual[Any, Any]):
     def __getattr__(self, name: str) -> Any:
         """Find what a subclass keeps on its pairs; their sides and their dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
-        if name in kept and name not in ("func", "afunc") and not name.startswith("__"):
+        if name in kept and name not in ("_func", "_afunc") and not name.startswith("__"):
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 

@@ -5,12 +5,12 @@ import functools
 import inspect
 import operator
 import pydoc
-import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from unittest import mock
 
 import pytest
+from langgraph.func import entrypoint, task
 
 from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
 
@@ -422,10 +422,10 @@ def _coroutine_functions() -> dict[str, tuple[Any, bool]]:
 
 @pytest.mark.parametrize(("pair", "is_coroutine_function"), _coroutine_functions().values(), ids=_coroutine_functions())
 def test_a_framework_is_told_whether_to_await_it(pair: Any, *, is_coroutine_function: bool) -> None:
-    """Or a callback that is a pair of an `async def` would never run. Of `inspect`'s own Python 3.11 lets none tell."""
+    """Or a callback that is a pair of an `async def` would never run."""
     assert asyncio.iscoroutinefunction(pair) is is_coroutine_function
-    if sys.version_info >= (3, 12):
-        assert inspect.iscoroutinefunction(pair) is is_coroutine_function
+    assert inspect.iscoroutinefunction(pair) is is_coroutine_function
+    assert inspect.iscoroutinefunction(functools.partial(pair, "x")) is is_coroutine_function
 
 
 @pytest.mark.parametrize("side", ["func", "afunc"])
@@ -476,6 +476,41 @@ async def test_a_mock_in_the_place_of_a_side_is_called_as_that_is(side: str) -> 
 
     assert made.call_args_list == [mock.call(**value)] * 2
     assert seen == [value] * 2
+
+
+class _Decorated:
+    """What a decorator that is a class makes: it keeps its function as `func`, and all that the function keeps."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        functools.update_wrapper(self, func)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.func(*args)
+
+
+def test_a_decorator_that_is_a_class_keeps_the_limit() -> None:
+    """What it copies of a pair is not the pair's side without the limit."""
+    pair: Any = concurrency(limit=1)(fetch_sync)
+    decorated: Any = _Decorated(pair)
+
+    assert decorated.func is pair
+    assert decorated("x") == "sync x"
+    assert pair.limiter.stats().admitted == 1
+
+
+@pytest.mark.parametrize("written", [fetch_sync, fetch_async])
+async def test_a_task_of_langgraph_keeps_the_limit(written: Callable[..., Any]) -> None:
+    """Its `task` is such a decorator, and awaits an `async def`."""
+    pair: Any = concurrency(limit=1)(dual(written, name=f"task of {written.__name__}"))
+    made: Any = task(pair)
+
+    @entrypoint()
+    async def flow(query: str) -> list[str]:
+        return list(await asyncio.gather(made(query), made(query)))
+
+    assert await flow.ainvoke("x") == [await pair.acall("x")] * 2
+    assert pair.limiter.stats().admitted == 3
 
 
 async def test_a_function_may_be_false() -> None:
