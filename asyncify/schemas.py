@@ -177,10 +177,15 @@ def _check_names(fn: Function) -> None:
     """Check that a model has arguments to give, and that what a tool hands on beside the input reaches the function.
 
     Raises:
-        PairError: there are none, or one is called as something of LangChain's own.
+        PairError: there are none, or one is called as something of LangChain's own or as what pydantic keeps private.
     """
     if all(parameter.name == _CALLBACKS for parameter in _parameters(fn)):
         raise PairError(f"{describe(fn)} can't be a tool: it has no parameter that a model could give by its name")
+    if private := [p.name for p in _parameters(fn) if p.name.startswith("_") and p.default is Parameter.empty]:
+        raise PairError(
+            f"{describe(fn)} can't be a tool: a model gives no argument whose name begins with an underscore; rename "
+            f"{', '.join(private)}"
+        )
     beside = [] if len(shape_of(fn).required) > 1 else [parameter.name for parameter in _parameters(fn)[1:]]
     if taken := RESERVED.intersection(beside):
         raise PairError(
@@ -265,7 +270,13 @@ def _split(fn: Function, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             given[_CALLBACKS] = config.get("callbacks")
     if uses.first is None:
         return given, {}
-    return given.pop(uses.first.name, uses.first.default), given
+    value = given.pop(uses.first.name, uses.first.default)
+    if value is Parameter.empty:
+        raise TypeError(
+            f"{describe(fn)} takes {uses.first.name}: the tool's arguments have no {uses.first.name}; they have "
+            f"{', '.join(given) or 'nothing'}"
+        )
+    return value, given
 
 
 @dataclass(frozen=True, slots=True)

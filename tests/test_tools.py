@@ -1,5 +1,6 @@
 """Pairs as tools, as schemas and in graphs."""
 
+import asyncio
 import functools
 from collections.abc import Iterator  # noqa: F401  (an annotation in a string names it)
 from contextlib import contextmanager
@@ -558,6 +559,30 @@ def test_a_function_without_a_parameter_that_a_model_can_name_is_no_tool(make: A
     """A model gives its arguments by name."""
     with pytest.raises(PairError, match="can't be a tool: it has no parameter that a model could give by its name"):
         make(dual(fn, name=f"nameless_{id(make)}_{id(fn)}"))
+
+
+@each_form
+def test_a_function_with_a_private_parameter_is_no_tool(make: Any) -> None:
+    """Pydantic keeps such a name from the model, and so the function would go without; a default serves."""
+    name = f"private_{id(make)}"
+    for private in (lambda _query: _query, lambda query, _limit: query):
+        with pytest.raises(PairError, match=r"can't be a tool: .* begins with an underscore; rename (_query|_limit)$"):
+            make(dual(private, name=name))
+    assert make(dual(lambda query, _limit=3: query[:_limit], name=name)).invoke({"query": "abcd"}) == "abc"
+
+
+async def test_a_tool_that_is_not_given_what_its_function_needs_says_so() -> None:
+    """A schema of somebody else's may leave it out."""
+
+    class Other(BaseModel):
+        quote: str
+
+    made = fetch.as_tool(args_schema=Other)
+    for run in (made.ainvoke, lambda given: asyncio.to_thread(made.invoke, given)):
+        with pytest.raises(
+            TypeError, match=r"fetch .* takes query: the tool's arguments have no query; they have quote"
+        ):
+            await run({"quote": "EUR"})
 
 
 class Described(BaseModel):
