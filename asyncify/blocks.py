@@ -29,12 +29,21 @@ class Block(ABC):
         """Enter the block for each call of `fn`, until an async one has ended.
 
         Raises:
-            TypeError: `fn` is a generator, which runs after its call.
+            TypeError: `fn` is a generator, which runs after its call; a class; or nothing that can be called.
         """
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        given: Any = fn
+        if type(given) in (staticmethod, classmethod):
+            return cast("Callable[P, T]", type(given)(self(given.__func__)))
+        if not callable(given) or inspect.isclass(given):
             raise TypeError(
-                f"{fn.__qualname__} is a generator, which runs after its call; instead of decorating it, write the "
-                "`with` in it"
+                f"{given!r} is no function, around each call of which a block could be entered; of a class decorate "
+                "the methods"
+            )
+        written = inspect.unwrap(fn)
+        if inspect.isgeneratorfunction(written) or inspect.isasyncgenfunction(written):
+            raise TypeError(
+                f"{written.__qualname__} is a generator, which runs after its call; instead of decorating it, write "
+                "the `with` in it"
             )
 
         @functools.wraps(fn)

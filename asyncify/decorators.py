@@ -302,7 +302,7 @@ def concurrency(
         raise type(error)(f"@concurrency{_on_function(sys._getframe(1))}: {error}") from None
 
     def gate_for(fn: Function) -> Gate:
-        return new_gate(name=name or (_short_name(fn) if limiter is None else None))
+        return new_gate(name=name or (_name_of(fn) if limiter is None else None))
 
     def decorate(fn: Function, /) -> Any:
         pair = unwrapped(fn)
@@ -321,8 +321,10 @@ def concurrency(
     return decorate
 
 
-def _short_name(fn: Function) -> str | None:
-    """Return the name that a function was written with, after that of its class."""
+def _name_of(fn: Function) -> str | None:
+    """Return the name that a pair was given, or else that a function was written with, after that of its class."""
+    if is_pair(fn) and fn.is_named:
+        return fn.name
     name: str = getattr(fn, "__qualname__", "").rpartition("<locals>.")[2]
     return name if name != "<lambda>" else None
 
@@ -370,6 +372,11 @@ def _make_pair(
         check_pair(plain_sync, plain_async, where)
     if isinstance(bridge, Executor) and plain_sync is None:
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
+    if isinstance(bridge, Executor) and plain_async is not None:
+        raise PairError(
+            f"{where}: {describe(fn)} has an async side, {describe(plain_async)}, so nothing is left for the executor "
+            "to run; drop bridge=, or the async side"
+        )
     pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
     pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
     pair.bind_as(_binding_of(decorated))

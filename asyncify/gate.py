@@ -36,7 +36,7 @@ class KeyedLimiter:
     """
 
     def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
-        self.limits: Limits = Limiter(**limits).limits  # bad arguments are told now, and not at the first call
+        self.limits: Limits = Limiter(**limits, name=name).limits  # bad arguments are told now, not at the first call
         self.key = key
         self.name = name
         self._arguments = limits
@@ -191,6 +191,14 @@ class ForeignLimiter:
             await self._limiter.aacquire()
         return _FREE_PASS
 
+    def __eq__(self, other: object) -> bool:
+        """Compare by whose it is: both sides of a pair may bring the same one along."""
+        return isinstance(other, ForeignLimiter) and other._limiter is self._limiter
+
+    def __hash__(self) -> int:
+        """Hash by whose it is."""
+        return id(self._limiter)
+
     def state(self) -> str:
         """Say whose it is."""
         return f"limited by {type(self._limiter).__name__}"
@@ -224,10 +232,17 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def _one_argument(only: Parameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _one_argument(only: Parameter, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if only.kind is Parameter.VAR_KEYWORD:
+        return kwargs
     if args and only.kind is not Parameter.KEYWORD_ONLY:
         return args[0]
-    return kwargs.get(only.name, None if only.default is Parameter.empty else only.default)
+    if only.name in kwargs:
+        return kwargs[only.name]
+    if only.default is not Parameter.empty:
+        return only.default
+    signature.bind(*args, **kwargs)  # it says what is missing
+    return None
 
 
 def _all_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
@@ -262,7 +277,7 @@ class Gate:
         if signature is None:
             return dataclasses.replace(self, _title=describe(fn))
         only = sole_input(fn)
-        make_input = partial(_all_arguments, signature) if only is None else partial(_one_argument, only)
+        make_input = partial(_all_arguments, signature) if only is None else partial(_one_argument, only, signature)
         return dataclasses.replace(self, _title=describe(fn), _input=make_input)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:

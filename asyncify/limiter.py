@@ -70,6 +70,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         limits = Limits.of(limit=slots, burst=burst, per_second=per_second, per_minute=per_minute, per_hour=per_hour)
         if timeout is not None:
             check_positive("timeout", timeout, "timeout=30")
+        _check_name(name)
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
         self.made_by: object = None  # the mark of a limiter with a key, if one has made it
 
@@ -250,6 +251,11 @@ def _adaptive_limit(limit: int | Adaptive | None) -> tuple[AdaptiveLimit | None,
         return None, limit
     adaptive = AdaptiveLimit(limit)
     return adaptive, adaptive.limit
+
+
+def _check_name(name: object) -> None:
+    if name is not None and not (isinstance(name, str) and name):
+        raise TypeError(f'name={name!r} is not a name; write name="quotes"')
 
 
 def _percentile(ordered: list[float], share: float) -> float:

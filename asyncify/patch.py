@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Patch:
 
     def _start(self) -> None:
         if self._module in sys.modules:
-            self._apply(sys.modules[self._module])
+            self._apply(importlib.import_module(self._module))  # which waits for a thread that is importing it
         elif any(self.target == other.target for other in _waiting.get(self._module, ())):
             raise PairError(f"dual_patch: {self.target} is to be patched already, when {self._module} is imported")
         else:

@@ -191,7 +191,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
         super().__init__(func, afunc, name)
-        self._is_named = name is not None
+        self.is_named: bool = name is not None
         self._gate: Gate | None = None
         self._bridge: Bridge = "thread"
         self._warn = True
@@ -218,7 +218,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             self.__isabstractmethod__: bool = getattr(wears, "__isabstractmethod__", False)
             self._is_async_def = is_async(wears)
             own_name = getattr(wears, "__name__", "<lambda>")
-            if own_name != "<lambda>" and not self._is_named:
+            if own_name != "<lambda>" and not self.is_named:
                 self.name = own_name
         self._gate = gate or self._gate
         self._bridge = bridge or self._bridge
@@ -238,6 +238,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def _notice_change(self, name: str) -> None:
         if name in ("func", "afunc") and "_entries" in vars(self) and (hasattr(self, "func") or hasattr(self, "afunc")):
             self._assemble()
+        self.notice_override(name)
 
     def _assemble(self) -> None:
         self._entries = make_entries(
@@ -420,7 +421,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         def batch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `RunnableLambda` does; a bridged sync side with a limit runs all inputs on the background loop."""
             bounded = is_bounded(config) or (self._gate is not None and self._gate.limiter.bounds_calls)
-            if self._live.sync.kind == "bridged" and bounded:
+            if self._live.sync.kind == "bridged" and bounded and not self.runs_by_invoke:
                 return run_in_background(functools.partial(self.abatch, inputs, config, **options))
             return super().batch(inputs, config, **options)
 

@@ -6,6 +6,7 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ _EMPTY_BODY = {
     "RETURN_VALUE",
     "CALL_INTRINSIC_1",  # these two end every coroutine since Python 3.12
     "RERAISE",
-    "LOAD_GLOBAL",  # these, only for `raise NotImplementedError`, with or without a pair of parentheses
+    "LOAD_GLOBAL",  # these, only for `raise NotImplementedError`, with or without parentheses, with or without a text
     "PUSH_NULL",
     "PRECALL",
     "CALL",
@@ -184,10 +185,15 @@ def has_empty_body(fn: Callable[..., Any]) -> bool:
     The last is what a type checker accepts for a stub that promises a result.
     """
     allowed = {"LOAD_CONST": None, "RETURN_CONST": None, "LOAD_GLOBAL": "NotImplementedError"}
+    instructions = list(dis.get_instructions(fn))
+    is_text = [
+        one.opname == "LOAD_CONST" and isinstance(one.argval, str) and after.opname in ("PRECALL", "CALL")
+        for one, after in itertools.pairwise(instructions)
+    ]
     return all(
         instruction.opname in _EMPTY_BODY
-        and (instruction.opname not in allowed or instruction.argval == allowed[instruction.opname])
-        for instruction in dis.get_instructions(fn)
+        and (instruction.opname not in allowed or instruction.argval == allowed[instruction.opname] or is_message)
+        for instruction, is_message in zip(instructions, [*is_text, False], strict=True)
     )
 
 

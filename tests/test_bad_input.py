@@ -148,6 +148,8 @@ BAD_LIMITS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"per_second": 5, "burst": True}, TypeError, r"burst=True: must be a whole number"),
     ({"limit": 1, "timeout": 0}, ValueError, r"timeout=0: must be above 0"),
     ({"limit": 1, "timeout": "3"}, TypeError, r"timeout='3': must be a number"),
+    ({"limit": 1, "name": 3}, TypeError, r"@concurrency: name=3 is not a name; write name="),
+    ({"limit": 1, "key": len, "name": ""}, TypeError, r"@concurrency: name='' is not a name"),
     ({"limiter": 10}, TypeError, r"@concurrency: limiter=10 is no limiter; write limiter=Limiter\(limit=10\)"),
     ({"limiter": Limiter(limit=1), "limit": 2}, TypeError, r"limiter= brings its own limits, so limit can't be given"),
     ({"limiter": Limiter(limit=1), "per_second": 2, "burst": 1}, TypeError, r"so per_second, burst can't be given"),

@@ -241,6 +241,7 @@ def test_a_limiter_is_called_as_its_function() -> None:
 
     assert repr(Desk.quote.limiter) == "<Limiter Desk.quote 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1)(dual(news)).limiter) == "<Limiter news 0/1 in flight, 0 waiting>"
+    assert repr(concurrency(limit=1)(dual(news, name="wire")).limiter) == "<Limiter wire 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1, name="paper")(news).limiter) == "<Limiter paper 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1)(lambda query: query).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limiter=Limiter(limit=1))(news).limiter) == "<Limiter 0/1 in flight, 0 waiting>"

@@ -6,6 +6,7 @@ import inspect
 import operator
 import pydoc
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -524,3 +525,43 @@ async def test_a_function_may_be_false() -> None:
 
     assert pair.invoke("x") == "sync x"
     assert await pair.ainvoke("x") == "sync x"
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_an_invoke_that_is_replaced_runs(*, limited: bool) -> None:
+    """On one pair too a pipe and a batch call what a test has put in its place, as of a `RunnableLambda`."""
+    pair: Any = concurrency(limit=2)(Dual(fetch_async)) if limited else Dual(fetch_async)
+    pipe = pair | Dual(str.upper)
+    real = (pipe.invoke("x"), pair.batch(["x", "y"]), await pipe.ainvoke("x"), await pair.abatch(["x", "y"]))
+
+    with (
+        mock.patch.object(pair, "invoke", side_effect=lambda query, config=None: f"fake {query}"),
+        mock.patch.object(pair, "ainvoke", side_effect=lambda query, config=None: f"afake {query}"),
+    ):
+        assert pipe.invoke("x") == "FAKE X"
+        assert pair.batch(["x", "y"]) == ["fake x", "fake y"]
+        assert await pipe.ainvoke("x") == "AFAKE X"
+        assert await pair.abatch(["x", "y"]) == ["afake x", "afake y"]
+
+    assert (pipe.invoke("x"), pair.batch(["x", "y"]), await pipe.ainvoke("x"), await pair.abatch(["x", "y"])) == real
+
+
+def test_an_invoke_of_a_subclass_runs_in_a_batch_with_a_limit() -> None:
+    """A batch of an async function with a limit goes to the background loop, unless `invoke` is another."""
+
+    class Shouting(Dual[Any, Any]):
+        def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+            return super().invoke(input, config, **kwargs) + "!"
+
+    pair: Any = concurrency(limit=2)(Shouting(fetch_async))
+
+    assert pair.batch(["x", "y"]) == ["async x!", "async y!"]
+
+
+def test_an_executor_beside_an_async_side_is_refused() -> None:
+    """There would be nothing for it to run."""
+    with (
+        ThreadPoolExecutor(1) as threads,
+        pytest.raises(PairError, match=r"fetch_sync .* has an async side, .*fetch_async .*; drop bridge="),
+    ):
+        dual(sync=fetch_sync, async_=fetch_async, bridge=threads)

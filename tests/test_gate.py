@@ -12,6 +12,7 @@ import pytest
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
 
+from asyncify import PairError, concurrency, dual
 from asyncify.adaptive import Adaptive
 from asyncify.background import background
 from asyncify.errors import LimitTimeout
@@ -145,14 +146,36 @@ class TestKeys:
         ]
 
     def test_the_key_of_one_argument_is_the_argument(self) -> None:
-        """By position or by name; None if there is none."""
+        """By position or by name."""
         seen: list[Any] = []
         gate = gate_of(fn=quote, key=lambda query: (seen.append(query), "k")[1], limit=1)  # type: ignore[func-returns-value]
         gate.enter(("EURUSD",), {}).leave()
         gate.enter((), {"pair": "GBPUSD"}).leave()
-        gate.enter((), {}).leave()
 
-        assert seen == ["EURUSD", "GBPUSD", None]
+        assert seen == ["EURUSD", "GBPUSD"]
+
+    def test_the_key_of_arguments_of_any_name_is_a_mapping(self) -> None:
+        """They have no first."""
+        seen: list[Any] = []
+
+        def by_name(**options: str) -> None: ...
+
+        gate = gate_of(key=lambda call: seen.append(dict(call)), fn=by_name, limit=1)
+        gate.enter((), {"pair": "EUR", "tenant": "acme"}).leave()
+
+        assert seen == [{"pair": "EUR", "tenant": "acme"}]
+
+    @both_paths
+    @pytest.mark.parametrize("fn", [quote, convert, lambda pair, **options: pair])
+    async def test_a_call_that_lacks_the_argument_asks_for_no_key(self, path: str, fn: Callable[..., Any]) -> None:
+        """It fails before it waits, as the function would."""
+        seen: list[Any] = []
+        gate = gate_of(key=seen.append, fn=fn, limit=1)
+        with pytest.raises(TypeError, match="missing a required argument: 'pair'"):
+            await pass_through(gate, path, tenant="acme")
+
+        assert seen == []
+        assert repr(gate.limiter) == "<KeyedLimiter 0 keys>"
 
     @both_paths
     async def test_a_key_without_a_hash_is_told(self, path: str) -> None:
@@ -434,6 +457,25 @@ class TestForeignLimiters:
         for end in (granted.leave, granted.end, granted.step_out, granted.move_to_this_thread):
             end()
         assert not gate.limiter.bounds_calls
+
+    def test_both_sides_may_bring_the_same(self) -> None:
+        """It is one limit then, and no two."""
+        shared = AsyncLimiter(5)
+
+        @concurrency(limiter=shared)
+        async def afetch(query: str) -> str:
+            return query
+
+        @concurrency(limiter=shared)
+        def fetch(query: str) -> str:
+            return query
+
+        pair = dual(sync=fetch, async_=afetch, name="both_under_one")
+
+        assert pair.limiter == ForeignLimiter(shared)
+        assert hash(pair.limiter) == hash(ForeignLimiter(shared))
+        with pytest.raises(PairError, match="have a limit each"):
+            dual(sync=fetch, async_=concurrency(limiter=AsyncLimiter(5))(afetch.afunc), name="each_its_own")
 
     def test_repr_tells_whose_it_is(self) -> None:
         """By its class."""

@@ -123,6 +123,49 @@ async def test_an_override_decorates_functions_of_either_colour() -> None:
             yield fetch.invoke("EUR")
 
 
+class _Tests:
+    """Methods that are decorated, inside and out."""
+
+    @registry.override(fetch, _fake)
+    @staticmethod
+    def static() -> Any:
+        """Run with the fake."""
+        return fetch("x")
+
+    @registry.override(fetch, _fake)
+    @classmethod
+    async def of_class(cls) -> Any:
+        """Run with the fake."""
+        return await fetch.acall("x")
+
+
+async def test_an_override_decorates_methods_and_pairs() -> None:
+    """Under it a static method is one, and a pair of an `async def` is awaited."""
+    override = registry.override(fetch, _fake)
+
+    @override
+    @dual
+    async def through_a_pair(query: str) -> Any:
+        await asyncio.sleep(0)
+        return await fetch.acall(query)
+
+    assert await through_a_pair("x") == _Tests.static() == await _Tests.of_class() == _fake("x")
+
+
+def test_what_is_no_function_is_not_decorated() -> None:
+    """A class would come back as a function, which no test runner finds; a pair of a generator runs after its call."""
+    override: Any = registry.override(fetch, _fake)
+    for given in (_Tests, 3):
+        with pytest.raises(TypeError, match="is no function, around each call of which a block could be entered"):
+            override(given)
+    with pytest.raises(TypeError, match="feed is a generator, which runs after its call"):
+
+        @override
+        @dual(name="decorated_feed")
+        def feed(query: str) -> Iterator[Any]:
+            yield fetch(query)
+
+
 async def test_a_pipe_composed_before_runs_the_fake() -> None:
     """Pipes, dicts and bindings that hold the pair need not be made anew."""
     pipe = fetch | RunnableLambda(str.upper)

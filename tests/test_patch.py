@@ -1,9 +1,12 @@
 """`dual_patch`: functions of somebody else's module become pairs where they stand, and are put back."""
 
+import builtins
 import functools
 import importlib
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +16,8 @@ import pytest
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import Dual, PairError, concurrency, dual_patch, registry
+
+SAFETY_NET = 30  # seconds after which a test that hangs fails
 
 SOURCE = '''
 def fetch(query):
@@ -165,6 +170,31 @@ def test_a_module_is_patched_when_it_is_imported(foreign: str) -> None:
 
         assert module.fetch is patch.pair
     assert not isinstance(module.fetch, Dual)
+
+
+def test_a_patch_waits_for_another_thread_that_imports_the_module(foreign: str, tmp_path: Path) -> None:
+    """It is there already, and what is to be patched is not."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go_on.wait(SAFETY_NET)
+
+    vars(builtins)["_hold_import"] = hold
+    (tmp_path / f"{foreign}.py").write_text(f"_hold_import()\n{SOURCE}")
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            importing = threads.submit(importlib.import_module, foreign)
+            assert begun.wait(SAFETY_NET)
+            patching = threads.submit(dual_patch, f"{foreign}:fetch", async_=_afetch)
+            assert not wait([patching], timeout=0.05).done
+            go_on.set()
+            module, patch = importing.result(SAFETY_NET), patching.result(SAFETY_NET)
+    finally:
+        del vars(builtins)["_hold_import"]
+
+    assert module.fetch is patch.pair
+    patch.undo()
 
 
 def test_a_patch_undone_before_the_import_leaves_the_module_alone(foreign: str) -> None:

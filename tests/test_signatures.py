@@ -95,9 +95,29 @@ def _returning_none(query: str) -> None:
     return None  # noqa: RET501
 
 
-@pytest.mark.parametrize("fn", [_docstring_only, _dots, _passing, _async_stub, _async_dots, _returning_none])
+def _not_implemented(query: str) -> str:
+    raise NotImplementedError
+
+
+def _not_implemented_for_a_reason(query: str) -> str:
+    raise NotImplementedError("it is written twice")
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        _docstring_only,
+        _dots,
+        _passing,
+        _async_stub,
+        _async_dots,
+        _returning_none,
+        _not_implemented,
+        _not_implemented_for_a_reason,
+    ],
+)
 def test_an_empty_body_is_empty(fn: Callable[..., object]) -> None:
-    """A docstring, _dots, `pass` and `return None` do nothing, in either colour."""
+    """A docstring, _dots, `pass`, `return None` and `raise NotImplementedError` do nothing, in either colour."""
     assert has_empty_body(fn)
 
 
@@ -114,6 +134,7 @@ def _failing(query: str) -> str:
         _async_generator,
         _failing,
         pytest.param(lambda query: 0, id="returns a constant"),
+        pytest.param(lambda query: "text", id="returns a text"),
         pytest.param(lambda query: print, id="reads a global"),
     ],
 )
