@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from _thread import get_ident
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +17,7 @@ from langchain_core.utils.iter import safetee
 
 from asyncify.background import END, Source, background
 from asyncify.bridge import ThreadPool
+from asyncify.fanout import until_ended
 from asyncify.scopes import CancelScope
 from asyncify.streams import closable
 
@@ -128,16 +129,21 @@ async def amerge(
         await _close({tasks[key]: answer for answer, key in answers.items()}, tasks.values())
 
 
-async def _close(asked: Mapping[asyncio.Task[None], asyncio.Future[Any]], tasks: Iterable[asyncio.Task[None]]) -> None:
+async def _close(
+    asked: Mapping[asyncio.Task[None], asyncio.Future[Any]], tasks: Collection[asyncio.Task[None]]
+) -> None:
     """Wait for the end of the branches, and raise the error of a generator that can't be closed."""
     for task, answer in asked.items():
         if not answer.done():  # it is in the middle of a chunk
             task.cancel()
-    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    interrupted = await until_ended(tasks)
     for answer in asked.values():
         if answer.done():
             answer.exception()  # it comes too late to be of use
-    for error in ended:
+    errors = [task.exception() for task in tasks if not task.cancelled()]
+    if interrupted is not None:
+        raise interrupted
+    for error in errors:
         if isinstance(error, Exception):
             raise error
 

@@ -218,8 +218,10 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
         if link is not None:
             chunks = _chunks_linked(link, chunks)
         async with aclosing(pool.stream(chunks, ended, context)) as threaded:
-            async for chunk in threaded:
-                yield chunk
+            relay: Relay[Any] = Relay(threaded)
+            async for chunk in relay:
+                with relay:
+                    yield chunk
 
     return stream if shape.is_generator else run
 

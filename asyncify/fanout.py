@@ -40,6 +40,7 @@ __all__ = [
     "is_raised",
     "outcome",
     "tell_of_closing",
+    "until_ended",
 ]
 
 Ended = tuple[int, Any, BaseException | None]
@@ -84,6 +85,17 @@ def tell_of_closing(closing: BaseException, error: BaseException | None) -> None
     if error is None or isinstance(error, GeneratorExit):
         raise closing
     error.add_note(f"The source raised {closing!r} as it was closed.")
+
+
+async def until_ended(tasks: Iterable[asyncio.Task[Any]]) -> asyncio.CancelledError | None:
+    """Wait for the end of all, however often this wait is itself cancelled; return the last of these cancellations."""
+    interrupted: asyncio.CancelledError | None = None
+    while alive := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(alive)
+        except asyncio.CancelledError as interruption:
+            interrupted = interruption
+    return interrupted
 
 
 class _Signal:
@@ -154,17 +166,12 @@ class Tasks:
         Raises:
             Exception: what the source has raised as it was closed, unless there is another error under way.
         """
-        interrupted: asyncio.CancelledError | None = None
         self._is_over = True
         is_closed = self._feeder.done()
         self._feeder.cancel()
         for task in self._alive:
             task.cancel()
-        while self._alive or not self._feeder.done():
-            try:
-                await asyncio.wait([self._feeder, *self._alive])
-            except asyncio.CancelledError as interruption:
-                interrupted = interruption
+        interrupted = await until_ended([self._feeder, *self._alive])
         if not is_closed and not self._feeder.cancelled() and (closing := self._feeder.exception()) is not None:
             tell_of_closing(closing, interrupted or error)
         if interrupted is not None:

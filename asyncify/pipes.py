@@ -22,6 +22,7 @@ from asyncify.background import background
 from asyncify.batches import Batches, check_configs, checked_count
 from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
+from asyncify.fanout import until_ended
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
 from asyncify.scopes import CancelScope
@@ -258,11 +259,12 @@ class DualParallel(Piped, RunnableParallel[Input]):
         config, steps = config_of_steps(config), dict(self.steps__)
         tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
         try:
-            outputs = await asyncio.gather(*tasks)
+            outputs = await _results(tasks)
         except BaseException:  # of a branch, or because this task was cancelled
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if (interrupted := await until_ended(tasks)) is not None:
+                raise interrupted from None
             raise
         return dict(zip(steps, outputs, strict=True))
 
@@ -314,6 +316,24 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def lc_id(cls) -> list[str]:
         """Return the id of `RunnableParallel`."""
         return RunnableParallel.lc_id()
+
+
+async def _results(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
+    """Return the results of all, or raise the first error; who cancels this does not cancel them, as of `gather`."""
+    decided: asyncio.Future[asyncio.Task[Any]] = asyncio.get_running_loop().create_future()
+    alive = set(tasks)
+
+    def note(task: asyncio.Task[Any]) -> None:
+        alive.discard(task)
+        has_failed = task.cancelled() or task.exception() is not None
+        if not decided.done() and (has_failed or not alive):
+            decided.set_result(task)
+
+    for task in tasks:
+        task.add_done_callback(note)
+    if tasks:
+        (await decided).result()
+    return [task.result() for task in tasks]
 
 
 def _bound(config: RunnableConfig) -> int | None:

@@ -1,10 +1,10 @@
 """A pair composes in LCEL wherever a `RunnableLambda` does."""
 
 import asyncio
-import contextlib
+import gc
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -440,10 +440,17 @@ async def test_a_dict_of_pairs_leaves_no_branch_running_behind_an_error_async(ca
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running() -> None:
-    """Who cancels it, twice even, hears of it when all branches have ended."""
+async def _read(chunks: AsyncIterator[Any]) -> list[Any]:
+    return [chunk async for chunk in chunks]
+
+
+@pytest.mark.parametrize("call", ["ainvoke", "astream"])
+async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running(call: str) -> None:
+    """Who cancels it, twice even, hears of it when all branches have ended, whose clean-ups are not cut off."""
     begun: list[str] = []
     ended: list[str] = []
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
 
     def branch(name: str, steps: int) -> Any:
         async def wait(number: int) -> int:
@@ -452,16 +459,17 @@ async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running() -> N
                 await asyncio.wait_for(asyncio.Event().wait(), 30)
             finally:
                 for _ in range(steps):
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.sleep(0)
+                    await asyncio.sleep(0)
                 ended.append(name)
+                if name == "c":
+                    raise ValueError("too late")
             return number
 
         return Dual(wait)
 
-    pipe: Any = Dual(_pass_on) | {"a": branch("a", 1), "b": branch("b", 20)}
-    running = asyncio.create_task(pipe.ainvoke(1))
-    await until(lambda: len(begun) == 2)
+    pipe: Any = Dual(_pass_on) | {"a": branch("a", 1), "b": branch("b", 20), "c": branch("c", 10)}
+    running = asyncio.create_task(pipe.ainvoke(1) if call == "ainvoke" else _read(pipe.astream(1)))
+    await until(lambda: len(begun) == 3)
     running.cancel()
     for _ in range(5):
         await asyncio.sleep(0)
@@ -469,8 +477,19 @@ async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running() -> N
     with pytest.raises(asyncio.CancelledError):
         await running
 
-    assert ended == ["a", "b"]
+    assert ended == ["a", "c", "b"]
     assert asyncio.all_tasks() == {asyncio.current_task()}
+    del running
+    gc.collect()
+    assert complaints == []
+
+
+async def test_a_dict_without_a_branch_gives_an_empty_dict() -> None:
+    """There is nothing to wait for."""
+    nothing: Any = {}
+    pipe: Any = Dual(_pass_on) | nothing
+
+    assert await pipe.ainvoke(1) == pipe.invoke(1) == {}
 
 
 def _add_one(number: int) -> int:

@@ -1035,3 +1035,22 @@ async def test_bridge_error_forbids_to_make_a_side_of_a_generator() -> None:
     for read_sync in (afeed.invoke, lambda count: list(afeed.call(count)), lambda count: list(afeed.stream(count))):
         with pytest.raises(BridgeError, match=r"feed .* has no sync side .* give it as sync="):
             read_sync(1)
+
+
+@pytest.mark.parametrize("call", ["astream", "acall"])
+def test_a_bridged_stream_that_is_left_open_is_closed_with_its_loop(call: str) -> None:
+    """And without a complaint, though the loop closes all async generators at once."""
+    feed = Feed()
+    pair: Any = dual(feed.ticks, name=f"left open by {call}")
+    complaints: list[Any] = []
+    left: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
+        left.append(getattr(pair, call)(5))
+        assert await anext(left[0]) == "0 "
+
+    asyncio.run(main())
+
+    assert feed.closed.wait(SAFETY_NET)
+    assert complaints == []
