@@ -102,7 +102,7 @@ class Checkpoint:
     def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec, *, has_key: bool = False) -> None:
         self.path = path
         self._place = Path(path).absolute()  # a program may go to another directory
-        self._encode, self._decode = _CODECS[codec]
+        self._encode, self._decode, self._instead = _CODECS[codec]
         self._ids = _Ids()
         with self._explained():
             self._reader = self._connect()
@@ -203,7 +203,7 @@ class Checkpoint:
         except Exception as refused:
             raise CheckpointError(
                 f"checkpoint {self.path}: can't keep an output of type {type(output).__name__} as it is: {refused}; "
-                'write codec="pickle", or return plain JSON'
+                f"{self._instead}"
             ) from refused
         if len(encoded) > _LARGEST:
             raise CheckpointError(
@@ -420,10 +420,18 @@ def _as_dict(value: Any) -> dict[object, object]:
     return value  # type: ignore[no-any-return]
 
 
-_CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any]]] = {
-    "json": (_to_json, json.loads),
-    "pickle": (pickle.dumps, pickle.loads),
+def _to_pickle(output: object) -> bytes:
+    """Pickle an output, and see that it comes back: what pickle takes it may not give, and then the call is lost."""
+    pickled = pickle.dumps(output)
+    pickle.loads(pickled)  # noqa: S301  (made one line above)
+    return pickled
+
+
+_CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any], str]] = {
+    "json": (_to_json, json.loads, 'write codec="pickle", or return plain JSON'),
+    "pickle": (_to_pickle, pickle.loads, "return what pickle gives back, such as plain data"),
 }
+"""What writes an output, what reads it, and what to do where the former can't."""
 
 
 # LangChain's text of a message, which is what StrOutputParser returns, is a string that says so when it is called.

@@ -409,7 +409,7 @@ async def _adrive(
 
     fan = Tasks(start, inputs, items.tasks, partial(options.window, items), return_exceptions=return_exceptions)
     async with AsyncExitStack() as stack:
-        journal = stack.enter_context(Journal(await _opened(options), options.key, fan.settle))
+        journal = await stack.enter_async_context(Journal(await _opened(options), options.key, fan.settle))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         await stack.enter_async_context(fan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, Self
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Row, fingerprint
 from asyncify.errors import CheckpointError
-from asyncify.fanout import Ended
+from asyncify.fanout import Ended, until_ended
 
 __all__ = ["Journal", "Key"]
 
@@ -49,6 +50,20 @@ class Journal:
         if self._checkpoint is not None and os.getpid() == self._process:
             with self._checkpoint:
                 self.flush()
+
+    async def __aenter__(self) -> Self:
+        """Return the journal itself."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Do as `__exit__` does, without holding the event loop up: SQLite may have a long log to work in."""
+        if self._checkpoint is None:
+            return
+        closing = asyncio.wrap_future(self._pool.submit(self.__exit__))
+        interrupted = await until_ended([closing])
+        if interrupted is not None:
+            raise interrupted
+        closing.result()
 
     def must_run(self, index: int, value: Any) -> bool:
         """Tell whether an input has to be run: nobody has its output, and nobody is about to."""

@@ -34,6 +34,7 @@ from asyncify import checkpoint as checkpoint_module
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, fingerprint
 from asyncify.journal import Journal
+from tests.crowd import until
 
 Pair = Dual[Any, Any]
 SAFETY_NET = 60  # seconds, for what must never be waited for
@@ -369,6 +370,44 @@ async def test_the_event_loop_does_not_wait_for_the_file(path: Path, monkeypatch
 
     assert recorded_in
     assert threading.get_ident() not in recorded_in
+
+
+async def test_the_event_loop_does_not_wait_for_the_file_to_be_closed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite works a long log into the file then; who is cancelled meanwhile, twice even, waits for its end."""
+    close = Checkpoint.__exit__
+    closed_in: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow_close(self: Checkpoint, *_: object) -> None:
+        begun.set()
+        assert go_on.wait(SAFETY_NET)
+        close(self)
+        closed_in.append(threading.get_ident())
+
+    monkeypatch.setattr(Checkpoint, "__exit__", slow_close)
+
+    async def read() -> None:
+        async for _ in aeach(Counted().pair(), range(3), checkpoint=path):
+            pass
+
+    reading = asyncio.create_task(read())
+    await until(begun.is_set)
+    for _ in range(2):
+        reading.cancel()
+        await asyncio.sleep(0.01)
+    assert not reading.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+    assert len(closed_in) == 1
+    assert threading.get_ident() not in closed_in
+    monkeypatch.undo()
+    counted = Counted()
+    assert [result async for result in aeach(counted.pair(), range(3), checkpoint=path)] == [0, 10, 20]
+    assert not counted.calls
 
 
 def test_a_fork_leaves_the_file_to_its_parent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -742,6 +781,24 @@ async def test_a_stream_that_is_cancelled_while_it_opens_the_file_closes_it(
                 await asyncio.sleep(0.01)
 
     assert openings
+
+
+class _OneWay(Exception):  # noqa: N818  (it is returned)
+    """What pickle takes and does not give back: its constructor wants more than its `args`."""
+
+    def __init__(self, text: str, *, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_pickle_does_not_give_back_is_told_at_once(way: str, path: Path) -> None:
+    """And not by the next run, which would find a call that has been paid for and is lost."""
+    counted = Counted(lambda _: _OneWay("refused", code=429))
+    with pytest.raises(CheckpointError, match=r"an output of type _OneWay as it is: .*; return what pickle gives back"):
+        collect(way, counted.pair(), [1], checkpoint=path, codec="pickle")
+
+    assert collect(way, Counted().pair(), [1], checkpoint=path, codec="pickle") == [10]
 
 
 @pytest.mark.parametrize("way", WAYS)
