@@ -272,7 +272,7 @@ def concurrency(
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
             `BaseRateLimiter`, instead of limits of its own.
-        name: what errors and `repr` call the limiter; by default as the function.
+        name: what errors and `repr` call the limiter; by default as the pair, or else the function.
         warn: False to be told of no traps; by default as `dual` was told.
 
     Returns:
@@ -326,7 +326,7 @@ def _name_of(fn: Function) -> str | None:
     if is_pair(fn) and fn.is_named:
         return fn.name
     name: str = getattr(fn, "__qualname__", "").rpartition("<locals>.")[2]
-    return name if name != "<lambda>" else None
+    return name if name and name != "<lambda>" else None  # a partial has none
 
 
 def _on_function(frame: FrameType) -> str:

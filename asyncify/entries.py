@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable
 from asyncify.gate import Gate, Pass
 from asyncify.permits import Link, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.relay import Relay
-from asyncify.signatures import Shape, describe, shape_of, signature_of
+from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries", "run_in_background"]
@@ -74,12 +74,13 @@ def make_entries(
 ) -> Entries:
     """Put the limit around both sides, and make the one that is missing.
 
-    Both take their input as `called_like` does: a mock that has come in the place of a side has no parameters of its
-    own. With `warn`, a sync call that is made on an event loop and holds it is told.
+    A side without parameters of its own, as a mock that has come in its place, takes its input as `called_like` does.
+    With `warn`, a sync call that is made on an event loop and holds it is told.
     """
+    own = shape_of(called_like)
     if gate is not None:
-        gate = gate.before(called_like)
-    own = None if signature_of(called_like) is None else shape_of(called_like)
+        fn = sync if sync is not None else async_
+        gate = gate.before(called_like if fn is None or shape_of(fn).takes_anything else fn)
     first = None if sync is None else _side(sync, own)
     make = partial(_entries, first, gate=gate, bridge=bridge, name=name, warn=warn)
     if async_ is None:
@@ -89,9 +90,9 @@ def make_entries(
     return replace(make(side), timed=make(watched))
 
 
-def _side(fn: Function, own: Shape | None) -> Entry:
+def _side(fn: Function, own: Shape) -> Entry:
     shape = shape_of(fn)
-    return Entry(fn, fn, shape if own is None else shape.called_like(own), "native")
+    return Entry(fn, fn, shape.called_like(own) if shape.takes_anything else shape, "native")
 
 
 def _entries(
@@ -366,6 +367,7 @@ async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) ->
 def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
     """Return what sends a call of a function to another process."""
     ticket: list[Ticket | None] = []
+    by_code = not isinstance(executor, ProcessPoolExecutor)  # which pickles a function by its name
 
     def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
         if not ticket:  # only now has the pair a name that leads to its function
@@ -373,7 +375,7 @@ def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
         if shape.takes_config and "config" in kwargs:
             kwargs = {**kwargs, "config": portable_config(kwargs["config"])}
         try:
-            return executor.submit(Parcel(ticket[0] or fn, args, kwargs))
+            return executor.submit(Parcel(ticket[0] or fn, args, kwargs, by_code=by_code))
         except Exception as error:
             raise refusal(fn, executor, error) from error
 

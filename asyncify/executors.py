@@ -23,13 +23,26 @@ from typing import Any, cast
 from asyncify.errors import BridgeError, PairError
 from asyncify.signatures import Shape, describe
 
-__all__ = ["Outcome", "Parcel", "Ticket", "check_sendable", "goes_as_code", "portable_config", "refusal", "ticket_for"]
+__all__ = [
+    "SIDE",
+    "Outcome",
+    "Parcel",
+    "Ticket",
+    "check_sendable",
+    "portable_config",
+    "refusal",
+    "sends_code",
+    "ticket_for",
+]
 
 Function = Callable[..., Any]
 
 _PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurrency")
 
-_WAYS = ("", ".func", ".__wrapped__")
+SIDE = "_asyncify_func"
+"""Where a pair keeps its sync side."""
+
+_WAYS = ("", f".{SIDE}", ".__wrapped__")
 """From what a name means to the function itself: it, the side of a pair, what a wrapper wraps."""
 
 
@@ -86,49 +99,54 @@ def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
 
     What `__main__` is elsewhere is sure only for the processes that Python itself starts.
     """
-    if getattr(fn, "__module__", None) == "__main__" and not isinstance(executor, ProcessPoolExecutor):
-        return None
-    return _ticket_of(fn)
-
-
-def _ticket_of(fn: Function) -> Ticket | None:
     module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    if not module or not qualname:
+    if not module or not qualname or (module == "__main__" and not isinstance(executor, ProcessPoolExecutor)):
         return None
     tickets = (Ticket(module, qualname + way) for way in _WAYS)
     return next((ticket for ticket in tickets if ticket.redeem() is fn), None)
 
 
-_sent: ContextVar[list[object] | None] = ContextVar("asyncify_sent", default=None)
-"""What has gone as code so far, while code is pickled."""
+_sends_code: ContextVar[bool] = ContextVar("asyncify_sends_code", default=False)
 
 
-def goes_as_code(named: object) -> bool:
-    """Tell whether what is pickled just now has to go without its name: where code of `__main__` is sent."""
-    sent = _sent.get()
-    if sent is None or named.__module__ != "__main__":
-        return False
-    sent.append(named)
-    return True
+def sends_code() -> bool:
+    """Tell whether the code of a function is pickled just now, for a process in which `__main__` is another."""
+    return _sends_code.get()
 
 
 class Parcel:
     """A call, ready to be sent: called in another process, it makes it.
 
-    The arguments, and a function that goes without a ticket, are packed here and unpacked by the call: what fails then
-    is the error of this call alone, where an executor that has to do it is of no use any more.
+    The arguments are packed here, and the code of a function that goes without a ticket when this is pickled; both are
+    unpacked by the call: what fails then is the error of this call alone, where an executor that has to do it is of no
+    use any more.
+
+    Args:
+        fn: the function, or where it is found.
+        args, kwargs: what it is called with.
+        by_code: whether the executor sends the code of a function that has no ticket.
 
     Raises:
-        PicklingError: they can't be pickled.
+        PicklingError: the arguments can't be pickled.
     """
 
-    def __init__(self, fn: Function | Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, fn: Function | Ticket, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_code: bool) -> None:
         self.__name__: str = fn.path if isinstance(fn, Ticket) else getattr(fn, "__name__", "call")
-        self._fn = None if not isinstance(fn, Ticket) and "cloudpickle" in sys.modules else fn
+        self._fn: Function | Ticket | None = fn
+        self._code: bytes | None = None
+        self._by_code = by_code and not isinstance(fn, Ticket)
+        is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # whose classes are there under that name
         try:
-            self._packed = _pack(fn, args, kwargs) if self._fn is None else _pack_arguments(fn, args, kwargs)
+            self._arguments = (pickle.dumps if is_of_main else _dumps)((args, kwargs))
         except Exception as error:
             raise pickle.PicklingError(f"{type(error).__name__}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: with the code instead of the function, where there is something to pack that."""
+        state = dict(vars(self))
+        if self._by_code and self._fn is not None and "cloudpickle" in sys.modules:
+            state.update(_fn=None, _code=_packed_code(cast("Function", self._fn)))
+        return state
 
     def __call__(self) -> Outcome:
         """Make the call; whatever it raises is part of the outcome."""
@@ -140,14 +158,17 @@ class Parcel:
 
     def _unpacked(self) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
         fn: Any = self._fn.redeem() if isinstance(self._fn, Ticket) else self._fn
+        title = self.__name__ if fn is None else describe(fn)
         try:
-            _, code, args, kwargs = pickle.loads(self._packed)  # noqa: S301  (packed by ourselves)
+            if self._code is not None:
+                fn = pickle.loads(self._code)  # noqa: S301  (packed by ourselves)
+            args, kwargs = pickle.loads(self._arguments)  # noqa: S301  (packed by ourselves)
         except Exception as error:
-            what = f"{self.__name__}: its code or its" if fn is None else f"{describe(fn)}: its"
+            what = "its arguments" if self._code is None else "its code or its arguments"
             raise BridgeError(
-                f"{what} arguments can't be read in its process ({type(error).__name__}: {error}); give it plain data"
+                f"{title}: {what} can't be read in its process ({type(error).__name__}: {error}); give it plain data"
             ) from error
-        return fn or code, args, kwargs
+        return cast("Function", fn), args, kwargs
 
     def __dask_tokenize__(self) -> str:
         """Tell Dask that no call is like another: it would run equal ones once."""
@@ -222,24 +243,26 @@ def _dumps(value: Any) -> bytes:
     return bytes(pickler.dumps(value))
 
 
-def _pack(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    """Pack a call with the code of its function."""
-    sent: list[object] = []
-    token = _sent.set(sent)
+def _packed_code(fn: Function) -> bytes:
+    """Return the code of a function, pickled; or what raises there why it can't be, as each executor hides that."""
+    token = _sends_code.set(True)
     try:
-        packed = _dumps((None, fn, args, kwargs))
-        if sent and (ticket := _ticket_of(fn)) is not None:
-            pair = Ticket(ticket.module, fn.__qualname__).redeem()
-            if any(pair is one for one in sent):  # it is made of its function, which has to be complete by then
-                packed = _dumps((pair, fn, args, kwargs))
+        return _dumps(fn)
+    except Exception as error:  # noqa: BLE001  (anything at all may be raised by a class's own code)
+        return pickle.dumps(_Unsent(f"{describe(fn)}: its code can't be pickled ({type(error).__name__}: {error})"))
     finally:
-        _sent.reset(token)
-    return packed
+        _sends_code.reset(token)
 
 
-def _pack_arguments(fn: Function | Ticket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # whose classes are there under that name
-    return (pickle.dumps if is_of_main else _dumps)((None, None, args, kwargs))
+@dataclass(frozen=True, slots=True)
+class _Unsent:
+    """Stands for a function that could not be sent."""
+
+    why: str
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Say so."""
+        raise BridgeError(self.why)
 
 
 def _packed_error(error: BaseException) -> bytes:

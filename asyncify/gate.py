@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, Signature
+from inspect import BoundArguments, Parameter, Signature
 from typing import Any, Protocol
 
 from aiolimiter import AsyncLimiter
@@ -21,7 +21,7 @@ from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
 from asyncify.meter import Limits, check_cost, check_positive
 from asyncify.permits import Permit, permits
-from asyncify.signatures import describe, is_async, signature_of, sole_input
+from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input
 from asyncify.turnstile import check_affordable
 
 __all__ = ["ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
@@ -234,21 +234,40 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _one_argument(only: Parameter, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if only.kind is Parameter.VAR_KEYWORD:
-        return kwargs
+        return dict(kwargs)
     if args and only.kind is not Parameter.KEYWORD_ONLY:
         return args[0]
     if only.name in kwargs:
         return kwargs[only.name]
     if only.default is not Parameter.empty:
         return only.default
-    signature.bind(*args, **kwargs)  # it says what is missing
+    _bound(signature, args, kwargs)  # it says what is missing
     return None
 
 
 def _all_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    bound = signature.bind(*args, **kwargs)
+    bound = _bound(signature, args, kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+def _bound(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
+    """Bind the arguments of either side, of which the other may be the one that takes a config or a run manager."""
+    given = {name: value for name, value in kwargs.items() if name not in INJECTED or name in signature.parameters}
+    return signature.bind(*args, **given)
+
+
+def _with_optional_injected(signature: Signature) -> Signature:
+    """Return the signature under which a call may go without what LangChain gives to the side that asks for it."""
+    return Signature(
+        [
+            parameter.replace(default=None)
+            if parameter.name in INJECTED and parameter.default is Parameter.empty
+            else parameter
+            for parameter in signature.parameters.values()
+        ],
+        __validate_parameters__=False,  # those behind it may have no default
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +295,7 @@ class Gate:
         signature = signature_of(fn)
         if signature is None:
             return dataclasses.replace(self, _title=describe(fn))
+        signature = _with_optional_injected(signature)
         only = sole_input(fn)
         make_input = partial(_all_arguments, signature) if only is None else partial(_one_argument, only, signature)
         return dataclasses.replace(self, _title=describe(fn), _input=make_input)

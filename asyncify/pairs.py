@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass
 from inspect import Signature
 from types import CodeType, TracebackType
@@ -22,8 +22,10 @@ from asyncify.entries import Entries, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.gate import ForeignLimiter, KeyedLimiter
 from asyncify.limiter import Limiter
+from asyncify.relay import Relay
 from asyncify.runnable import AnyDual, in_its_class, is_pair
 from asyncify.signatures import Shape, code_of, describe, is_async, is_generator, signature_of
+from asyncify.streams import closable
 
 __all__ = ["Record", "Registry", "registry"]
 
@@ -273,7 +275,8 @@ def _fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, a
     if pair.entries.sync.shape.is_generator:
         sync = sync if sync is None or is_generator(sync) else _streamed(sync)
         async_ = async_ if async_ is None or is_generator(async_) else _astreamed(async_)
-    return make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name(), called_like=pair.__wrapped__)
+    made = make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name(), called_like=pair.__wrapped__)
+    return _called_like(made, pair.entries)
 
 
 def _check_fakes(pair: object, fake: Function | None, sync: Function | None, async_: Function | None) -> None:
@@ -315,7 +318,7 @@ def _may_take(fake: Function, own: Shape) -> bool:
 
 
 def _called_like(fake: Entries, own: Entries) -> Entries:
-    """Return another pair's entries, which take their input as the functions do whose place they have."""
+    """Return the fake's entries, which take their input as the functions do whose place they have."""
     sync, async_ = fake.sync, fake.async_
     return Entries(
         dataclasses.replace(sync, shape=sync.shape.called_like(own.sync.shape)),
@@ -345,8 +348,7 @@ def _streamed(fake: Function) -> Function:
 
     @functools.wraps(fake, updated=())
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        result = fake(*args, **kwargs)
-        yield from result if hasattr(result, "__next__") else (result,)
+        yield from _chunks_of(fake(*args, **kwargs))
 
     return stream
 
@@ -356,15 +358,24 @@ def _astreamed(fake: Function) -> Function:
 
     @functools.wraps(fake, updated=())
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        result = await fake(*args, **kwargs)
-        if hasattr(result, "__anext__"):
-            async for chunk in result:
+        result: Any = await fake(*args, **kwargs)
+        if not hasattr(result, "__anext__"):
+            for chunk in _chunks_of(result):
                 yield chunk
-        else:
-            for chunk in result if hasattr(result, "__next__") else (result,):
-                yield chunk
+            return
+        async with aclosing(closable(result)) as chunks:
+            relay: Relay[Any] = Relay(chunks)
+            async for chunk in relay:
+                with relay:
+                    yield chunk
 
     return stream
+
+
+def _chunks_of(result: Any) -> Iterable[Any]:
+    """Return the chunks that a fake gives: what can be nothing else than several, or else the only one."""
+    has_several = type(result) in (list, tuple) or hasattr(result, "__next__")
+    return result if has_several else (result,)
 
 
 def _record(name: str, pair: AnyDual, origin: _Origin) -> Record:

@@ -27,7 +27,7 @@ from typing_extensions import ParamSpec, TypeVar
 from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
-from asyncify.executors import goes_as_code
+from asyncify.executors import SIDE, sends_code
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
@@ -79,7 +79,7 @@ def _coroutine_marks(fn: Function) -> dict[str, object]:
     marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
     if sys.version_info >= (3, 12):
         return marks | vars(inspect.markcoroutinefunction(lambda: None))
-    written = plain(inspect.unwrap(fn))
+    written = plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn))
     return marks | {name: getattr(written, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")}
 
 
@@ -92,20 +92,20 @@ class Nothing:
 
 
 class _Side:
-    """A side of a pair, kept on it under another name.
+    """A side of a pair, kept on it under a name that nobody else uses.
 
-    A class that decorates functions keeps its own in `func`, as LangGraph's `task` does, and then copies all that the
-    function keeps by `functools.update_wrapper`: it would run the side, without its limit.
+    A class that decorates functions keeps its own in `func`, say, as LangGraph's `task` does, and then copies all that
+    the function keeps by `functools.update_wrapper`: it would run the side, without its limit.
     """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-        self._kept = f"_{name}"
+    def __init__(self, kept: str) -> None:
+        self._kept = kept
 
     def __get__(self, pair: object, owner: type) -> Function:
-        if pair is not None and self._kept in vars(pair):
+        try:
             return cast("Function", vars(pair)[self._kept])
-        raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}", name=self._name, obj=pair)
+        except (KeyError, TypeError):
+            raise AttributeError("there is no such side") from None
 
     def __set__(self, pair: object, side: Function) -> None:
         vars(pair)[self._kept] = side
@@ -113,6 +113,9 @@ class _Side:
     def __delete__(self, pair: object) -> None:
         self.__get__(pair, type(pair))
         del vars(pair)[self._kept]
+
+
+_ASYNC_SIDE = "_asyncify_afunc"
 
 
 class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
@@ -144,8 +147,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     __wrapped__: Function
 
     if not TYPE_CHECKING:
-        func = _Side()
-        afunc = _Side()
+        func = _Side(SIDE)
+        afunc = _Side(_ASYNC_SIDE)
 
         def __class_getitem__(cls, given: Any) -> Any:
             """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
@@ -253,7 +256,9 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         is_coroutine_function = self._is_async_def and not self._entries.async_.shape.is_generator
         for name in _COROUTINE_MARKS:
             vars(self).pop(name, None)
-        vars(self).update(_coroutine_marks(self.__wrapped__) if is_coroutine_function else {})
+        if is_coroutine_function:
+            vars(self).update(_coroutine_marks(self.__wrapped__))
+            vars(self).setdefault("__name__", self.get_name())  # of a partial: a function has a name
         self.set_fakes(self._fakes)
 
     def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
@@ -353,6 +358,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         if hasattr(self, "afunc"):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
+        if isinstance(self._bridge, Executor):
+            raise PairError(f"{describe(self)} has its async side by bridge={self._bridge!r}; drop that, or this side")
         plain = function_of(fn, "async")
         _check_is_of_class(self, "sync", sys._getframe(1).f_locals)
         check_pair(self.func, plain, f"{self.get_name()}.async_")
@@ -504,7 +511,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __hash__(self) -> int:  # type: ignore[override]
         """Hash by the sync side, or else the async one, as they are compared by."""
         try:
-            return hash(getattr(self, "func", None) or self.afunc)
+            return hash(self.func if hasattr(self, "func") else self.afunc)
         except TypeError:  # a callable that has no hash
             return id(self)
 
@@ -524,7 +531,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def __reduce__(self) -> Any:
         """Pickle a decorated pair by its module and name, any other by its functions."""
-        if self._by_reference and not goes_as_code(self):
+        if self._by_reference and not (sends_code() and self._has_no_name_elsewhere()):
             return _global_name(self)
         if self._gate is not None:
             raise pickle.PicklingError(
@@ -537,10 +544,26 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             state["_bridge"] = "thread"  # it goes to a process of that very executor, say
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
+    def _has_no_name_elsewhere(self) -> bool:
+        """Whether another program, whose `__main__` is not this one's, finds it nowhere."""
+        try:
+            return self.__module__ == "__main__" or not _global_name(self)
+        except pickle.PicklingError:
+            return True
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make anew what was not pickled."""
+        """Make anew what was not pickled, at the first use: a function that names the pair may not be complete yet."""
         vars(self).update(state, _told=set(), _fakes=(), _on_stub=None)
-        self._assemble()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Put a pair together that was unpickled, when it is first asked for what it is run by or told by."""
+            if name in _MADE_LATE and "_entries" not in vars(self) and "_on_stub" in vars(self):
+                self._assemble()
+                if name in vars(self):
+                    return vars(self)[name]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def __copy__(self) -> Self:
         """Return a decorated pair itself, as of a function; of any other a copy under the same limit, without fakes."""
@@ -549,6 +572,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         made = object.__new__(type(self))
         vars(made).update(vars(self), _told=set(self._told))
         made.set_fakes(())
+        for name in ("invoke", "ainvoke"):
+            made.notice_override(name)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -573,15 +598,15 @@ class _Bound(Dual[Any, Any]):
             vars(self).update({name: mark for name, mark in vars(pair).items() if name in _COROUTINE_MARKS})
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
-        if hasattr(pair, "func"):
-            self.func = MethodType(pair.func, receiver)
-        if hasattr(pair, "afunc"):
-            self.afunc = MethodType(pair.afunc, receiver)
+        own, kept = vars(self), vars(pair)
+        for side in (SIDE, _ASYNC_SIDE):
+            if side in kept:
+                own[side] = MethodType(kept[side], receiver)
 
     def __getattr__(self, name: str) -> Any:
         """Find what a subclass keeps on its pairs; their sides and their dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
-        if name in kept and name not in ("_func", "_afunc") and not name.startswith("__"):
+        if name in kept and name not in (SIDE, _ASYNC_SIDE) and not name.startswith("__"):
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
@@ -680,6 +705,9 @@ def _bound_shape(shape: Shape) -> Shape:
         shape, required=shape.required[1:], positional_only=shape.positional_only[1:], places=shape.places - 1
     )
 
+
+_MADE_LATE = {"_entries", "_live", *_COROUTINE_MARKS}
+"""Attributes of a pair that it has when it has been put together."""
 
 _MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *_COROUTINE_MARKS}
 """Attributes of a pair that are not pickled with it."""

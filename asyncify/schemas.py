@@ -181,7 +181,8 @@ def _check_names(fn: Function) -> None:
     """
     if all(parameter.name == _CALLBACKS for parameter in _parameters(fn)):
         raise PairError(f"{describe(fn)} can't be a tool: it has no parameter that a model could give by its name")
-    if private := [p.name for p in _parameters(fn) if p.name.startswith("_") and p.default is Parameter.empty]:
+    given = [parameter for parameter in _parameters(fn) if parameter.name not in _configs(fn)]
+    if private := [p.name for p in given if p.name.startswith("_") and p.default is Parameter.empty]:
         raise PairError(
             f"{describe(fn)} can't be a tool: a model gives no argument whose name begins with an underscore; rename "
             f"{', '.join(private)}"

@@ -190,7 +190,8 @@ def has_empty_body(fn: Callable[..., Any]) -> bool:
         one.opname == "LOAD_CONST" and isinstance(one.argval, str) and after.opname in ("PRECALL", "CALL")
         for one, after in itertools.pairwise(instructions)
     ]
-    return all(
+    reads, raises = (any(one.opname == name for one in instructions) for name in ("LOAD_GLOBAL", "RAISE_VARARGS"))
+    return reads == raises and all(
         instruction.opname in _EMPTY_BODY
         and (instruction.opname not in allowed or instruction.argval == allowed[instruction.opname] or is_message)
         for instruction, is_message in zip(instructions, [*is_text, False], strict=True)
@@ -264,6 +265,11 @@ class Shape:
                 f"it has {', '.join(map(str, given)) or 'nothing'}"
             )
         return self._by_place(fn, {**given, **kwargs})
+
+    @property
+    def takes_anything(self) -> bool:
+        """Whether it has no parameters of its own, but takes whatever it is given, as a mock does."""
+        return self.places == math.inf and not (self.required or self.positional_only or self.keyword_only)
 
     @property
     def takes_keywords_alone(self) -> bool:

@@ -4,7 +4,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import itemgetter
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -243,7 +246,8 @@ def test_a_limiter_is_called_as_its_function() -> None:
     assert repr(concurrency(limit=1)(dual(news)).limiter) == "<Limiter news 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1)(dual(news, name="wire")).limiter) == "<Limiter wire 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1, name="paper")(news).limiter) == "<Limiter paper 0/1 in flight, 0 waiting>"
-    assert repr(concurrency(limit=1)(lambda query: query).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
+    for nameless in (lambda query: query, partial(round, ndigits=1), itemgetter("a"), Mock()):
+        assert repr(concurrency(limit=1)(nameless).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limiter=Limiter(limit=1))(news).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1, key=str)(news).limiter) == "<KeyedLimiter news 0 keys>"
 

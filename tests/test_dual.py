@@ -1,6 +1,7 @@
 """The five forms of `dual`, on everything that can be called."""
 
 import asyncio
+import copy
 import functools
 import inspect
 import operator
@@ -396,6 +397,10 @@ def test_a_limit_on_the_decorated_side_is_the_limit_of_the_pair() -> None:
     assert registry[f"{__name__}.{fetch.__qualname__}"].pair is fetch
 
 
+async def _told_async(query: str) -> str:
+    return query
+
+
 def _coroutine_functions() -> dict[str, tuple[Any, bool]]:
     class Desk:
         @concurrency(limit=2)
@@ -418,6 +423,9 @@ def _coroutine_functions() -> dict[str, tuple[Any, bool]]:
         "def with an async side": (dual(sync=fetch_sync, async_=fetch_async), False),
         "a stub": (stub, False),
         "async generator": (dual(stream), False),
+        "an async def that wraps a def": (dual(functools.wraps(fetch_sync)(_told_async), name="wraps a def"), True),
+        "a partial": (dual(functools.partial(fetch_async), name="a partial of an async def"), True),
+        "an object with an async call": (dual(AsyncFetcher(), name="an async object"), True),
     }
 
 
@@ -479,25 +487,55 @@ async def test_a_mock_in_the_place_of_a_side_is_called_as_that_is(side: str) -> 
     assert seen == [value] * 2
 
 
-class _Decorated:
-    """What a decorator that is a class makes: it keeps its function as `func`, and all that the function keeps."""
+def test_a_function_in_the_place_of_a_side_is_called_by_its_own_parameters() -> None:
+    """Unlike a mock it has some."""
+    pair: Any = Dual(fetch_sync)
+    pair.func = _rate
+    assert pair.invoke({"base": "EUR", "quote": "CHF"}) == "EURCHF"
+    pair.func = lambda *, query: query
+    assert pair.invoke("x") == "x"
+    pair = Dual(_rate)
+    pair.func = lambda call: call
+    assert pair.invoke({"base": "EUR"}) == {"base": "EUR"}
 
-    def __init__(self, func: Callable[..., Any]) -> None:
-        self.func = func
-        functools.update_wrapper(self, func)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.func(*args)
+def _decorated(fn: Callable[..., Any], kept: str) -> Any:
+    """Return what a decorator that is a class makes: it keeps its function by a name, and what the function keeps."""
+
+    class Decorated:
+        def __init__(self) -> None:
+            setattr(self, kept, fn)
+            functools.update_wrapper(self, fn)
+
+        def __call__(self, *args: Any) -> Any:
+            return getattr(self, kept)(*args)
+
+    return Decorated()
 
 
-def test_a_decorator_that_is_a_class_keeps_the_limit() -> None:
+@pytest.mark.parametrize("kept", ["func", "_func", "fn", "afunc", "side"])
+def test_a_decorator_that_is_a_class_keeps_the_limit(kept: str) -> None:
     """What it copies of a pair is not the pair's side without the limit."""
-    pair: Any = concurrency(limit=1)(fetch_sync)
-    decorated: Any = _Decorated(pair)
+    pair: Any = concurrency(limit=1)(dual(sync=fetch_sync, async_=fetch_async, name=f"decorated_{kept}"))
+    decorated = _decorated(pair, kept)
 
-    assert decorated.func is pair
+    assert getattr(decorated, kept) is pair
     assert decorated("x") == "sync x"
     assert pair.limiter.stats().admitted == 1
+
+
+def test_a_subclass_may_keep_a_function_of_its_own() -> None:
+    """By any name that is not the pair's."""
+
+    class Shouting(Dual[Any, Any]):
+        def __init__(self, func: Callable[[str], str]) -> None:
+            self._func = func
+            super().__init__(self._shout)
+
+        def _shout(self, query: str) -> str:
+            return self._func(query) + "!"
+
+    assert Shouting(str.upper).invoke("x") == "X!"
 
 
 @pytest.mark.parametrize("written", [fetch_sync, fetch_async])
@@ -521,6 +559,10 @@ async def test_a_function_may_be_false() -> None:
         def __call__(self, query: str) -> str:
             return f"sync {query}"
 
+    class Hashed(Empty):
+        __hash__ = object.__hash__  # type: ignore[assignment]  # a list has none
+
+    hash(Dual(Hashed()))
     pair: Any = Dual(Empty())
 
     assert pair.invoke("x") == "sync x"
@@ -560,8 +602,23 @@ def test_an_invoke_of_a_subclass_runs_in_a_batch_with_a_limit() -> None:
 
 def test_an_executor_beside_an_async_side_is_refused() -> None:
     """There would be nothing for it to run."""
-    with (
-        ThreadPoolExecutor(1) as threads,
-        pytest.raises(PairError, match=r"fetch_sync .* has an async side, .*fetch_async .*; drop bridge="),
-    ):
-        dual(sync=fetch_sync, async_=fetch_async, bridge=threads)
+    with ThreadPoolExecutor(1) as threads:
+        with pytest.raises(PairError, match=r"fetch_sync .* has an async side, .*fetch_async .*; drop bridge="):
+            dual(sync=fetch_sync, async_=fetch_async, bridge=threads)
+        pair: Any = dual(fetch_sync, name="by_threads", bridge=threads)
+        with pytest.raises(
+            PairError, match=r"fetch_sync .* has its async side by bridge=<.*>; drop that, or this side"
+        ):
+            pair.async_(fetch_async)
+
+
+def test_a_copy_keeps_an_invoke_of_its_own() -> None:
+    """And not that of the pair that it was copied from."""
+    pair: Any = Dual(fetch_sync)
+    pair.invoke = lambda query, config=None: "first"
+    copied = copy.copy(pair)
+    copied.invoke = lambda query, config=None: "second"
+
+    assert (pair | str.upper).invoke("x") == (pair | Dual(str.upper)).invoke("x") == "FIRST"
+    assert (copied | Dual(str.upper)).invoke("x") == "SECOND"
+    assert (copy.copy(pair) | Dual(str.upper)).invoke("x") == "FIRST"

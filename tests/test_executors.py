@@ -1,6 +1,7 @@
 """A sync side that leaves the process: process pools, loky and Dask, all by `bridge=Executor`."""
 
 import asyncio
+import functools
 import gc
 import inspect
 import os
@@ -631,7 +632,7 @@ def test_a_function_of_the_main_program_leaves_the_process(tmp_path):
 
 
 OF_MAIN = """
-import asyncio
+import asyncio, functools, operator
 
 import loky  # type: ignore[import-untyped]  # it has no types
 from asyncify import concurrency, dual
@@ -663,6 +664,19 @@ def pong(number):
 def limited(number):
     return 2 * number
 
+def factorial(number, *, least=0):
+    return 1 if number <= least else number * both.invoke(number - 1)
+
+async def afactorial(number, *, least=0):
+    return 1
+
+both = dual(sync=factorial, async_=afactorial)
+floor = dual(functools.partial(operator.add, 1))  # whose module holds no pair
+
+@dual(bridge=pool)
+def names_a_function_of_a_pair(number):
+    return factorial(number) + floor.invoke(number)
+
 @dual(bridge=pool)
 def names_limited(number):
     return limited(number)
@@ -678,7 +692,8 @@ def names_unreadable(number):
     return unreadable
 
 async def main():
-    for pair in (names_unreadable, names_limited, names_another, names_itself, ping, limited):
+    refused = (names_unreadable, names_limited)
+    for pair in (*refused, names_another, names_itself, ping, limited, names_a_function_of_a_pair):
         try:
             print(pair.name, await pair.ainvoke(3))
         except Exception as error:
@@ -703,8 +718,57 @@ def test_what_a_function_of_the_main_program_names_goes_with_it(tmp_path):
         r"BridgeError names_unreadable: its code or its arguments can't be read in its .* \(ValueErr", first
     )
     assert re.match(r"BridgeError __main__\.names_limited .*: __main__\.limited .* has a limit, which holds in", second)
-    assert others == ["names_another 8", "names_itself 3", "ping pong", "limited 6"]
+    assert others == ["names_another 8", "names_itself 3", "ping pong", "limited 6", "names_a_function_of_a_pair 10"]
     assert done.stderr == ""
+
+
+LOCK = threading.Lock()
+
+
+def scale(number: int, by: int) -> int:
+    """Multiply under a lock, which no code can take with it."""
+    with LOCK:
+        return number * by
+
+
+def logged(fn: Any) -> Any:
+    """Decorate a pair, as a function that is not the pair."""
+
+    @functools.wraps(fn)
+    async def run(*args: Any) -> Any:
+        return await fn.acall(*args)
+
+    return run
+
+
+@logged
+@dual(bridge=engine)
+def decorated_twice(number: int) -> int:
+    """Have a name that is not the pair's."""
+    return number + 1
+
+
+async def test_processes_of_python_get_a_function_by_its_name_whoever_is_imported():
+    """What loky and Dask send is the code: a partial of a function of a module goes by that one's name."""
+    assert "cloudpickle" in sys.modules  # loky has imported it
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        engine.engine = pool
+        by_name = dual(functools.partial(scale, by=2), name="by_name", bridge=engine)
+
+        assert await by_name.ainvoke(3) == 6
+        assert await decorated_twice(3) == 4
+
+
+async def test_an_executor_of_this_process_runs_the_function_itself():
+    """And not a copy of its code, with copies of what it is about."""
+    numbers: list[int] = []
+    here = Late()
+    with ThreadPoolExecutor(1) as threads:
+        here.engine = threads
+        note = dual(lambda number: numbers.append(number), name="note_here", bridge=here)  # noqa: PLW0108
+        await note.ainvoke(3)
+
+    assert numbers == [3]
 
 
 def with_package() -> dict[str, str]:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter, InMemoryRateLimiter
+from langchain_core.runnables import RunnableConfig
 
-from asyncify import PairError, concurrency, dual
+from asyncify import Dual, PairError, concurrency, dual
 from asyncify.adaptive import Adaptive
 from asyncify.background import background
 from asyncify.errors import LimitTimeout
@@ -176,6 +177,37 @@ class TestKeys:
 
         assert seen == []
         assert repr(gate.limiter) == "<KeyedLimiter 0 keys>"
+
+    @both_paths
+    async def test_the_key_may_take_from_the_mapping(self, path: str) -> None:
+        """It is the key's own."""
+        pair: Any = concurrency(limit=1, key=lambda call: call.pop("tenant"))(lambda **options: options)
+        given = {"tenant": "acme", "pair": "EUR"}
+
+        assert (pair.call(**given) if path == "sync" else await pair.acall(**given)) == given
+
+    @both_paths
+    @pytest.mark.parametrize("stub", [lambda pair, amount: None, lambda pair, amount, config: None])
+    async def test_only_one_of_the_functions_may_ask_for_the_config(self, path: str, stub: Any) -> None:
+        """The key is of the same arguments then."""
+        seen: list[Any] = []
+
+        def fetch(pair: str, amount: int, config: RunnableConfig) -> str:
+            return f"{pair}{amount}{config['tags'][0]}"
+
+        async def afetch(pair: str, amount: int) -> str:
+            return f"{pair}{amount}t"
+
+        def key(call: Any) -> str:
+            seen.append((call["pair"], call["amount"]))
+            return "k"
+
+        made: Any = concurrency(limit=1, key=key)(Dual(fetch, afetch))
+        made.furnish(wears=stub)
+        value, config = {"pair": "EUR", "amount": 3}, {"tags": ["t"]}
+
+        assert (made.invoke(value, config) if path == "sync" else await made.ainvoke(value, config)) == "EUR3t"
+        assert seen == [("EUR", 3)]
 
     @both_paths
     async def test_a_key_without_a_hash_is_told(self, path: str) -> None:

@@ -4,7 +4,8 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
+from functools import wraps
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -158,6 +159,12 @@ def test_what_is_no_function_is_not_decorated() -> None:
     for given in (_Tests, 3):
         with pytest.raises(TypeError, match="is no function, around each call of which a block could be entered"):
             override(given)
+
+    @wraps(_aticks)
+    def collect(query: str) -> list[Any]:
+        return [fetch(query)]
+
+    assert override(collect)("x") == [_fake("x")]
     with pytest.raises(TypeError, match="feed is a generator, which runs after its call"):
 
         @override
@@ -420,7 +427,8 @@ async def _aticks(query: str) -> AsyncIterator[str]:
             ["x", "!"],
             id="a function that returns an async generator",
         ),
-        pytest.param({"fake": lambda query: [query, "!"]}, [["x", "!"]], id="one chunk"),
+        pytest.param({"fake": lambda query: [query, "!"]}, ["x", "!"], id="list"),
+        pytest.param({"fake": lambda query: query + "!"}, ["x!"], id="one chunk"),
     ],
 )
 async def test_what_a_fake_of_a_generator_returns_is_streamed(fakes: dict[str, Any], chunks: list[Any]) -> None:
@@ -433,6 +441,30 @@ async def test_what_a_fake_of_a_generator_returns_is_streamed(fakes: dict[str, A
     with registry.override(feed, **fakes):
         assert list(feed.stream("x")) == chunks
         assert [chunk async for chunk in feed.astream("x")] == chunks
+        assert list(feed("x")) == chunks
+
+
+async def test_an_async_generator_that_a_fake_returns_is_closed_with_the_stream() -> None:
+    """As that of the function."""
+    ended: list[str] = []
+
+    @dual(name="closed_feed")
+    def feed(query: str) -> Iterator[str]:
+        yield query
+
+    async def afeed(query: str) -> AsyncIterator[str]:
+        try:
+            yield query
+            yield "!"
+        finally:
+            ended.append(query)
+
+    with registry.override(feed, sync=lambda query: [query], async_=lambda query: afeed(query)):  # noqa: PLW0108
+        made: Any = feed.acall("x")
+        async with aclosing(made) as chunks:
+            assert await anext(chunks) == "x"
+
+    assert ended == ["x"]
 
 
 def test_the_second_side_may_come_while_a_fake_is_there() -> None:

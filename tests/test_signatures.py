@@ -135,6 +135,7 @@ def _failing(query: str) -> str:
         _failing,
         pytest.param(lambda query: 0, id="returns a constant"),
         pytest.param(lambda query: "text", id="returns a text"),
+        pytest.param(lambda query: NotImplementedError("text"), id="returns an error"),
         pytest.param(lambda query: print, id="reads a global"),
     ],
 )

@@ -568,6 +568,11 @@ def test_a_function_with_a_private_parameter_is_no_tool(make: Any) -> None:
     for private in (lambda _query: _query, lambda query, _limit: query):
         with pytest.raises(PairError, match=r"can't be a tool: .* begins with an underscore; rename (_query|_limit)$"):
             make(dual(private, name=name))
+
+    def tagged(query: str, _config: RunnableConfig) -> str:
+        return f"{query} {_config['tags']}"
+
+    assert make(dual(tagged, name=name)).invoke({"query": "a"}, {"tags": ["t"]}) == "a ['t']"
     assert make(dual(lambda query, _limit=3: query[:_limit], name=name)).invoke({"query": "abcd"}) == "abc"
 
 
