@@ -7,7 +7,7 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
@@ -209,7 +209,7 @@ class BackgroundLoop:
         finally:
             del visit  # the error's traceback holds this frame
 
-    def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Iterator[T]:
+    def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Generator[T]:
         """Yield what an async generator yields, which lives in one task from its first chunk to its end."""
         loop, process = self._free(), os.getpid()
         source = Source(chunks)

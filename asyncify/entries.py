@@ -32,7 +32,8 @@ __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries", "run_in_backgro
 Bridge = Literal["thread", "error"] | Executor
 Kind = Literal["native", "bridged", "missing"]
 Function = Callable[..., Any]
-Submit = Callable[[tuple[Any, ...], dict[str, Any]], Future[Any]]
+Submit = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Future[Any], Callable[[], None]]]
+"""Has a call made, and returns its future and what is to be told when it is waited for no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,12 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
             async with aclosing(fn(*args, **kwargs)) as chunks:
                 relay: Relay[Any] = Relay(chunks)
                 async for chunk in relay:
-                    with relay:
-                        relay.sent = yield chunk
+                    permit.pause()
+                    try:
+                        with relay:
+                            relay.sent = yield chunk
+                    finally:
+                        permit.move_to_this_thread()
         except BaseException as error:
             permit.leave(error)
             raise
@@ -174,9 +179,9 @@ def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
         return run_in_background(partial(side.run, *args, **kwargs))
 
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        context, link = _waited_for_by_thread()
-        chunks = side.run(*args, **kwargs)
-        return background.stream(chunks if link is None else _achunks_linked(link, chunks), context)
+        context, link = background.context_of_waiter(), Link()
+        context.run(link.begin)
+        return _asked(link, background.stream(_achunks_linked(link, side.run(*args, **kwargs)), context))
 
     if bridge == "error":
         return replace(side, run=_refuse(side.fn), kind="missing")
@@ -206,7 +211,12 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
             permit.step_out()
             work, ended = partial(_under, permit, work), permit.end
         context, link = _waited_for_by_task()
-        return await pool.call(_linked(link, work), ended, context)
+        if link is None:
+            return await pool.call(work, ended, context)
+        try:
+            return await pool.call(partial(_call_linked, link, work), ended, context)
+        finally:
+            link.leave()
 
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         chunks: Generator[Any, Any, Any] = fn(*args, **kwargs)
@@ -215,14 +225,16 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
             permit = await gate.aenter(args, kwargs)
             permit.step_out()
             chunks, ended = _chunks_under(permit, chunks), permit.end
-        context, link = _waited_for_by_task()
-        if link is not None:
-            chunks = _chunks_linked(link, chunks)
-        async with aclosing(pool.stream(chunks, ended, context)) as threaded:
-            relay: Relay[Any] = Relay(threaded)
-            async for chunk in relay:
+        context, link = copy_context(), Link()
+        context.run(link.begin)
+        threaded = pool.stream(_chunks_linked(link, chunks), ended, context)
+        relay: Relay[Any] = Relay(threaded)
+        try:
+            while (chunk := await _aasked(link, anext(relay, END))) is not END:
                 with relay:
                     yield chunk
+        finally:
+            await _aasked(link, threaded.aclose())
 
     return stream if shape.is_generator else run
 
@@ -245,35 +257,41 @@ def _waited_for_by_task() -> tuple[Context, Link | None]:
     return context, hand_over(held_by_this_task(), context)
 
 
-def _linked(link: Link | None, work: Callable[[], Any]) -> Callable[[], Any]:
-    return work if link is None else partial(_call_linked, link, work)
-
-
 def _call_linked(link: Link, work: Callable[[], Any]) -> Any:
-    with link:
-        return work()
+    try:
+        with link:
+            return work()
+    finally:
+        link.end()
 
 
 async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
-    with link:
-        return await call()
+    try:
+        with link:
+            return await call()
+    finally:
+        link.end()
 
 
 def _chunks_linked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Yield the chunks; the reader waits while one is made, and not in between."""
-    with closing(chunks):
+    """Yield the chunks; the reader may wait while one is made, and while they are closed, and not in between."""
+    try:
         while True:
             with link:
                 chunk = next(chunks, END)
             if chunk is END:
                 return
             yield chunk
+    finally:
+        with link:
+            chunks.close()
+        link.end()
 
 
 async def _achunks_linked(link: Link, chunks: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-    """Yield the chunks; the reader waits while one is made, and not in between."""
-    async with aclosing(chunks):
-        relay: Relay[Any] = Relay(chunks)
+    """Yield the chunks; the reader may wait while one is made, and while they are closed, and not in between."""
+    relay: Relay[Any] = Relay(chunks)
+    try:
         while True:
             with link:
                 chunk = await anext(relay, END)
@@ -281,6 +299,36 @@ async def _achunks_linked(link: Link, chunks: AsyncGenerator[Any, Any]) -> Async
                 return
             with relay:
                 yield chunk
+    finally:
+        with link:
+            await chunks.aclose()
+        link.end()
+
+
+def _asked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Yield the chunks that another thread makes; whoever asks for one waits with what it holds."""
+
+    def ask(step: Callable[[], Any]) -> Any:
+        link.held = held_by_this_thread()
+        try:
+            return step()
+        finally:
+            link.leave()
+
+    try:
+        while (chunk := ask(partial(next, chunks, END))) is not END:
+            yield chunk
+    finally:
+        ask(chunks.close)
+
+
+async def _aasked(link: Link, step: Awaitable[Any]) -> Any:
+    """Await what another thread does; this task waits with what it holds."""
+    link.held = held_by_this_task()
+    try:
+        return await step
+    finally:
+        link.leave()
 
 
 def _under(permit: Pass, work: Callable[[], Any]) -> Any:
@@ -297,6 +345,10 @@ def _nothing(error: BaseException | None) -> None:
     pass
 
 
+def _no_wait() -> None:
+    pass
+
+
 def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor) -> Function:
     """Run a function by somebody's executor; one of threads gets the caller's context, no other can."""
     if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
@@ -308,10 +360,14 @@ def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor
 def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]], gate: Gate | None) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
         if gate is None:
-            return await receive(submit(args, kwargs))
+            future, leave = submit(args, kwargs)
+            try:
+                return await receive(future)
+            finally:
+                leave()
         permit = await gate.aenter(args, kwargs)
         try:
-            future = submit(args, kwargs)
+            future, leave = submit(args, kwargs)
         except BaseException as error:
             permit.leave(error)
             raise
@@ -322,6 +378,8 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
         except BaseException as error:
             future.add_done_callback(partial(_end_with, permit, error))
             raise
+        finally:
+            leave()
         permit.end()
         return result
 
@@ -330,10 +388,13 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
 
 def _submit_to_threads(
     executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Future[Any]:
+) -> tuple[Future[Any], Callable[[], None]]:
     context, link = _waited_for_by_task()
+    work: Callable[[], Any] = partial(fn, *args, **kwargs)
+    if link is not None:
+        work = partial(_call_linked, link, work)
     try:
-        return executor.submit(context.run, call_guarded, _linked(link, partial(fn, *args, **kwargs)))
+        return executor.submit(context.run, call_guarded, work), _no_wait if link is None else link.leave
     except Exception as error:
         raise refusal(fn, executor, error) from error
 
@@ -369,13 +430,13 @@ def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
     ticket: list[Ticket | None] = []
     by_code = not isinstance(executor, ProcessPoolExecutor)  # which pickles a function by its name
 
-    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
+    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], Callable[[], None]]:
         if not ticket:  # only now has the pair a name that leads to its function
             ticket.append(ticket_for(fn, executor))
         if shape.takes_config and "config" in kwargs:
             kwargs = {**kwargs, "config": portable_config(kwargs["config"])}
         try:
-            return executor.submit(Parcel(ticket[0] or fn, args, kwargs, by_code=by_code))
+            return executor.submit(Parcel(ticket[0] or fn, args, kwargs, by_code=by_code)), _no_wait
         except Exception as error:
             raise refusal(fn, executor, error) from error
 

@@ -142,6 +142,9 @@ class _FreePass:
     def step_out(self) -> None:
         """Do nothing."""
 
+    def pause(self) -> None:
+        """Do nothing."""
+
     def move_to_this_thread(self) -> None:
         """Do nothing."""
 
@@ -223,8 +226,12 @@ class Pass(Protocol):
         """Leave the context of the call, which goes on elsewhere and ends there."""
         ...
 
+    def pause(self) -> None:
+        """Leave the context for a while, as a generator does at its yield."""
+        ...
+
     def move_to_this_thread(self) -> None:
-        """Note that the call now runs in this thread, in a context of its own."""
+        """Note that the call now runs in this thread and in this context."""
         ...
 
 

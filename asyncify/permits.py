@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from _thread import get_ident
+from asyncio import _get_running_loop
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,6 +26,7 @@ __all__ = [
     "held_by_this_task",
     "held_by_this_thread",
     "innermost",
+    "loose",
     "permits",
     "set_innermost",
 ]
@@ -156,6 +159,11 @@ class Permit:
         if innermost.get() is self:
             innermost.set(self.outer)
 
+    def pause(self) -> None:
+        """Leave the context for a while, as a generator does at its yield: its reader may drop it."""
+        if innermost.get() is self:
+            innermost.set(self.outer)
+
     def end(self, error: BaseException | None = None) -> None:
         """End the call, from any thread and any context, a finalizer's included; only the first time counts."""
         if not self.ended:
@@ -208,11 +216,13 @@ def held_by_this_thread() -> list[Permit]:
     held = [permit for permit in permits() if permit.thread == thread]
     for link in tuple(_here.links):
         held += link.alive()
-    return held
+    return list(dict.fromkeys(held))
 
 
 def held_by_this_task() -> list[Permit]:
     """Return the permits that can't end while this task is held up."""
+    if innermost.get() is None and _link.get() is None:
+        return []
     held = _held_by_this_context()
     for context in _contexts_waiting_for(asyncio.current_task()):
         held += _held_by_another(context)
@@ -229,7 +239,7 @@ def _held_by_this_context() -> list[Permit]:
     for permit in reversed(held):
         permit.begin()  # the tokens are spent: wind up again what was unwound
     link = _link.get()
-    if link is not None and _is_own(_link, link.token):
+    if link is not None and link.is_waited_for and _is_own(_link, link.token):
         link.begin()
         held += link.alive()
     return held
@@ -271,34 +281,54 @@ def hand_over(held: list[Permit], context: Context) -> Link | None:
 
 
 class Link:
-    """Permits whose holder waits for a context and, while this is entered, for the thread that it was entered in.
+    """Permits whose holder waits for what runs in a context and, while this is entered, for the thread of that.
 
-    Whatever holds up that thread holds up what runs in it: a task, if it is an event loop's, among others.
+    Whatever holds up that thread holds up what runs in it: a task, if it is an event loop's, among others. Of a stream
+    there is one link; who asks for a chunk says each time what it holds, as the next to ask may be another.
     """
 
-    __slots__ = ("held", "token")
+    __slots__ = ("held", "is_waited_for", "token")
 
     token: Token[Link | None]
 
-    def __init__(self, held: list[Permit]) -> None:
-        self.held: list[Permit] = held
+    def __init__(self, held: list[Permit] | None = None) -> None:
+        self.held: list[Permit] = [] if held is None else held
+        self.is_waited_for: bool = False
 
     def begin(self) -> None:
         """Put this context at its end."""
         self.token = _link.set(self)
 
     def alive(self) -> list[Permit]:
-        """Return those that have not ended."""
-        return [permit for permit in self.held if not permit.ended]
+        """Return those that have not ended, as long as they are waited for with."""
+        return [permit for permit in self.held if not permit.ended] if self.is_waited_for else []
 
     def __enter__(self) -> None:
-        """Have this thread at its end, too."""
+        """Have this thread at its end, too: what is waited for runs."""
+        self.is_waited_for = True
         _here.links.add(self)
+        if self.held:
+            _come_under(self.held[0])
 
     def __exit__(self, *_: object) -> None:
-        """Have it no longer there."""
+        """Have it no longer there: the holder is about to have its answer, and goes on."""
+        self.is_waited_for = False
+        self.held = []
         _here.links.discard(self)
 
+    def leave(self) -> None:
+        """Note that the holder waits no longer, whatever of it still runs."""
+        held, self.held = self.held, []
+        if self.is_waited_for:
+            loose.update(held)
+
+    def end(self) -> None:
+        """Let go of the context, which holds this, when nothing more will run in it."""
+        del self.token
+
+
+loose: weakref.WeakSet[Permit] = weakref.WeakSet()
+"""Permits whose holder went on while a thread ran that it had waited for: what that thread waits for proves nothing."""
 
 _link: ContextVar[Link | None] = ContextVar("asyncify_link", default=None)
 
@@ -314,32 +344,54 @@ _here = _Here()
 
 
 class Steps:
-    """The steps of a stream, which are taken in a context that is not that of the task which reads it."""
+    """The steps of a stream, which are taken in a context that is not that of the task or the thread which reads it."""
 
-    __slots__ = ("_innermost", "_reader", "context", "token")
+    __slots__ = ("_innermost", "_link", "_reader", "context", "token")
 
     token: Token[Steps | None]
 
     def __init__(self, context: Context) -> None:
         self.context: Context = context
-        self._reader: asyncio.Task[Any] | None = None
+        self._link: Link | None = None
+        self._reader: weakref.ref[Any] | None = None
         self._innermost: Permit | None = None
 
     def begin(self) -> None:
         """Note that this context takes a step now, until `end()`; it waits for the step and for nothing else."""
         if (permit := get_innermost()) is not None or self._innermost is not None:
-            reader = asyncio.current_task()
-            if permit is not self._innermost or reader is not self._reader:
-                self._innermost, self._reader = permit, reader
-                self.context.run(Link(held_by_this_task()).begin)
+            self._hand_over(permit)
         self.token = _steps.set(self)
+
+    def _hand_over(self, permit: Permit | None) -> None:
+        task = None if _get_running_loop() is None else asyncio.current_task()
+        if self._link is None:
+            self._link = Link()
+            self.context.run(self._link.begin)
+        if permit is not self._innermost or self._reader is None or self._reader() is not task:  # another may read on
+            self._innermost, self._reader = permit, None if task is None else weakref.ref(task)
+            self._link.held = [] if task is None else held_by_this_task()
+            self.context.run(_come_under, permit)
+        self._link.is_waited_for = True
 
     def end(self) -> None:
         """Note that it does so no longer."""
+        if self._link is not None:
+            self._link.is_waited_for = False
         try:  # noqa: SIM105  (`suppress` takes four times as long, and this is done for each chunk)
             _steps.reset(self.token)
         except (ValueError, RuntimeError):
             pass  # a garbage collector closes the stream, in whatever context that runs
+
+    def close(self) -> None:
+        """Let go of the stream's context."""
+        if self._link is not None:
+            self._link.end()
+
+
+def _come_under(permit: Permit | None) -> None:
+    """Run this context under a permit if it is under none: who waits then looks whom that keeps from ending."""
+    if innermost.get() is None:
+        innermost.set(permit)
 
 
 _steps: ContextVar[Steps | None] = ContextVar("asyncify_steps", default=None)

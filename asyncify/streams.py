@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextvars import Context
 from types import coroutine
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
-from asyncify.permits import Steps
+from asyncify.permits import Link, Steps, get_innermost, held_by_this_thread
 from asyncify.relay import Relay
 from asyncify.runs import context_of
 
@@ -135,14 +136,15 @@ def stream_run(
     context = context_of(config)
     outputs = transform(inputs, run, config)
     tapped = outputs if run is None else _tap(outputs, run)
+    link = Link()
     try:
-        while (chunk := context.run(next, tapped, end)) is not end:
+        while (chunk := _step(link, context, next, tapped, end)) is not end:
             if is_told:
                 sent.add(chunk)
             yield chunk
     except BaseException as error:
         try:
-            context.run(outputs.close)
+            _step(link, context, outputs.close)
         finally:  # the generator may raise as it is closed
             if run is not None:
                 run.on_chain_error(error, inputs=received.value)
@@ -182,8 +184,19 @@ async def astream_run(
             if run is not None:
                 await run.on_chain_error(error, inputs=received.value)
         raise
+    finally:
+        steps.close()
     if run is not None:
         await run.on_chain_end(sent.value, inputs=received.value)
+
+
+def _step(link: Link, context: Context, step: Callable[..., Any], *args: Any) -> Any:
+    """Take a step in another context; this thread waits for it with what it holds in its own."""
+    if get_innermost() is None:
+        return context.run(step, *args)
+    link.held = held_by_this_thread()
+    with link:
+        return context.run(step, *args)
 
 
 def _tap(chunks: Iterator[Any], run: CallbackManagerForChainRun) -> Iterator[Any]:
@@ -203,8 +216,8 @@ def _take(awaitable: Awaitable[Any], steps: Steps) -> Generator[Any, Any, Any]:
     """Await something in this task, with each of its steps in another context."""
     context = steps.context
     waited = awaitable.__await__()
-    steps.begin()
     try:
+        steps.begin()
         waits_for = context.run(next, waited)
         while True:
             try:

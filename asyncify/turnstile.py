@@ -26,7 +26,15 @@ from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork
 from asyncify.meter import Limits, Meter, check_cost, shown
-from asyncify.permits import Permit, get_innermost, held_by_this_task, held_by_this_thread, permits, set_innermost
+from asyncify.permits import (
+    Permit,
+    get_innermost,
+    held_by_this_task,
+    held_by_this_thread,
+    loose,
+    permits,
+    set_innermost,
+)
 from asyncify.scopes import get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
@@ -203,13 +211,14 @@ class Turnstile:
 
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
         """
-        blocks = {other for other in held if other.place is self and other.slots} | self._frozen_by(permit)
+        blocks = {other for other in held if other.place is self} | self._frozen_by(permit)
+        blocks = {other for other in blocks if other in self._meter.inside and other not in loose}
         if not blocks:
             return
         doomed = False
         with self._lock:
             if permit.queue is self._queue and self._is_certain:
-                inside = {other for other in (*self._blocked, *blocks) if not other.ended}
+                inside = {other for other in (*self._blocked, *blocks) if not other.ended and other not in loose}
                 # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
                 doomed = len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
                 self._rejected += doomed
@@ -218,7 +227,8 @@ class Turnstile:
                     self._blocked.update(blocks)
         self._settle()
         if doomed:
-            raise DeadlockError(self._deadlock_message(frozen=not blocks.issubset(permits())))
+            on_loop = not permit.in_task and _get_running_loop() is not None
+            raise DeadlockError(self._deadlock_message(frozen=on_loop and not blocks.issubset(permits())))
 
     def _frozen_by(self, permit: Permit) -> set[Permit]:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""

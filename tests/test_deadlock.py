@@ -2,9 +2,13 @@
 
 import asyncio
 import contextvars
+import gc
+import os
 import queue
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +18,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, concurrency, dual
+from asyncify.permits import Link
 from tests.crowd import SAFETY_NET, until, wait_until
 
 LIMIT = 2
@@ -322,27 +327,6 @@ async def test_an_async_call_within_a_stream_that_waits_for_itself_is_told(way: 
     assert limiter.stats().in_flight == 0
 
 
-async def test_a_stream_that_another_task_reads_on_is_no_proof() -> None:
-    """Who began to read it, and holds the slot, goes on."""
-    limiter = Limiter(limit=1)
-    inner = _inner(limiter)
-
-    @dual
-    async def outer(value: int) -> AsyncIterator[int]:
-        yield value
-        yield await inner.acall(value)
-
-    chunks = outer.astream(1)
-    async with asyncio.timeout(SAFETY_NET):
-        async with limiter:
-            assert await anext(chunks) == 1
-            rest = asyncio.create_task(_last(chunks), context=contextvars.Context())
-            await until(lambda: limiter.stats().waiting == 1)
-
-        assert await rest == 1
-    assert limiter.stats().in_flight == 0
-
-
 def test_a_sync_call_that_holds_up_the_loop_of_a_call_over_a_bridge_is_told() -> None:
     """A stranger to the call inside may hold up the loop that it needs."""
     limiter = Limiter(limit=1, name="quotes")
@@ -568,3 +552,299 @@ async def test_an_invoke_on_another_event_loop_is_no_proof() -> None:
 
     assert crowd.quick.invoke("b") == "b"
     other.join()
+
+
+# --- who goes on, and so proves nothing ---
+
+
+def _kinds_of_streams(inner: Any) -> dict[str, Any]:
+    """Return pairs whose second chunk is what `inner` gives."""
+
+    @dual(name="stream in a thread")
+    def threaded(value: int) -> Iterator[int]:
+        yield value
+        yield inner.call(value)
+
+    @dual(name="stream on a loop")
+    async def native(value: int) -> AsyncIterator[int]:
+        yield value
+        yield await inner.acall(value)
+
+    return {"threaded": threaded, "native": native}
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+@pytest.mark.parametrize("kind", ["threaded", "native"])
+async def test_an_async_stream_that_another_task_reads_on_is_no_proof(kind: str, *, inherits: bool) -> None:
+    """Who began to read it, and holds the slot, goes on, though the reader may have inherited its context."""
+    limiter = Limiter(limit=1)
+    chunks = _kinds_of_streams(_inner(limiter))[kind].astream(1)
+    context = contextvars.copy_context()
+    async with asyncio.timeout(SAFETY_NET):
+        async with limiter:
+            assert await anext(chunks) == 1
+            rest = asyncio.create_task(_last(chunks), context=None if inherits else context)
+            await until(lambda: limiter.stats().waiting == 1)
+
+        assert await rest == 1
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("kind", ["threaded", "native"])
+def test_a_stream_that_another_thread_reads_on_is_no_proof(kind: str) -> None:
+    """Who began to read it, and holds the slot, goes on."""
+    limiter = Limiter(limit=1)
+    chunks = _kinds_of_streams(_inner(limiter))[kind].stream(1)
+    with ThreadPoolExecutor(1) as threads:
+        with limiter:
+            assert next(chunks) == 1
+            rest = threads.submit(list, chunks)
+            wait_until(lambda: limiter.stats().waiting == 1)
+
+        assert rest.result(SAFETY_NET) == [1]
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("kind", ["threaded", "native"])
+async def test_a_stream_that_was_begun_outside_and_waits_for_its_reader_is_told(kind: str) -> None:
+    """It is who asks for the chunk that waits, and not who asked for the first."""
+    limiter = Limiter(limit=1)
+    achunks = _kinds_of_streams(_inner(limiter))[kind].astream(1)
+    assert await anext(achunks) == 1
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        with pytest.raises(DeadlockError):
+            await anext(achunks)
+
+
+@pytest.mark.parametrize("kind", ["threaded", "native"])
+def test_a_sync_stream_that_was_begun_outside_and_waits_for_its_reader_is_told(kind: str) -> None:
+    """It is who asks for the chunk that waits, and not who asked for the first."""
+    limiter = Limiter(limit=1)
+    chunks = _kinds_of_streams(_inner(limiter))[kind].stream(1)
+
+    def read() -> None:
+        assert next(chunks) == 1
+        with limiter:
+            next(chunks)
+
+    assert _told(read)
+    assert limiter.stats().in_flight == 0
+
+
+async def test_a_stream_whose_end_waits_for_who_closes_it_is_told() -> None:
+    """The generator's `finally` runs in a thread, for which who closes it waits."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @dual
+    def outer(value: int) -> Iterator[int]:
+        try:
+            yield value
+        finally:
+            inner.call(value)
+
+    chunks: Any = outer.astream(1)
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        assert await anext(chunks) == 1
+        with pytest.raises(DeadlockError):
+            await chunks.aclose()
+
+
+def test_a_step_that_nobody_asked_for_is_no_proof() -> None:
+    """A timeout at its yield wakes a generator on the background loop; the reader goes on, with its slot."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @dual
+    async def outer(value: int) -> AsyncIterator[int]:
+        try:
+            async with asyncio.timeout(0.01):
+                yield value
+        except TimeoutError:
+            yield await inner.acall(2)
+
+    chunks = outer.stream(1)
+    with limiter:
+        assert next(chunks) == 1
+        wait_until(lambda: limiter.stats().waiting == 1)
+
+    assert list(chunks) == [2]
+
+
+def _by_threads(name: str, work: Callable[[int], int]) -> Any:
+    """Return a pair by threads of its own, or by somebody's executor, or one that streams."""
+
+    def chunks(value: int) -> Iterator[int]:
+        yield work(value)
+
+    if name == "stream":
+        return dual(chunks, name=f"left {name}")
+    return dual(work, name=f"left {name}", bridge=ThreadPoolExecutor(1) if name == "executor" else "thread")
+
+
+@pytest.mark.parametrize("bridge", ["thread", "executor", "stream"])
+async def test_a_caller_that_has_left_is_no_proof(bridge: str) -> None:
+    """The thread that it waited for goes on, and waits for the slot that the caller gives back."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    results: queue.SimpleQueue[int] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def slow(value: int) -> int:
+        assert left.wait(SAFETY_NET)
+        results.put(inner.call(value))
+        return value
+
+    pair = _by_threads(bridge, slow)
+    async with limiter:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await _last(pair.astream(1))
+        left.set()
+        await until(lambda: limiter.stats().waiting == 1)
+
+    assert await asyncio.to_thread(results.get, timeout=SAFETY_NET) == 1
+
+
+async def test_a_caller_that_has_left_a_wait_proves_nothing_to_others() -> None:
+    """What its thread waits for was noted as it came; the slot comes free all the same."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    results: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    @dual
+    def slow(value: int) -> int:
+        results.put(inner.call(value))
+        return value
+
+    is_in, go_on = asyncio.Event(), asyncio.Event()
+
+    async def nest() -> int:
+        async with limiter:
+            is_in.set()
+            await go_on.wait()
+            return int(await inner.acall(7))
+
+    async with asyncio.timeout(SAFETY_NET):
+        nested = asyncio.create_task(nest(), context=contextvars.Context())
+        await is_in.wait()
+        async with limiter:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await slow.acall(1)
+            go_on.set()
+            await until(lambda: limiter.stats().waiting == 2)
+
+        assert await nested == 7
+    assert await asyncio.to_thread(results.get, timeout=SAFETY_NET) == 1
+
+
+async def test_a_stream_that_is_dropped_is_no_proof() -> None:
+    """The loop closes its generator in one of the next turns."""
+    limiter = Limiter(limit=1)
+
+    @concurrency(limiter=limiter)
+    @dual
+    async def outer(value: int) -> AsyncIterator[int]:
+        yield value
+        yield value
+
+    async with asyncio.timeout(SAFETY_NET):
+        async for _ in outer.acall(1):
+            break
+
+        assert await _last(outer.acall(1)) == 1
+    assert limiter.stats().in_flight == 0
+
+
+def test_what_a_fork_has_not_taken_with_it_is_no_proof() -> None:
+    """Threads that waited for this loop are in the parent alone, and so are their calls."""
+    limiter = Limiter(limit=1)
+    go_on = threading.Event()
+
+    @dual
+    async def outer(value: int) -> int:
+        is_in.set()
+        await until(go_on.is_set)
+        return value
+
+    @dual
+    async def forker(value: int) -> int:
+        child = os.fork()
+        if not child:
+            result = 1
+            try:
+                held = limiter.enter()
+                threading.Timer(0.1, held.end).start()
+                contextvars.Context().run(limiter.enter)
+                result = 0
+            finally:
+                os._exit(result)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # noqa: ASYNC222
+
+    def hold() -> int:
+        with limiter:
+            return outer.invoke(1)
+
+    is_in = threading.Event()
+    with ThreadPoolExecutor(1) as threads, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, as the process is forked
+        held = threads.submit(hold)
+        assert is_in.wait(SAFETY_NET)
+        assert forker.invoke(1) == 0
+        go_on.set()
+
+        assert held.result(SAFETY_NET) == 1
+
+
+# --- what is kept ---
+
+
+def _links() -> int:
+    gc.collect()
+    return sum(type(thing) is Link for thing in gc.get_objects())
+
+
+async def test_a_stream_keeps_nothing_of_its_readers() -> None:
+    """Each reads it under a slot of its own, and goes."""
+    limiter = Limiter(limit=2)
+
+    @dual
+    async def endless(value: int) -> AsyncIterator[int]:
+        while True:
+            yield value
+
+    async def read() -> int:
+        async with limiter:
+            return await anext(chunks)
+
+    before = _links()
+    chunks: Any = endless.astream(1)
+    readers: list[weakref.ref[Any]] = []
+    for _ in range(20):
+        task = asyncio.create_task(read())
+        readers.append(weakref.ref(task))
+        assert await task == 1
+        del task
+    await asyncio.sleep(0)
+    gc.collect()
+
+    assert [reader for reader in readers if reader() is not None] == []
+    assert _links() <= before + 1
+    await chunks.aclose()
+
+
+def test_a_stream_may_be_stepped_without_a_loop() -> None:
+    """Nobody is held up then, and nothing is looked for."""
+    limiter = Limiter(limit=1)
+
+    @dual
+    async def once(value: int) -> AsyncIterator[int]:
+        yield value
+
+    with limiter:
+        step: Any = once.astream(1).__anext__()
+        with pytest.raises(StopIteration) as ended:
+            step.send(None)
+
+    assert ended.value.value == 1
