@@ -138,7 +138,11 @@ def stream_run(
     tapped = outputs if run is None else _tap(outputs, run)
     link = Link()
     try:
-        while (chunk := _step(link, context, next, tapped, end)) is not end:
+        while True:
+            alone = get_innermost() is None
+            chunk = context.run(next, tapped, end) if alone else _step(link, context, next, tapped, end)
+            if chunk is end:
+                break
             if is_told:
                 sent.add(chunk)
             yield chunk
@@ -192,8 +196,6 @@ async def astream_run(
 
 def _step(link: Link, context: Context, step: Callable[..., Any], *args: Any) -> Any:
     """Take a step in another context; this thread waits for it with what it holds in its own."""
-    if get_innermost() is None:
-        return context.run(step, *args)
     link.held = held_by_this_thread()
     with link:
         return context.run(step, *args)
