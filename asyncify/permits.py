@@ -300,7 +300,7 @@ class Link:
         self.token = _link.set(self)
 
     def alive(self) -> list[Permit]:
-        """Return those that have not ended, as long as they are waited for with."""
+        """Return those that have not ended, while their holder waits."""
         return [permit for permit in self.held if not permit.ended] if self.is_waited_for else []
 
     def __enter__(self) -> None:
