@@ -390,7 +390,7 @@ class Steps:
 
 def _come_under(permit: Permit | None) -> None:
     """Run this context under a permit if it is under none: who waits then looks whom that keeps from ending."""
-    if innermost.get() is None:
+    if next(permits(), None) is None:
         innermost.set(permit)
 
 

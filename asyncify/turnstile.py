@@ -212,7 +212,7 @@ class Turnstile:
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
         """
         blocks = {other for other in held if other.place is self} | self._frozen_by(permit)
-        blocks = {other for other in blocks if other in self._meter.inside and other not in loose}
+        blocks &= self._meter.inside  # a fork has left some behind
         if not blocks:
             return
         doomed = False

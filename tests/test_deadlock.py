@@ -220,7 +220,7 @@ def test_a_sync_call_within_a_stream_over_a_bridge_that_waits_for_itself_is_told
 
 
 @pytest.mark.parametrize("way", CALLS)
-@pytest.mark.parametrize("kind", ["function", "generator"])
+@pytest.mark.parametrize("kind", ["function", "generator", "executor"])
 async def test_a_sync_call_within_a_call_in_a_thread_that_waits_for_itself_is_told(way: str, kind: str) -> None:
     """The task that holds the slot waits for that thread; what the thread calls may run in another context."""
     limiter = Limiter(limit=1)
@@ -236,10 +236,12 @@ async def test_a_sync_call_within_a_call_in_a_thread_that_waits_for_itself_is_to
         yield value
         yield CALLS[way](inner)
 
-    outer: Any = between if kind == "function" else chunks
-    async with asyncio.timeout(SAFETY_NET), limiter:
-        with pytest.raises(DeadlockError):
-            await _last(outer.astream(1))
+    with ThreadPoolExecutor(1) as threads:
+        by_executor = dual(between.func, name=f"{way} in an executor", bridge=threads)
+        outer: Any = {"function": between, "generator": chunks, "executor": by_executor}[kind]
+        async with asyncio.timeout(SAFETY_NET), limiter:
+            with pytest.raises(DeadlockError, match="held by calls that wait for a slot of this very limiter"):
+                await _last(outer.astream(1))
 
     assert limiter.stats().in_flight == 0
 
@@ -631,23 +633,61 @@ def test_a_sync_stream_that_was_begun_outside_and_waits_for_its_reader_is_told(k
     assert limiter.stats().in_flight == 0
 
 
-async def test_a_stream_whose_end_waits_for_who_closes_it_is_told() -> None:
-    """The generator's `finally` runs in a thread, for which who closes it waits."""
-    limiter = Limiter(limit=1)
-    inner = _inner(limiter)
+def _streams_with_an_end(inner: Any) -> dict[str, Any]:
+    """Return pairs that call `inner` as they are closed."""
 
-    @dual
-    def outer(value: int) -> Iterator[int]:
+    @dual(name="end in a thread")
+    def threaded(value: int) -> Iterator[int]:
         try:
             yield value
         finally:
             inner.call(value)
 
-    chunks: Any = outer.astream(1)
+    @dual(name="end on a loop")
+    async def native(value: int) -> AsyncIterator[int]:
+        try:
+            yield value
+        finally:
+            inner.call(value)
+
+    return {"threaded": threaded, "native": native}
+
+
+@pytest.mark.parametrize("kind", ["threaded", "native"])
+async def test_an_async_stream_whose_end_waits_for_who_closes_it_is_told(kind: str) -> None:
+    """The generator's `finally` may run in a thread, for which who closes it waits."""
+    limiter = Limiter(limit=1)
+    chunks: Any = _streams_with_an_end(_inner(limiter))[kind].astream(1)
+    assert await anext(chunks) == 1
     async with asyncio.timeout(SAFETY_NET), limiter:
-        assert await anext(chunks) == 1
         with pytest.raises(DeadlockError):
             await chunks.aclose()
+
+
+@pytest.mark.parametrize("kind", ["threaded", "native"])
+def test_a_sync_stream_whose_end_waits_for_who_closes_it_is_told(kind: str) -> None:
+    """The generator's `finally` may run on the background loop, for which who closes it waits."""
+    limiter = Limiter(limit=1)
+    chunks = _streams_with_an_end(_inner(limiter))[kind].stream(1)
+
+    def read() -> None:
+        assert next(chunks) == 1
+        with limiter:
+            chunks.close()
+
+    assert _told(read)
+    assert limiter.stats().in_flight == 0
+
+
+async def test_a_stream_that_is_read_under_one_limit_and_then_another_is_told() -> None:
+    """By one task, whose second slot is the one that the stream waits for."""
+    first, limiter = Limiter(limit=1), Limiter(limit=1)
+    chunks = _kinds_of_streams(_inner(limiter))["native"].astream(1)
+    async with first:
+        assert await anext(chunks) == 1
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        with pytest.raises(DeadlockError):
+            await anext(chunks)
 
 
 def test_a_step_that_nobody_asked_for_is_no_proof() -> None:
@@ -679,10 +719,11 @@ def _by_threads(name: str, work: Callable[[int], int]) -> Any:
 
     if name == "stream":
         return dual(chunks, name=f"left {name}")
-    return dual(work, name=f"left {name}", bridge=ThreadPoolExecutor(1) if name == "executor" else "thread")
+    pair = dual(work, name=f"left {name}", bridge="thread" if name == "thread" else ThreadPoolExecutor(1))
+    return concurrency(limit=3)(pair) if name == "executor with a limit" else pair
 
 
-@pytest.mark.parametrize("bridge", ["thread", "executor", "stream"])
+@pytest.mark.parametrize("bridge", ["thread", "executor", "executor with a limit", "stream"])
 async def test_a_caller_that_has_left_is_no_proof(bridge: str) -> None:
     """The thread that it waited for goes on, and waits for the slot that the caller gives back."""
     limiter = Limiter(limit=1)
@@ -832,6 +873,26 @@ async def test_a_stream_keeps_nothing_of_its_readers() -> None:
     assert [reader for reader in readers if reader() is not None] == []
     assert _links() <= before + 1
     await chunks.aclose()
+
+
+def test_calls_over_a_bridge_keep_nothing() -> None:
+    """Neither the thread that they ran in nor a context holds on to who waited for them, nor waits for a collector."""
+    limiter = Limiter(limit=2)
+
+    @dual
+    async def echo(value: int) -> int:
+        return value
+
+    with limiter:
+        echo.invoke(1)
+        before = _links()
+        gc.disable()
+        try:
+            for _ in range(20):
+                assert echo.invoke(1) == 1
+            assert sum(type(thing) is Link for thing in gc.get_objects()) <= before + 1
+        finally:
+            gc.enable()
 
 
 def test_a_stream_may_be_stepped_without_a_loop() -> None:

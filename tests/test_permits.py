@@ -12,6 +12,7 @@ import pytest
 
 from asyncify.permits import (
     Permit,
+    Steps,
     hand_over,
     held_by_this_task,
     held_by_this_thread,
@@ -288,6 +289,37 @@ class TestTask:
         held, mine = await asyncio.get_running_loop().create_task(share(), context=context)
 
         assert held == [mine, permit]
+
+    async def test_a_task_does_not_hold_what_those_hold_whom_it_only_tells_of_its_end(self, place: Place) -> None:
+        """A method of a task may be called back as well, by which it does not wait."""
+        begun(place)
+        here: Any = asyncio.current_task()
+
+        async def inside() -> list[Permit]:
+            return held_by_this_task()
+
+        task = asyncio.create_task(inside())
+        task.add_done_callback(here.remove_done_callback)
+        await asyncio.wait([task])
+
+        assert task.result() == []
+
+    async def test_a_task_holds_what_is_held_in_the_context_of_a_step(self, place: Place) -> None:
+        """Who awaits it takes a step of a stream; asking changes nothing."""
+        context = contextvars.copy_context()
+        steps = Steps(context)
+        permit = context.run(begun, place)
+
+        async def inside() -> list[list[Permit]]:
+            return [held_by_this_task() for _ in range(2)]
+
+        task = asyncio.get_running_loop().create_task(inside(), context=context.copy())
+        steps.begin()
+        held = await task
+        steps.end()
+
+        assert held == [[permit]] * 2
+        assert held_by_this_task() == []
 
     async def test_a_task_does_not_hold_what_those_hold_who_have_left_it(self, place: Place) -> None:
         """Whoever was cancelled as it awaited a task behind a shield goes on without it."""
