@@ -594,14 +594,17 @@ class _Bound(Dual[Any, Any]):
         self._on_stub = None
         self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def
-        if pair._is_async_def:
-            vars(self).update({name: mark for name, mark in vars(pair).items() if name in _COROUTINE_MARKS})
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
-        own, kept = vars(self), vars(pair)
-        for side in (SIDE, _ASYNC_SIDE):
-            if side in kept:
-                own[side] = MethodType(kept[side], receiver)
+        kept = vars(pair)
+        if pair._is_async_def:
+            for mark in _COROUTINE_MARKS:
+                if mark in kept:
+                    setattr(self, mark, kept[mark])  # `vars(self)` would have Python make a dict
+        if SIDE in kept:
+            setattr(self, SIDE, MethodType(kept[SIDE], receiver))
+        if _ASYNC_SIDE in kept:
+            setattr(self, _ASYNC_SIDE, MethodType(kept[_ASYNC_SIDE], receiver))
 
     def __getattr__(self, name: str) -> Any:
         """Find what a subclass keeps on its pairs; their sides and their dunder names are this method's own."""
