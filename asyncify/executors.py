@@ -29,9 +29,9 @@ __all__ = [
     "Parcel",
     "Ticket",
     "check_sendable",
+    "goes_as_code",
     "portable_config",
     "refusal",
-    "sends_code",
     "ticket_for",
 ]
 
@@ -106,12 +106,20 @@ def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
     return next((ticket for ticket in tickets if ticket.redeem() is fn), None)
 
 
-_sends_code: ContextVar[bool] = ContextVar("asyncify_sends_code", default=False)
+_is_code: ContextVar[bool] = ContextVar("asyncify_is_code", default=False)
 
 
-def sends_code() -> bool:
-    """Tell whether the code of a function is pickled just now, for a process in which `__main__` is another."""
-    return _sends_code.get()
+def goes_as_code() -> bool:
+    """Tell whether what is pickled or unpickled just now is the code of a function, for another `__main__`."""
+    return _is_code.get()
+
+
+def _as_code(pickler: Callable[[Any], Any], value: Any) -> Any:
+    token = _is_code.set(True)
+    try:
+        return pickler(value)
+    finally:
+        _is_code.reset(token)
 
 
 class Parcel:
@@ -161,7 +169,7 @@ class Parcel:
         title = self.__name__ if fn is None else describe(fn)
         try:
             if self._code is not None:
-                fn = pickle.loads(self._code)  # noqa: S301  (packed by ourselves)
+                fn = _as_code(pickle.loads, self._code)
             args, kwargs = pickle.loads(self._arguments)  # noqa: S301  (packed by ourselves)
         except Exception as error:
             what = "its arguments" if self._code is None else "its code or its arguments"
@@ -245,13 +253,10 @@ def _dumps(value: Any) -> bytes:
 
 def _packed_code(fn: Function) -> bytes:
     """Return the code of a function, pickled; or what raises there why it can't be, as each executor hides that."""
-    token = _sends_code.set(True)
     try:
-        return _dumps(fn)
+        return bytes(_as_code(_dumps, fn))
     except Exception as error:  # noqa: BLE001  (anything at all may be raised by a class's own code)
         return pickle.dumps(_Unsent(f"{describe(fn)}: its code can't be pickled ({type(error).__name__}: {error})"))
-    finally:
-        _sends_code.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from typing_extensions import ParamSpec, TypeVar
 from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
-from asyncify.executors import SIDE, sends_code
+from asyncify.executors import SIDE, goes_as_code
 from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
@@ -531,7 +531,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def __reduce__(self) -> Any:
         """Pickle a decorated pair by its module and name, any other by its functions."""
-        if self._by_reference and not (sends_code() and self._has_no_name_elsewhere()):
+        if self._by_reference and not (goes_as_code() and self._has_no_name_elsewhere()):
             return _global_name(self)
         if self._gate is not None:
             raise pickle.PicklingError(
@@ -542,7 +542,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         state = {k: v for k, v in vars(self).items() if k not in _MADE_ANEW}
         if self._by_reference and isinstance(self._bridge, Executor):
             state["_bridge"] = "thread"  # it goes to a process of that very executor, say
-        return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (_lasting_kind(type(self)),), state  # type: ignore[attr-defined]
 
     def _has_no_name_elsewhere(self) -> bool:
         """Whether another program, whose `__main__` is not this one's, finds it nowhere."""
@@ -552,18 +552,12 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             return True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make anew what was not pickled, at the first use: a function that names the pair may not be complete yet."""
+        """Make anew what was not pickled: at once, or at the first use if it comes with code that is not complete yet."""
         vars(self).update(state, _told=set(), _fakes=(), _on_stub=None)
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Put a pair together that was unpickled, when it is first asked for what it is run by or told by."""
-            if name in _MADE_LATE and "_entries" not in vars(self) and "_on_stub" in vars(self):
-                self._assemble()
-                if name in vars(self):
-                    return vars(self)[name]
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        if goes_as_code():
+            object.__setattr__(self, "__class__", _unpickled_kind(type(self)))
+        else:
+            self._assemble()
 
     def __copy__(self) -> Self:
         """Return a decorated pair itself, as of a function; of any other a copy under the same limit, without fakes."""
@@ -693,6 +687,32 @@ class _Bound(Dual[Any, Any]):
         """Return the method of a copy of its instance."""
         get, (receiver, name) = self.__reduce__()
         return get(copy.deepcopy(receiver, memo), name)
+
+
+class _Unpickled(Dual[Any, Any]):
+    """A pair that came with code, until it is first asked for what it is run by or told by."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Put the pair together; a class that has this looks up all attributes more slowly, so it goes."""
+            if name in _MADE_LATE:
+                object.__setattr__(self, "__class__", _lasting_kind(type(self)))
+                self._assemble()
+            return object.__getattribute__(self, name)
+
+
+@functools.cache
+def _unpickled_kind(kind: type[AnyDual]) -> type[_Unpickled]:
+    """Return the class that a pair of this kind has at first."""
+    return _Unpickled if kind is Dual else cast("type[_Unpickled]", new_class(kind.__name__, (_Unpickled, kind)))
+
+
+def _lasting_kind(kind: type[AnyDual]) -> type[AnyDual]:
+    """Return the class that a pair has when it is put together."""
+    if not issubclass(kind, _Unpickled):
+        return kind
+    return Dual if kind is _Unpickled else cast("type[AnyDual]", kind.__bases__[1])
 
 
 @functools.cache
