@@ -552,7 +552,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             return True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make anew what was not pickled: at once, or at the first use if it comes with code that is not complete yet."""
+        """Make anew what was not pickled: at once, or if it comes with code, complete or not, at the first use."""
         vars(self).update(state, _told=set(), _fakes=(), _on_stub=None)
         if goes_as_code():
             object.__setattr__(self, "__class__", _unpickled_kind(type(self)))
