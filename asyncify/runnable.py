@@ -98,14 +98,15 @@ class _Side:
     the function keeps by `functools.update_wrapper`: it would run the side, without its limit.
     """
 
-    def __init__(self, kept: str) -> None:
+    def __init__(self, kept: str, colour: str) -> None:
         self._kept = kept
+        self._missing = f"this pair has no {colour} function of its own"  # made once, as `hasattr` asks often
 
     def __get__(self, pair: object, owner: type) -> Function:
         try:
             return cast("Function", vars(pair)[self._kept])
         except (KeyError, TypeError):
-            raise AttributeError("there is no such side") from None
+            raise AttributeError(self._missing) from None
 
     def __set__(self, pair: object, side: Function) -> None:
         vars(pair)[self._kept] = side
@@ -147,8 +148,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     __wrapped__: Function
 
     if not TYPE_CHECKING:
-        func = _Side(SIDE)
-        afunc = _Side(_ASYNC_SIDE)
+        func = _Side(SIDE, "sync")
+        afunc = _Side(_ASYNC_SIDE, "async")
 
         def __class_getitem__(cls, given: Any) -> Any:
             """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""

@@ -524,6 +524,14 @@ def test_a_decorator_that_is_a_class_keeps_the_limit(kept: str) -> None:
     assert pair.limiter.stats().admitted == 1
 
 
+def test_a_side_that_nobody_wrote_is_not_there() -> None:
+    """As of a `RunnableLambda`; the error says which."""
+    with pytest.raises(AttributeError, match="this pair has no async function of its own"):
+        _ = Dual(fetch_sync).afunc
+    with pytest.raises(AttributeError, match="this pair has no sync function of its own"):
+        _ = Dual(fetch_async).func
+
+
 def test_a_subclass_may_keep_a_function_of_its_own() -> None:
     """By any name that is not the pair's."""
 
