@@ -622,13 +622,17 @@ if __name__ == "__main__":
 
 def test_a_function_of_the_main_program_leaves_the_process(tmp_path):
     """What stands in the program itself is found by processes that start it again, and sent to those that do not."""
-    program = tmp_path / "program.py"
-    program.write_text(MAIN)
-    done = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, timeout=SECONDS, check=False, env=with_package()
-    )
+    done = run_program(tmp_path / "program.py", MAIN)
 
     assert (done.stdout, done.stderr) == ("ABC True\nabc True\n", "")
+
+
+def run_program(path: Path, source: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, to its end."""
+    path.write_text(source)
+    return subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=SECONDS, check=False, env=with_package()
+    )
 
 
 OF_MAIN = """
@@ -707,11 +711,7 @@ if __name__ == "__main__":
 
 def test_what_a_function_of_the_main_program_names_goes_with_it(tmp_path):
     """Where `__main__` is another program its pairs go as their functions; what can't be read costs one call alone."""
-    program = tmp_path / "program.py"
-    program.write_text(OF_MAIN)
-    done = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, timeout=SECONDS, check=False, env=with_package()
-    )
+    done = run_program(tmp_path / "program.py", OF_MAIN)
     first, second, *others = done.stdout.splitlines()
 
     assert re.match(
