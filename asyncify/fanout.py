@@ -16,7 +16,7 @@ import threading
 from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from time import monotonic
@@ -87,7 +87,7 @@ def tell_of_closing(closing: BaseException, error: BaseException | None) -> None
     error.add_note(f"The source raised {closing!r} as it was closed.")
 
 
-async def until_ended(tasks: Iterable[asyncio.Future[Any]]) -> asyncio.CancelledError | None:
+async def until_ended(tasks: Collection[asyncio.Future[Any]]) -> asyncio.CancelledError | None:
     """Wait for the end of all, however often this wait is itself cancelled; return the last of these cancellations."""
     interrupted: asyncio.CancelledError | None = None
     while alive := [task for task in tasks if not task.done()]:
