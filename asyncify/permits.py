@@ -6,12 +6,12 @@ import asyncio
 import threading
 import weakref
 from _thread import get_ident
-from asyncio import _get_running_loop
+from asyncio import _get_running_loop, base_events
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import Context, ContextVar, Token
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from asyncify.clock import Timer
 from asyncify.wakeups import Wakeups
@@ -20,11 +20,13 @@ __all__ = [
     "Link",
     "Permit",
     "Place",
+    "Standstill",
     "Steps",
     "get_innermost",
     "hand_over",
     "held_by_this_task",
     "held_by_this_thread",
+    "held_by_waiters_for",
     "innermost",
     "loose",
     "permits",
@@ -212,10 +214,9 @@ def permits() -> Iterator[Permit]:
 
 def held_by_this_thread() -> list[Permit]:
     """Return the permits that can't end while this thread is held up."""
-    thread = get_ident()
-    held = [permit for permit in permits() if permit.thread == thread]
-    for link in tuple(_here.links):
-        held += link.alive()
+    held = _held_in_this_thread()
+    if _get_running_loop() is not None:
+        held.append(_here.standstill)
     return list(dict.fromkeys(held))
 
 
@@ -223,10 +224,17 @@ def held_by_this_task() -> list[Permit]:
     """Return the permits that can't end while this task is held up."""
     if innermost.get() is None and _link.get() is None:
         return []
-    held = _held_by_this_context()
-    for context in _contexts_waiting_for(asyncio.current_task()):
-        held += _held_by_another(context)
+    held = _held_by_this_context() + held_by_waiters_for(asyncio.current_task())
     return list(dict.fromkeys(held))
+
+
+def _held_in_this_thread() -> list[Permit]:
+    """Return those of them that were entered by what has called what runs here, and not by other tasks of a loop."""
+    thread = get_ident()
+    held = [permit for permit in permits() if permit.thread == thread]
+    for link in tuple(_here.links):
+        held += link.alive()
+    return held
 
 
 def _held_by_this_context() -> list[Permit]:
@@ -245,15 +253,27 @@ def _held_by_this_context() -> list[Permit]:
     return held
 
 
-def _contexts_waiting_for(task: Any) -> Iterator[Context]:
-    """Yield the contexts of the tasks that await this one and nothing else, and of those that await these."""
-    chain = [task]
+def held_by_waiters_for(future: Any) -> list[Permit]:
+    """Return the permits that can't end before this future has ended.
+
+    They are those of the tasks that await it and nothing else, of the tasks that await these, and of a thread that
+    runs an event loop for as long as one of them runs.
+    """
+    held: list[Permit] = []
+    chain = [future]
     for awaited in chain:
         for callback, context in getattr(awaited, "_callbacks", None) or ():
             waiter = getattr(callback, "__self__", None)
             if getattr(waiter, "_fut_waiter", None) is awaited:
                 chain.append(waiter)
-                yield context
+                held += _held_by_another(context)
+            elif callback is _end_of_loop:
+                held += context.run(_held_in_this_thread)
+    return list(dict.fromkeys(held))
+
+
+_end_of_loop = getattr(base_events, "_run_until_complete_cb", None)
+"""What `run_until_complete`, and so `asyncio.run`, has called back in the context of its caller."""
 
 
 def _held_by_another(context: Context | None) -> list[Permit]:
@@ -333,11 +353,24 @@ loose: weakref.WeakSet[Permit] = weakref.WeakSet()
 _link: ContextVar[Link | None] = ContextVar("asyncify_link", default=None)
 
 
+class Standstill(Permit):
+    """Stands for the permits of all tasks of an event loop, which whoever holds up its thread keeps from ending."""
+
+    __slots__ = ("of_thread",)
+
+    def __init__(self) -> None:
+        super().__init__(cast("Place", None), 0, 0)
+        self.of_thread: int = self.thread
+        self.thread = 0  # it does not run in that thread; the others do
+        self.begin()
+
+
 class _Here(threading.local):
-    """The links to this thread."""
+    """The links to this thread, and what stands for the tasks of its event loop."""
 
     def __init__(self) -> None:
         self.links: set[Link] = set()
+        self.standstill: Standstill = Context().run(Standstill)  # under no other permit, and over none
 
 
 _here = _Here()

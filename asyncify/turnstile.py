@@ -13,7 +13,6 @@ import math
 import threading
 import weakref
 from _thread import allocate_lock
-from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,9 +27,11 @@ from asyncify.forks import at_fork
 from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import (
     Permit,
+    Standstill,
     get_innermost,
     held_by_this_task,
     held_by_this_thread,
+    held_by_waiters_for,
     loose,
     permits,
     set_innermost,
@@ -206,15 +207,21 @@ class Turnstile:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
         return not self._rate_only and self._meter.is_full
 
-    def _check_certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> None:
-        """Note which calls inside wait for `permit`; it is doomed if they are all that are inside.
+    def _certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> DeadlockError | None:
+        """Note which calls inside wait for `permit`; if they are all that are inside, it is doomed: return its error.
 
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
         """
-        blocks = {other for other in held if other.place is self} | self._frozen_by(permit)
+        blocks, threads = set[Permit](), set[int]()
+        for other in held:
+            if other.place is self:
+                blocks.add(other)
+            elif isinstance(other, Standstill):
+                threads.add(other.of_thread)
         blocks &= self._meter.inside  # a fork has left some behind
+        blocks |= {other for other in tuple(self._meter.inside) if other.in_task and other.thread in threads}
         if not blocks:
-            return
+            return None
         doomed = False
         with self._lock:
             if permit.queue is self._queue and self._is_certain:
@@ -223,29 +230,35 @@ class Turnstile:
                 doomed = len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
                 self._rejected += doomed
                 if timeout is None:
-                    permit.blocks = tuple(blocks)
-                    self._blocked.update(blocks)
+                    more = blocks.difference(permit.blocks)
+                    permit.blocks += tuple(more)
+                    self._blocked.update(more)
         self._settle()
-        if doomed:
-            on_loop = not permit.in_task and _get_running_loop() is not None
-            raise DeadlockError(self._deadlock_message(frozen=on_loop and not blocks.issubset(permits())))
-
-    def _frozen_by(self, permit: Permit) -> set[Permit]:
-        """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
-        if permit.in_task or _get_running_loop() is None:
-            return set()
-        inside = tuple(self._meter.inside)
-        return {other for other in inside if other.thread == permit.thread and other.in_task}
+        if not doomed:
+            return None
+        return DeadlockError(self._deadlock_message(frozen=bool(threads) and not blocks.issubset(permits())))
 
     def _look_after(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
         timeout = self.timeout if timeout is None else timeout
         if permit.slots and (permit.outer is not None or not permit.in_task):
-            self._check_certain_end(permit, held(), timeout)
+            if (error := self._certain_end(permit, held(), timeout)) is not None:
+                raise error
+            if permit.in_task and any(other.place is self and other not in permit.blocks for other in permits()):
+                permit.ready.get_loop().call_soon(self._look_again, permit, timeout)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_END)
+
+    def _look_again(self, permit: Permit, timeout: float | None) -> None:
+        """Look once more who awaits the task that waits: one that was begun at once, eagerly, is awaited only then."""
+        ready: asyncio.Future[None] | None = permit.ready
+        if permit.queue is None or ready is None or ready.done():
+            return
+        if (error := self._certain_end(permit, held_by_waiters_for(ready), timeout)) is not None:
+            ready.set_exception(error)
+            ready.exception()  # its task may be cancelled at this moment, and not hear of it
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -554,6 +555,231 @@ async def test_an_invoke_on_another_event_loop_is_no_proof() -> None:
 
     assert crowd.quick.invoke("b") == "b"
     other.join()
+
+
+class _Bridged:
+    """Pairs without a limit and without a sync side, that wait for a call: on a loop, or in a thread, of their own."""
+
+    def __init__(self, quick: Any) -> None:
+        @dual(name="function")
+        async def function(word: str) -> str:
+            return str(await quick.acall(word))
+
+        @dual(name="generator")
+        async def generator(word: str) -> AsyncIterator[str]:
+            yield await quick.acall(word)
+
+        @dual(name="in_thread")
+        def in_thread(word: str) -> str:
+            return str(quick.call(word))
+
+        @dual(name="by_way_of_a_thread")
+        async def by_way_of_a_thread(word: str) -> str:
+            return await in_thread.acall(word)
+
+        self.ways: dict[str, Callable[[str], Any]] = {
+            "function": function.invoke,
+            "generator": lambda word: next(generator.stream(word)),
+            "thread": by_way_of_a_thread.invoke,
+            "pipe": (function | in_thread).invoke,
+        }
+
+
+@pytest.mark.parametrize("way", ["function", "generator", "thread", "pipe"])
+async def test_an_invoke_over_a_bridge_that_holds_up_all_who_are_inside_is_told(way: str) -> None:
+    """It waits for another loop, which waits for tasks of the loop that it holds up: not one of them can go on."""
+    crowd = _Crowded()
+    tasks = await crowd.fill(crowd.on_the_loop, crowd.on_the_loop)
+    with pytest.raises(DeadlockError, match=r"all slots \(2\) .* which this one holds up .* ainvoke or acall\.$"):
+        _Bridged(crowd.quick).ways[way]("b")
+    crowd.may_go.set()
+
+    assert await asyncio.gather(*tasks) == ["a", "a"]
+    assert _Bridged(crowd.quick).ways[way]("b") == "b"
+    assert crowd.limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("way", ["function", "generator", "thread", "pipe"])
+async def test_an_invoke_over_a_bridge_waits_for_those_who_are_elsewhere(way: str) -> None:
+    """What runs in a thread goes on while the event loop is held, so its slot comes free."""
+    crowd = _Crowded()
+    tasks = await crowd.fill(crowd.on_the_loop, crowd.in_threads)
+
+    def let_go() -> None:
+        wait_until(lambda: crowd.limiter.stats().waiting == 1)
+        crowd.may_go.set()
+
+    other = threading.Thread(target=let_go)
+    other.start()
+    assert _Bridged(crowd.quick).ways[way]("b") == "b"
+    other.join()
+    assert await asyncio.gather(*tasks) == ["a", "a"]
+
+
+async def test_what_an_invoke_over_a_bridge_has_left_running_is_no_proof() -> None:
+    """It holds up nobody any more."""
+    crowd = _Crowded()
+    left: list[asyncio.Task[str]] = []
+
+    @dual
+    async def leave(word: str) -> str:
+        async def later() -> str:
+            await until(gone.is_set)
+            return str(await crowd.quick.acall(word))
+
+        left.append(asyncio.create_task(later()))
+        return word
+
+    gone = threading.Event()
+    tasks = await crowd.fill(crowd.on_the_loop, crowd.on_the_loop)
+    leave.invoke("b")
+    gone.set()
+    await until(lambda: crowd.limiter.stats().waiting == 1)
+    crowd.may_go.set()
+
+    assert await asyncio.gather(*tasks) == ["a", "a"]
+    await until(left[0].done)
+    assert left[0].result() == "b"
+
+
+# --- an event loop that is run within a call ---
+
+
+@pytest.mark.parametrize("way", AWAITED)
+@pytest.mark.parametrize("where", ["here", "in a thread"])
+def test_an_event_loop_that_is_run_within_a_call_and_waits_for_it_is_told(where: str, way: str) -> None:
+    """The thread of the call goes no further until the loop's first task has ended."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @concurrency(limiter=limiter)
+    @dual
+    def outer(value: int) -> Any:
+        async def wait() -> Any:
+            return await AWAITED[way](inner)
+
+        return asyncio.run(wait())
+
+    def run() -> None:
+        if where == "here":
+            outer.invoke(1)
+        else:
+            asyncio.run(outer.ainvoke(1))
+
+    assert _told(run)
+    assert limiter.stats().in_flight == 0
+
+
+def test_a_task_that_an_event_loop_within_a_call_does_not_await_is_no_proof() -> None:
+    """The loop ends without it, and so does the call."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    @concurrency(limiter=limiter)
+    def outer(value: int) -> tuple[int, asyncio.Task[int]]:
+        async def leave() -> asyncio.Task[int]:
+            task = asyncio.create_task(inner.acall(value))
+            await until(lambda: limiter.stats().waiting == 1)
+            return task
+
+        return value, asyncio.run(leave())
+
+    value, task = outer.invoke(1)
+
+    assert value == 1
+    assert task.cancelled()
+    assert limiter.stats() == replace(limiter.stats(), in_flight=0, waiting=0, rejected=0)
+
+
+def test_an_event_loop_that_is_run_until_a_task_has_ended_runs_the_others_too() -> None:
+    """A call in one of them ends, even if the task was made within it."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    async def hold() -> None:
+        async with limiter:
+            made.append(asyncio.create_task(inner.acall(1)))
+            loop.stop()
+            await until(lambda: limiter.stats().waiting == 1)
+
+    made: list[asyncio.Task[int]] = []
+    loop = asyncio.new_event_loop()
+    try:
+        holder = loop.create_task(hold())
+        loop.run_forever()
+
+        assert loop.run_until_complete(made[0]) == 1
+        assert holder.done()
+    finally:
+        loop.close()
+
+
+# --- a task that is awaited after it has come to wait ---
+
+EAGER: Any = getattr(asyncio, "eager_task_factory", None)  # from Python 3.12 on
+BEGINNINGS = ["by its loop"] if EAGER is None else ["by its loop", "eagerly"]
+"""Who begins a task that waits before anybody awaits it."""
+
+
+async def _waiting(inner: Any, beginning: str) -> asyncio.Task[int]:
+    """Return a task that has come to wait for a pair."""
+    if beginning == "eagerly":
+        asyncio.get_running_loop().set_task_factory(EAGER)
+    task = asyncio.create_task(inner.acall(1))
+    if beginning == "by its loop":
+        await asyncio.sleep(0)
+    assert inner.limiter.stats().waiting == 1
+    return task
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+async def test_a_task_that_is_awaited_only_then_is_told(beginning: str) -> None:
+    """It waits already, and nothing runs that could look when it is awaited; so that is looked at in the next turn."""
+    limiter = Limiter(limit=1)
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        task = await _waiting(_inner(limiter), beginning)
+        with pytest.raises(DeadlockError):
+            await task
+
+    assert limiter.stats().in_flight == 0
+    assert limiter.stats().waiting == 0
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+async def test_a_task_that_is_not_awaited_even_then_is_no_proof(beginning: str) -> None:
+    """Whoever made it goes on, and gives the slot back."""
+    limiter = Limiter(limit=1)
+    async with asyncio.timeout(SAFETY_NET):
+        async with limiter:
+            task = await _waiting(_inner(limiter), beginning)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert limiter.stats().waiting == 1
+        assert await task == 1
+
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+async def test_a_task_that_is_cancelled_as_it_is_told_hears_of_that_alone(
+    beginning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody misses the error, and the slots come back."""
+    limiter = Limiter(limit=1)
+
+    async def wait() -> int:
+        task = await _waiting(_inner(limiter), beginning)
+        asyncio.get_running_loop().call_soon(task.cancel)
+        return await task
+
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(wait())
+    gc.collect()
+
+    assert caplog.records == []
+    assert limiter.stats().in_flight == 0
+    assert limiter.stats().waiting == 0
 
 
 # --- who goes on, and so proves nothing ---

@@ -12,6 +12,7 @@ import pytest
 
 from asyncify.permits import (
     Permit,
+    Standstill,
     Steps,
     hand_over,
     held_by_this_task,
@@ -387,7 +388,17 @@ class TestTask:
             await asyncio.wait([task])
             return task.result()
 
-        assert await asyncio.get_running_loop().create_task(inside(), context=context) == []
+        held = await asyncio.get_running_loop().create_task(inside(), context=context)
+        assert permit not in held
+
+    async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self) -> None:
+        """All of them, whatever they hold; one permit stands for theirs."""
+        first, second = held_by_this_thread(), held_by_this_thread()
+        elsewhere = await asyncio.to_thread(held_by_this_thread)
+
+        assert first == second
+        assert [isinstance(permit, Standstill) and permit.of_thread for permit in first] == [threading.get_ident()]
+        assert elsewhere == []
 
     def test_a_thread_holds_what_was_handed_over_to_it(self, place: Place) -> None:
         """Whatever context it is in, for as long as it is waited for."""
