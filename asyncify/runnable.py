@@ -12,12 +12,12 @@ import inspect
 import operator
 import pickle
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor
 from types import MethodType, new_class
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, final, overload
 
-from langchain_core.runnables.base import Runnable
+from langchain_core.runnables.base import Runnable, RunnableSerializable
 from langchain_core.runnables.config import RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import TypeBaseModel
@@ -146,6 +146,31 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     afunc: Function
     __qualname__: str
     __wrapped__: Function
+
+    if TYPE_CHECKING:
+        # As `Runnable` has it, but for the last: a pair of an async function is a runnable, and a function that returns
+        # a coroutine, and mypy takes it for neither where one overload takes both.
+
+        @overload
+        def __or__(self, other: Mapping[str, Any]) -> RunnableSerializable[Input, dict[str, Any]]: ...
+        @overload
+        def __or__(
+            self,
+            other: Callable[[Output], Runnable[Output, T]] | Callable[[Output], Awaitable[Runnable[Output, T]]],
+        ) -> RunnableSerializable[Input, T]: ...
+        @overload
+        def __or__(
+            self,
+            other: Runnable[Output, T]
+            | Callable[[Iterator[Output]], Iterator[T]]
+            | Callable[[AsyncIterator[Output]], AsyncIterator[T]]
+            | Callable[[Output], T],
+        ) -> RunnableSerializable[Input, T]: ...
+        @overload
+        def __or__(  # type: ignore[overload-cannot-match]  # pyright: ignore[reportOverlappingOverload]
+            self, other: Runnable[Output, T]
+        ) -> RunnableSerializable[Input, T]: ...
+        def __or__(self, other: Any) -> RunnableSerializable[Input, Any]: ...
 
     if not TYPE_CHECKING:
         func = _Side(SIDE, "sync")

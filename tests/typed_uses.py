@@ -144,6 +144,11 @@ def one_side(query: str, count: int = 1) -> Quote:
 both_sides = one_side.async_(fetch_async)
 
 
+@dual
+async def trim(query: str) -> str:
+    return query.strip()
+
+
 @dual(name="named")
 async def one_async_side(query: str, count: int = 1) -> Quote:
     return {query: count}
@@ -193,6 +198,9 @@ async def as_runnables() -> None:
     assert_type(on_sync | RunnableLambda(len), RunnableSerializable[Any, int])
     assert_type(upper | on_sync, RunnableSerializable[str, Quote])
     assert_type((upper | on_async).invoke("eur"), Quote)
+    assert_type((trim | trim).invoke("EUR"), str)
+    assert_type((trim | trim | one_async_side).invoke("EUR"), Quote)
+    assert_type((RunnableLambda(str.upper) | trim | trim).invoke("EUR"), str)
     checked: Dual[str, Quote] = on_sync
     assert_type(checked | RunnableLambda(len), RunnableSerializable[str, int])
     checked.invoke(3)  # type: ignore[arg-type]
