@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,7 +44,14 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
-    """Each relative link names a file of the project."""
-    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    """Each relative link names a file of the project, and a heading of it if it names one."""
+    links = [(page.parent / name if name else page, anchor) for name, anchor in LINK.findall(page.read_text())]
+    missing = [link for link in links if not link[0].exists() or (link[1] and link[1] not in anchors(link[0]))]
 
     assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what the headings of a page are linked by: in small letters, spaces as hyphens, without punctuation."""
+    headings = HEADING.findall(BLOCK.sub("", page.read_text()))
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
