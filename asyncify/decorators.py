@@ -271,7 +271,8 @@ def concurrency(
         cost: what a call costs, 1 unless given, or a function of the input that tells.
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
-            `BaseRateLimiter`, instead of limits of its own.
+            `BaseRateLimiter`, instead of limits of its own; a `Limiter` goes with `cost` and `timeout`, the others
+            go with neither.
         name: what errors and `repr` call the limiter; by default as the pair, or else the function.
         warn: False to be told of no traps; by default as `dual` was told.
 
