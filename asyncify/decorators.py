@@ -201,7 +201,7 @@ def dual(
         fn: the function to decorate.
         sync: the sync side.
         async_: the async side.
-        name: what the registry calls the pair, after its module; by default the function's qualified name.
+        name: what the registry calls the pair, after its module, and the runnable's name; by default the function's.
         bridge: how a missing side is made: "thread" (async from sync on threads of its own, sync from async on a
             background event loop), "error" (not at all), or an `Executor` for the async side of a sync function.
         warn: whether to tell of the traps that its calls run into; `False` if they are meant.

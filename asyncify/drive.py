@@ -89,7 +89,8 @@ class Watch(Block):
 
     A context manager, and a decorator for a function of either colour. It watches the calls of the whole process that
     begin while it is on, but no tasks that they start, by `asyncio.gather` or a task group say, unless those call a
-    pair themselves. Each finding is a `BlockingWarning` and a record.
+    pair themselves. Each finding is a `BlockingWarning` and a record. `ASYNCIFY_WATCH=1` in the environment puts one on
+    for the whole program.
 
     Args:
         threshold: seconds that a step may hold its loop.

@@ -2,8 +2,8 @@
 
     Exception
     └── AsyncifyError
-        ├── PairError (TypeError)              two sides that do not make a pair
-        ├── BridgeError (RuntimeError)         a side that is missing and may not be made
+        ├── PairError (TypeError)              what can't be a pair, or can't be used as one
+        ├── BridgeError (RuntimeError)         a side that may not be made, or can't run in its process
         ├── RegistryError
         │   ├── NameTakenError (ValueError)    two different functions under one name
         │   └── PairNotFoundError (KeyError)   no pair of that name, or several
@@ -42,11 +42,11 @@ class AsyncifyError(Exception):
 
 
 class PairError(AsyncifyError, TypeError):
-    """Two sides do not make a pair; raised when they are decorated, never at a call."""
+    """What is given can't be a pair, or a pair can't be a tool or a patch; raised where it is made, never at a call."""
 
 
 class BridgeError(AsyncifyError, RuntimeError):
-    """A side was called that nobody wrote and that `bridge="error"` forbids to make."""
+    """A side was called that `bridge="error"` forbids to make, or whose call can't go to its process and back."""
 
 
 class RegistryError(AsyncifyError):

@@ -143,16 +143,17 @@ def each(
         config: for every run.
         ordered: yield in the order of the inputs; otherwise index and output, as each input ends.
         window: inputs at most that are in flight or whose results have not been asked for; by default twice the
-            limit of a pair or `max_concurrency`, or else 64.
+            pair's limit, or twice `max_concurrency`, or else 64.
         return_exceptions: yield an exception in the place of the output, instead of raising it.
         via: run the sync side in threads; or the async side on a background event loop.
-        progress: show a bar; or a function that is called with a `Progress`.
+        progress: show a bar; or a function that is called after every result with a `Progress`.
         checkpoint: an SQLite file: inputs that it has are not run again, and what has ended is recorded in it.
             Inputs that have failed are run again.
         key: by what the checkpoint knows an input; by default itself, if it is short, or else a digest of it.
-        codec: how the checkpoint keeps outputs.
+        codec: how the checkpoint keeps outputs: "json", or "pickle", which runs code when it is read.
 
     Raises:
+        TypeError, ValueError: an argument can't be meant; at once, before anything is iterated.
         CheckpointError: the file is of other work or damaged, or can't keep an output.
     """
     if isinstance(inputs, AsyncIterable) and not _is_iterable(inputs):

@@ -21,7 +21,11 @@ __all__ = ["Limiter", "LimiterStats"]
 
 @dataclass(frozen=True, slots=True)
 class LimiterStats:
-    """What a limiter has seen; waits are in seconds, over the last 1,000 admissions."""
+    """What a limiter has seen; waits are in seconds, over the last 1,000 admissions.
+
+    Rejected is who timed out, would have deadlocked, was not admitted at once by `acquire(blocking=False)`, or costs
+    more than a `resize` leaves; not who was cancelled.
+    """
 
     in_flight: int
     waiting: int

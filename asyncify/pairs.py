@@ -221,13 +221,13 @@ class Registry:
 
         What it returns decorates functions too: the fake is there while they run.
 
-        The fake is called as the function was, at once: the pair's limit does not hold for it. One function, of
-        either colour, serves both paths; on the async path a sync one runs on the event loop itself. Nested
-        overrides may be undone in any order; the newest that is left counts.
+        The fake is called as the function was, at once: the pair's limit does not hold for it. One function, `def` or
+        `async def`, serves both paths; on the async path a `def` runs on the event loop itself. A generator's fake is a
+        generator, or returns its chunks. Nested overrides may be undone in any order; the newest that is left counts.
 
         Args:
             pair: the pair, or its name.
-            fake: a function, of either colour, or another pair.
+            fake: a function, `def` or `async def`, or another pair.
             sync, async_: a fake for each path, instead of `fake`; one alone serves both. A sync function may be
             given as `async_` too.
 

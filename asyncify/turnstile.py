@@ -122,7 +122,11 @@ class Turnstile:
     # --- entering ---
 
     def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this thread for a slot and the rate; the caller must `leave()` the permit."""
+        """Wait in this thread for a slot and the rate; the caller must `leave()` the permit.
+
+        `cost` counts in the rates, with `slots=0` the rate alone is waited for, and `timeout`, in seconds, stands in
+        for the limiter's own.
+        """
         if cost != 1:
             check_cost("cost", cost)
         permit = Permit(self, cost, slots)
@@ -143,7 +147,7 @@ class Turnstile:
         return permit
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this task for a slot and the rate; the caller must `leave()` the permit."""
+        """Wait in this task for a slot and the rate; the caller must `leave()` the permit. As `enter`."""
         if cost != 1:
             check_cost("cost", cost)
         permit = Permit(self, cost, slots)
