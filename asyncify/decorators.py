@@ -204,7 +204,7 @@ def dual(
         name: what the registry calls the pair, after its module, and the runnable's name; by default the function's.
         bridge: how a missing side is made: "thread" (async from sync on threads of its own, sync from async on a
             background event loop), "error" (not at all), or an `Executor` for the async side of a sync function.
-        warn: whether to tell of the traps that its calls run into; `False` if they are meant.
+        warn: whether to warn of the traps that its calls run into (docs/traps.md).
 
     Returns:
         A `Dual`; or, with one of `sync` and `async_` alone, a decorator for the other.
@@ -259,25 +259,31 @@ def concurrency(
 ) -> Decorator:
     """Put one limit on a function or a pair, for every path, thread, event loop, pipe and batch together.
 
-    A plain function becomes a pair. The order with `dual` is free. What `key` and `cost` are called with is the
-    argument of a function that has or needs one, and else a mapping of all its arguments by name; of a method always
-    that, if its first parameter is called `self` or `cls`.
+    For example::
+
+        @concurrency(limit=10, per_second=50)                 # above or below @dual; a plain function becomes a pair
+        @concurrency(limit=2, key=lambda query: query["tenant"], timeout=30)
+        @concurrency(per_minute=90_000, cost=count_tokens)
+        @concurrency(limit=Adaptive(min=1, max=100))
+        @concurrency(limiter=openai)                          # a `Limiter`, shared
+
+    `key` and `cost` are called with the one argument that the function has, or needs; with several, and for a method
+    (its first parameter is called `self` or `cls`), with a mapping of all arguments by name.
 
     Args:
         limit: calls that may run at once; or an `Adaptive`, which finds the number.
         per_second, per_minute, per_hour: cost that may start in any such window; the shortest also sets the pace.
         burst: calls that may start back to back; the windows still hold.
         key: a function of the input; each key has the limits for itself.
-        cost: what a call costs, 1 unless given, or a function of the input that tells.
+        cost: what a call costs in the rates, 1 unless given; or a function of the input.
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
-            `BaseRateLimiter`, instead of limits of its own; a `Limiter` goes with `cost` and `timeout`, the others
-            go with neither.
+            `BaseRateLimiter`, instead of limits of its own; beside a `Limiter` `cost` and `timeout` may be given.
         name: what errors and `repr` call the limiter; by default as the pair, or else the function.
-        warn: False to be told of no traps; by default as `dual` was told.
+        warn: `False` silences the warnings of traps; by default as given to `dual`.
 
     Returns:
-        A decorator; the pair that it returns is the one that it was given, if it was given one.
+        A decorator, which returns the pair that it was given, or one that it makes of a function.
 
     Raises:
         TypeError, ValueError: the arguments limit nothing, contradict each other, or can't be meant.

@@ -85,9 +85,9 @@ class Held:
 
 
 class Watch(Block):
-    """Times each step of every pair's async side while it is on, and tells of those over the threshold.
+    """Time each step of every pair's async side while it is on, and warn of those over the threshold.
 
-    A context manager, and a decorator for a function of either colour. It watches the calls of the whole process that
+    A context manager, and a decorator for a `def` or an `async def`. It watches the calls of the whole process that
     begin while it is on, but no tasks that they start, by `asyncio.gather` or a task group say, unless those call a
     pair themselves. Each finding is a `BlockingWarning` and a record. `ASYNCIFY_WATCH=1` in the environment puts one on
     for the whole program.

@@ -149,7 +149,8 @@ def each(
         progress: show a bar; or a function that is called after every result with a `Progress`.
         checkpoint: an SQLite file: inputs that it has are not run again, and what has ended is recorded in it.
             Inputs that have failed are run again.
-        key: by what the checkpoint knows an input; by default itself, if it is short, or else a digest of it.
+        key: a function that returns the string by which the checkpoint knows an input; by default the input
+            itself, if it is short, or else a digest of it.
         codec: how the checkpoint keeps outputs: "json", or "pickle", which runs code when it is read.
 
     Raises:
@@ -220,8 +221,8 @@ def aeach(
 ) -> AsyncGenerator[Any]:
     """Run a runnable on each input and yield the outputs, while further inputs are in flight.
 
-    As `each`, with the async side, in a task for each input. The source may be async as well; a task of its own
-    reads it, so that results come out while the source makes one wait.
+    As `each`, with the same options but `via`: it runs the async side, in a task for each input. The source may be
+    async too; a task of its own reads that, so that results come out while the source makes one wait.
     """
     options = _Options(
         runnable,

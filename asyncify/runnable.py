@@ -219,6 +219,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     @overload
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
+        """Make a pair of a function, or of two."""
         super().__init__(func, afunc, name)
         self.is_named: bool = name is not None
         self._gate: Gate | None = None
