@@ -42,7 +42,7 @@ def test_the_programs_of_a_page_run_and_print_what_it_says(page: Path) -> None:
         del sys.modules[page.stem]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     """Each relative link names a file of the project, and a heading of it if it names one."""
     links = [(page.parent / name if name else page, anchor) for name, anchor in LINK.findall(page.read_text())]
