@@ -15,7 +15,7 @@ import warnings
 from _thread import get_ident
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -215,10 +215,16 @@ def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[A
             begun = True
             outer = _running.get(thread)
             step = _running[thread] = _Step()
+            hidden: tuple[type[Warning], ...] = ()
             try:
                 awaited = send(value)
             except StopIteration as stop:
                 return stop.value
+            except StopAsyncIteration:
+                raise
+            except BaseException:
+                hidden = (BlockingWarning,)  # made an error, it would hide the call's own
+                raise
             finally:
                 seconds = perf_counter() - step.began
                 if outer is None:
@@ -227,7 +233,8 @@ def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[A
                     outer.inner += seconds
                     _running[thread] = outer
                 if seconds - step.inner > min((watch.threshold for watch in _watches), default=math.inf):
-                    _tell(pair, seconds - step.inner, since, step)
+                    with suppress(*hidden):
+                        _tell(pair, seconds - step.inner, since, step)
             try:
                 value = yield awaited
                 send = steps.send

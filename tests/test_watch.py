@@ -364,6 +364,45 @@ async def test_as_an_error_the_warning_is_raised_where_the_pair_is_awaited(clock
     assert events == ["closed"]
 
 
+@pytest.mark.usefixtures("quiet")
+async def test_as_an_error_the_warning_does_not_hide_the_calls_own(clock):
+    """What the function raises is what its caller handles; the finding is kept."""
+    warnings.simplefilter("error", BlockingWarning)
+
+    @dual
+    async def fetch(query: str) -> None:
+        clock.pass_by(0.12)
+        raise KeyError(query)
+
+    @dual
+    async def letters(query: str) -> AsyncIterator[str]:
+        yield query
+        clock.pass_by(0.12)
+        raise KeyError(query)
+
+    with watch() as watching:
+        with pytest.raises(KeyError, match="usd"):
+            await fetch.ainvoke("usd")
+        with pytest.raises(KeyError, match="eur"):
+            _ = [letter async for letter in letters.astream("eur")]
+
+    assert [held.pair for held in watching.held] == ["fetch", "letters"]
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_as_an_error_the_warning_is_raised_at_the_end_of_a_stream_too(clock):
+    """That a generator ends is no error."""
+    warnings.simplefilter("error", BlockingWarning)
+
+    @dual
+    async def letters(query: str) -> AsyncIterator[str]:
+        yield query
+        clock.pass_by(0.12)
+
+    with watch(), pytest.raises(BlockingWarning, match="held the event loop for 120 ms"):
+        _ = [letter async for letter in letters.astream("usd")]
+
+
 # --- the sampler, by the real clock ---
 
 THRESHOLD = 0.001
