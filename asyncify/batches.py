@@ -213,7 +213,7 @@ def checked_count(name: str, value: object) -> int | None:
         raise TypeError(f"{name}={value!r}: must be a whole number of calls, as in {name}=10")
     count = index(value)
     if count < 1:
-        raise ValueError(f"{name}={value!r}: must be at least 1, as in {name}=10; leave it out for no bound")
+        raise ValueError(f"{name}={value!r}: must be at least 1, as in {name}=10")
     return count
 
 

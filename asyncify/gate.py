@@ -375,10 +375,15 @@ def make_gate(
         check_positive("timeout", timeout, "timeout=30")
     made: Limiter | KeyedLimiter | ForeignLimiter
     if limiter is not None:
-        if given := [name for name, value in {**limits, "key": key}.items() if value is not None]:
+        if given := [name for name, value in limits.items() if value is not None]:
             raise TypeError(
                 f"limiter= brings its own limits, so {', '.join(given)} can't be given beside it; give them to the "
                 "Limiter"
+            )
+        if key is not None:
+            raise TypeError(
+                "limiter= is one for all calls, so key can't be given beside it; give the limits themselves, as in "
+                "limit=10, key=..., for a limiter of each key"
             )
         made = limiter if isinstance(limiter, Limiter) else ForeignLimiter(limiter)
     else:

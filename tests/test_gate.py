@@ -336,7 +336,11 @@ class TestArguments:
                 TypeError,
                 r"^limiter= brings its own limits, so limit can't be",
             ),
-            ({"limiter": Limiter(limit=1), "key": len}, TypeError, r"^limiter= brings its own limits, so key can't be"),
+            (
+                {"limiter": Limiter(limit=1), "key": len},
+                TypeError,
+                r"^limiter= is one for all calls, so key can",
+            ),
             ({"limiter": 5}, TypeError, r"^limiter=5 is no limiter; write limiter=Limiter\(limit=10\), or give an"),
             ({"limiter": AsyncLimiter(5), "cost": 2}, TypeError, r"^cost= and timeout= need a limiter of asyncify's"),
             (
