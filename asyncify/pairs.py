@@ -20,8 +20,6 @@ from typing import Any
 from asyncify.blocks import Block
 from asyncify.entries import Entries, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
-from asyncify.gate import ForeignLimiter, KeyedLimiter
-from asyncify.limiter import Limiter
 from asyncify.relay import Relay
 from asyncify.runnable import AnyDual, in_its_class, is_pair
 from asyncify.signatures import Shape, code_of, describe, is_async, is_generator, signature_of
@@ -40,7 +38,7 @@ class Record:
     sync: Kind
     async_: Kind
     signature: Signature | None
-    limiter: Limiter | KeyedLimiter | ForeignLimiter | None
+    limiter: Any  # as that of a pair
     module: str
     line: int | None
     pair: AnyDual

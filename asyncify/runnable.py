@@ -12,7 +12,7 @@ import inspect
 import operator
 import pickle
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Executor
 from types import MethodType, new_class
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, final, overload
@@ -28,7 +28,7 @@ from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.executors import SIDE, goes_as_code
-from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter
+from asyncify.gate import Gate
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
 from asyncify.pipes import is_bounded
@@ -142,8 +142,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         afunc: the async implementation, if there is one.
     """
 
-    func: Function
-    afunc: Function
+    func: Callable[Params, Called]  # type: ignore[assignment]
+    afunc: Callable[Params, Acalled]  # type: ignore[assignment]
     __qualname__: str
     __wrapped__: Function
 
@@ -171,6 +171,14 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             self, other: Runnable[Output, T]
         ) -> RunnableSerializable[Input, T]: ...
         def __or__(self, other: Any) -> RunnableSerializable[Input, Any]: ...
+
+        def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Generator[Output]:
+            """Stream the sync side's output for one input, by a generator, which can be closed."""
+            ...
+
+        def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncGenerator[Output]:
+            """Stream the async side's output for one input, by a generator, which can be closed."""
+            ...
 
     if not TYPE_CHECKING:
         func = _Side(SIDE, "sync")
@@ -314,8 +322,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         return self._gate
 
     @property
-    def limiter(self) -> Limiter | KeyedLimiter | ForeignLimiter | None:
-        """What limits both sides, if anything does."""
+    def limiter(self) -> Any:
+        """What limits both sides, None if nothing does: a `Limiter`, or one for each key, or somebody else's.
+
+        Any to a type checker, as which it is depends on how it was asked for.
+        """
         return None if self._gate is None else self._gate.limiter
 
     @property

@@ -848,7 +848,7 @@ async def test_a_generator_is_ended_in_the_context_that_it_ran_in(end: str, conf
         finally:
             seen.append(desk.get())
 
-    stream = cast("AsyncGenerator[str]", aticks.astream("EUR", config()))
+    stream = aticks.astream("EUR", config())
     await anext(stream)
     if end == "cancelled":
         more = asyncio.ensure_future(anext(stream))

@@ -6,6 +6,7 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 # ruff: noqa: D103  (what a function here is for is the comment over it)
 
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, assert_type
@@ -185,6 +186,11 @@ async def sides() -> None:
     assert_type(await over_stub.acall("EUR"), Quote)
     assert_type(await one_side.acall("EUR"), Quote)
     assert_type(await one_async_side.acall("EUR"), Quote)
+    assert_type(on_sync.func("EUR", count=2), Quote)
+    assert_type(await on_async.afunc("EUR", count=2), Quote)
+    assert_type(ticks.func("EUR"), Iterator[float])
+    assert_type(dual(sync=on_sync.func, async_=on_async.afunc)("EUR"), Quote)
+    on_sync.func(3)  # type: ignore[arg-type]
 
 
 async def as_runnables() -> None:
@@ -308,8 +314,12 @@ async def streams() -> None:
     assert_type(ticks.acall("EUR"), AsyncIterator[float])
     assert_type(ticks_alone.acall("EUR"), AsyncIterator[float])
     assert_type(ticks_alone.call("EUR"), Iterator[float])
-    assert_type(ticks.stream("EUR"), Iterator[float])
-    assert_type(ticks.astream("EUR"), AsyncIterator[float])
+    assert_type(ticks.stream("EUR"), Generator[float])
+    assert_type(ticks.astream("EUR"), AsyncGenerator[float])
+    with closing(ticks.stream("EUR")) as chunks:
+        assert_type(next(chunks), float)
+    async with aclosing(ticks.astream("EUR")) as achunks:
+        assert_type(await anext(achunks), float)
     assert_type(await ticks.ainvoke("EUR"), float)
     assert_type(dual(sync=generator_sync, async_=generator_async).acall("EUR"), AsyncIterator[float])
     assert_type(dual(sync=generator_sync, async_=ticks_async).call("EUR"), Iterator[float])
@@ -409,6 +419,8 @@ async def limits() -> None:
     assert_type(await limit_alone("EUR", count=2), Quote)
     assert_type(limit_alone.call("EUR"), Quote)
     assert_type(limit_on_ticks.acall("EUR"), AsyncIterator[float])
+    limit_over.limiter.stats()
+    limit_over.limiter["EUR"].resize(limit=4)
     limit_over(3)  # type: ignore[arg-type]
     limit_under(3)  # type: ignore[arg-type]
     limit_alone(3)  # type: ignore[arg-type, unused-coroutine]
@@ -527,4 +539,5 @@ def patches() -> None:
     """A patch is undone by what it returns."""
     with dual_patch("quotes:Client.fetch", async_=fetch_async) as patch:
         assert_type(patch.target, str)
+        concurrency(limit=3)(patch.pair)
     dual_patch("quotes:fetch", async_="fetch").undo()  # type: ignore[arg-type]
