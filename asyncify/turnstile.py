@@ -248,19 +248,21 @@ class Turnstile:
         if permit.slots and (permit.outer is not None or not permit.in_task):
             if (error := self._certain_end(permit, held(), timeout)) is not None:
                 raise error
-            if permit.in_task and any(other.place is self and other not in permit.blocks for other in permits()):
-                permit.ready.get_loop().call_soon(self._look_again, permit, timeout)
+            if permit.in_task and timeout is None:
+                inside = {other for other in permits() if other.place is self}
+                if not inside.issubset(permit.blocks):
+                    permit.ready.get_loop().call_soon(self._look_again, permit)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_END)
 
-    def _look_again(self, permit: Permit, timeout: float | None) -> None:
+    def _look_again(self, permit: Permit) -> None:
         """Look once more who awaits the task that waits: one that was begun at once, eagerly, is awaited only then."""
         ready: asyncio.Future[None] | None = permit.ready
         if permit.queue is None or ready is None or ready.done():
             return
-        if (error := self._certain_end(permit, held_by_waiters_for(ready), timeout)) is not None:
+        if (error := self._certain_end(permit, held_by_waiters_for(ready), None)) is not None:
             ready.set_exception(error)
             ready.exception()  # its task may be cancelled at this moment, and not hear of it
 

@@ -18,8 +18,9 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
 
-from asyncify import DeadlockError, Dual, Limiter, concurrency, dual
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, dual
 from asyncify.permits import Link
+from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, until, wait_until
 
 LIMIT = 2
@@ -743,6 +744,20 @@ async def test_a_task_that_is_awaited_only_then_is_told(beginning: str) -> None:
 
     assert limiter.stats().in_flight == 0
     assert limiter.stats().waiting == 0
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+async def test_a_task_that_is_awaited_only_then_and_will_give_up_gives_up(beginning: str) -> None:
+    """Its own timeout ends the wait."""
+    clock = FakeClock()
+    limiter = Limiter(limit=1, timeout=1, clock=clock)
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        task = await _waiting(_inner(limiter), beginning)
+        asyncio.get_running_loop().call_later(0.01, clock.advance, 1)
+        with pytest.raises(LimitTimeout):
+            await task
+
+    assert limiter.stats().in_flight == 0
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
