@@ -500,14 +500,14 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def get_input_jsonschema(self, config: RunnableConfig | None = None) -> dict[str, Any]:
         """Return the JSON schema of the input; for LangChain's `tool`, what it asks: whether this is an object."""
-        if asks_for_tool(sys._getframe(1)):
+        if asks_for_tool(sys._getframe().f_back):
             return {"type": "object"}
         return super().get_input_jsonschema(config)
 
     @property
     def input_schema(self) -> TypeBaseModel:
         """The schema of the input; for LangChain's `tool`, of the function's parameters."""
-        if asks_for_tool(sys._getframe(1)):
+        if asks_for_tool(sys._getframe().f_back):
             return self._keys_schema() or tool_schema(self.__wrapped__, self.get_name("Input"))
         return self.get_input_schema()
 
@@ -559,7 +559,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def __repr__(self) -> str:
         """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`; to `tool`, the docs."""
-        if asks_for_tool(sys._getframe(1)):
+        if asks_for_tool(sys._getframe().f_back):
             return description_of(self.__wrapped__, self.get_name())
         kinds = {"sync": self._entries.sync.kind, "async": self._entries.async_.kind}
         real = "+".join(side for side, kind in kinds.items() if kind == "native")

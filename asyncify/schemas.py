@@ -70,9 +70,11 @@ class _Arguments(_Parameters):
         return _Argument(value) if name in type(self).model_fields else value
 
 
-def asks_for_tool(frame: FrameType) -> bool:
-    """Tell whether the frame is that of `tool`, just making a tool."""
-    return frame.f_code.co_name == "_tool_factory" and frame.f_globals.get("__name__") == "langchain_core.tools.convert"
+def asks_for_tool(frame: FrameType | None) -> bool:
+    """Tell whether the frame is that of `tool`, just making a tool; there is none where the interpreter itself asks."""
+    if frame is None or frame.f_code.co_name != "_tool_factory":
+        return False
+    return frame.f_globals.get("__name__") == "langchain_core.tools.convert"
 
 
 def is_from_tool(value: Any) -> TypeGuard[dict[str, _Argument]]:

@@ -1,5 +1,6 @@
 """The five forms of `dual`, on everything that can be called."""
 
+import _thread
 import asyncio
 import copy
 import functools
@@ -15,6 +16,7 @@ import pytest
 from langgraph.func import entrypoint, task
 
 from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
+from tests.crowd import wait_until
 
 
 def fetch_sync(query: str) -> str:
@@ -395,6 +397,15 @@ def test_a_limit_on_the_decorated_side_is_the_limit_of_the_pair() -> None:
 
     assert repr(fetch) == "<Dual fetch sync+async 0/3 in flight, 0 waiting>"
     assert registry[f"{__name__}.{fetch.__qualname__}"].pair is fetch
+
+
+def test_a_pair_is_shown_where_no_python_asks() -> None:
+    """As the interpreter does when it reports an error that nobody has caught."""
+    shown: list[str] = []
+    _thread.start_new_thread(shown.extend, (map(repr, [Dual(fetch_sync)]),))
+    wait_until(lambda: shown != [])
+
+    assert shown == ["<Dual fetch_sync sync (async bridged)>"]
 
 
 async def _told_async(query: str) -> str:
