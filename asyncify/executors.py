@@ -161,7 +161,7 @@ class Parcel:
         try:
             fn, args, kwargs = self._unpacked()
             return Outcome(_packed_result(fn, fn(*args, **kwargs)))
-        except Exception as error:  # noqa: BLE001  (it is raised where the call is awaited)
+        except BaseException as error:  # noqa: BLE001  (it is raised where the call is awaited; Dask's worker would end)
             return Outcome(_packed_error(error), "".join(traceback.format_exception(error)))
 
     def _unpacked(self) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:

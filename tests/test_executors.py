@@ -58,6 +58,13 @@ class Refused(Exception):  # noqa: N818  (as users name theirs)
         self.response = threading.Lock()  # stands for the connection that a real one holds
 
 
+class Halt(BaseException):
+    """The same, of an error that ends a program."""
+
+    def __init__(self, *, status_code: int) -> None:
+        super().__init__(f"halt {status_code}")
+
+
 class HttpError(Exception):
     """An error whose constructor makes a text of its argument."""
 
@@ -89,6 +96,10 @@ def fail(kind: str) -> None:
         raise KeyError("no such text")
     if kind == "stop":
         raise StopIteration
+    if kind == "exit":
+        sys.exit(3)
+    if kind == "halt":
+        raise Halt(status_code=4)
     if kind == "text":
         raise HttpError(404)
     if kind == "group":
@@ -272,6 +283,16 @@ async def test_of_a_config_what_can_travel_does(remote):
 async def test_an_argument_that_can_not_be_pickled_is_told(remote):
     """An argument that can't travel gets an error that names the function and says what to do."""
     with pytest.raises(BridgeError, match=r"test_executors\.score .* can't be pickled: .* bridge=\"thread\""):
+@pytest.mark.parametrize(("kind", "error", "text"), [("exit", SystemExit, "3"), ("halt", Halt, "halt 4")])
+async def test_an_error_that_ends_a_program_ends_the_call_alone(remote, kind, error, text):
+    """`sys.exit` raises where the call is awaited, as it would in this process; the pool lives on."""
+    with pytest.raises(error) as caught:
+        await fail.acall(kind)
+
+    assert str(caught.value) == text
+    assert (await score.acall("abc"))[0] == 3
+
+
         await score.acall(threading.Lock())  # type: ignore[arg-type]  # that is the point
 
 
