@@ -88,10 +88,17 @@ class Ticket:
         """Return the function, imported if need be; None if there is no such name."""
         found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
         for name in self.path.split("."):
-            found = inspect.getattr_static(found, name, None)
+            found = inspect.getattr_static(found, _attribute(found, name), None)
             if isinstance(found, (classmethod, staticmethod)):
                 found = cast("staticmethod[..., Any]", found).__func__
         return found
+
+
+def _attribute(owner: object, name: str) -> str:
+    """Return the attribute in which the owner keeps what was written under this name: Python renames a private one."""
+    if isinstance(owner, type) and name.startswith("__") and not name.endswith("__"):
+        return f"_{owner.__name__.lstrip('_')}{name}"
+    return name
 
 
 def ticket_for(fn: Function, executor: Executor) -> Ticket | None:

@@ -160,6 +160,16 @@ class Scores:
         """Return the class's name with the text, and the process."""
         return f"{cls.__name__} {text}", os.getpid()
 
+    @staticmethod
+    @dual(bridge=engine)
+    def __private(text: str) -> tuple[str, int]:
+        """Return the text and the process."""
+        return text, os.getpid()
+
+    def private(self) -> Dual[Any, tuple[str, int]]:
+        """Return the private one."""
+        return self.__private
+
 
 def processes() -> Iterator[Executor]:
     """Start the processes of the standard library."""
@@ -203,6 +213,14 @@ async def test_static_and_class_methods_run_in_another_process(remote):
 
     assert (static, of_class) == ("abc", "Scores abc")
     assert os.getpid() not in (its_process, other_process)
+
+
+async def test_a_private_method_runs_in_another_process(remote):
+    """It is found by the name under which its class keeps it, which Python makes of the one that was written."""
+    result, its_process = await Scores().private().ainvoke("abc")
+
+    assert result == "abc"
+    assert its_process != os.getpid()
 
 
 async def test_a_call_runs_in_another_process(remote):
@@ -265,6 +283,16 @@ async def test_stop_iteration_comes_back_as_a_runtime_error(remote):
         await fail.acall("stop")
 
 
+@pytest.mark.parametrize(("kind", "error", "text"), [("exit", SystemExit, "3"), ("halt", Halt, "halt 4")])
+async def test_an_error_that_ends_a_program_ends_the_call_alone(remote, kind, error, text):
+    """`sys.exit` raises where the call is awaited, as it would in this process; the pool lives on."""
+    with pytest.raises(error) as caught:
+        await fail.acall(kind)
+
+    assert str(caught.value) == text
+    assert (await score.acall("abc"))[0] == 3
+
+
 async def test_of_a_config_what_can_travel_does(remote):
     """Tags, metadata and configurable reach the function; callbacks and a framework's own entries do not."""
     config: RunnableConfig = {
@@ -283,16 +311,6 @@ async def test_of_a_config_what_can_travel_does(remote):
 async def test_an_argument_that_can_not_be_pickled_is_told(remote):
     """An argument that can't travel gets an error that names the function and says what to do."""
     with pytest.raises(BridgeError, match=r"test_executors\.score .* can't be pickled: .* bridge=\"thread\""):
-@pytest.mark.parametrize(("kind", "error", "text"), [("exit", SystemExit, "3"), ("halt", Halt, "halt 4")])
-async def test_an_error_that_ends_a_program_ends_the_call_alone(remote, kind, error, text):
-    """`sys.exit` raises where the call is awaited, as it would in this process; the pool lives on."""
-    with pytest.raises(error) as caught:
-        await fail.acall(kind)
-
-    assert str(caught.value) == text
-    assert (await score.acall("abc"))[0] == 3
-
-
         await score.acall(threading.Lock())  # type: ignore[arg-type]  # that is the point
 
 
