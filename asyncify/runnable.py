@@ -547,15 +547,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     # --- identity ---
 
     def __hash__(self) -> int:  # type: ignore[override]
-        """Hash by the sync side, or else the async one, as they are compared by."""
+        """Hash by the sync side, or else the async one, as a `RunnableLambda` is compared by."""
         try:
             return hash(self.func if hasattr(self, "func") else self.afunc)
         except TypeError:  # a callable that has no hash
             return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare as a `RunnableLambda` does: by the sync side, or else the async one."""
-        return super().__eq__(other)
 
     def __repr__(self) -> str:
         """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`; to `tool`, the docs."""
