@@ -620,7 +620,6 @@ class _Bound(Dual[Any, Any]):
         self._receiver = receiver
         self.name = pair.get_name()  # a lambda's has no attribute of that name
         self._on_stub = None
-        self._by_reference = pair._by_reference
         self._is_async_def = pair._is_async_def
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
@@ -635,7 +634,7 @@ class _Bound(Dual[Any, Any]):
             setattr(self, _ASYNC_SIDE, MethodType(kept[_ASYNC_SIDE], receiver))
 
     def __getattr__(self, name: str) -> Any:
-        """Find what a subclass keeps on its pairs; their sides and their dunder names are this method's own."""
+        """Find what is kept on the pair, by a subclass too; sides and dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
         if name in kept and name not in (SIDE, _ASYNC_SIDE) and not name.startswith("__"):
             return kept[name]
@@ -658,24 +657,12 @@ class _Bound(Dual[Any, Any]):
         return any(type(wraps) is classmethod and wraps.__func__ is self._pair for wraps in found)
 
     @property
-    def _warn(self) -> bool:  # type: ignore[override]
-        return self._pair._warn
-
-    @property
     def _live(self) -> Entries:  # type: ignore[override]
         return self._bind(self._pair._live)
 
     @property
     def _entries(self) -> Entries:  # type: ignore[override]
         return self._bind(self._pair._entries)
-
-    @property
-    def _gate(self) -> Gate | None:  # type: ignore[override]
-        return self._pair._gate
-
-    @property
-    def _fakes(self) -> tuple[Entries, ...]:  # type: ignore[override]
-        return self._pair._fakes
 
     @property
     def binding(self) -> Binding:
