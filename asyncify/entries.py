@@ -17,11 +17,11 @@ from inspect import iscoroutine
 from typing import Any, Literal, cast
 
 from asyncify.background import END, background
-from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool, call_guarded
+from asyncify.bridge import DEFAULT_THREADS, ThreadPool, call_guarded
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
-from asyncify.gate import Gate, Pass
+from asyncify.gate import FREE_PASS, Gate, Pass
 from asyncify.permits import Link, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
@@ -205,29 +205,24 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
 
 def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
-        work, ended = partial(fn, *args, **kwargs), _nothing
-        if gate is not None:
-            permit = await gate.aenter(args, kwargs)
-            permit.step_out()
-            work, ended = partial(_under, permit, work), permit.end
+        permit: Pass = FREE_PASS if gate is None else await gate.aenter(args, kwargs)
+        permit.step_out()
+        work = partial(_under, permit, partial(fn, *args, **kwargs))
         context, link = _waited_for_by_task()
         if link is None:
-            return await pool.call(work, ended, context)
+            return await pool.call(work, permit.end, context)
         try:
-            return await pool.call(partial(_call_linked, link, work), ended, context)
+            return await pool.call(partial(_call_linked, link, work), permit.end, context)
         finally:
             link.leave()
 
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         chunks: Generator[Any, Any, Any] = fn(*args, **kwargs)
-        ended: Ended = _nothing
-        if gate is not None:
-            permit = await gate.aenter(args, kwargs)
-            permit.step_out()
-            chunks, ended = _chunks_under(permit, chunks), permit.end
+        permit: Pass = FREE_PASS if gate is None else await gate.aenter(args, kwargs)
+        permit.step_out()
         context, link = copy_context(), Link()
         context.run(link.begin)
-        threaded = pool.stream(_chunks_linked(link, chunks), ended, context)
+        threaded = pool.stream(_chunks_linked(link, _chunks_under(permit, chunks)), permit.end, context)
         relay: Relay[Any] = Relay(threaded)
         try:
             while (chunk := await _aasked(link, anext(relay, END))) is not END:
@@ -341,10 +336,6 @@ def _chunks_under(permit: Pass, chunks: Generator[Any, Any, Any]) -> Generator[A
     return (yield from chunks)
 
 
-def _nothing(error: BaseException | None) -> None:
-    pass
-
-
 def _no_wait() -> None:
     pass
 
@@ -359,13 +350,7 @@ def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor
 
 def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]], gate: Gate | None) -> Function:
     async def run(*args: Any, **kwargs: Any) -> Any:
-        if gate is None:
-            future, leave = submit(args, kwargs)
-            try:
-                return await receive(future)
-            finally:
-                leave()
-        permit = await gate.aenter(args, kwargs)
+        permit: Pass = FREE_PASS if gate is None else await gate.aenter(args, kwargs)
         try:
             future, leave = submit(args, kwargs)
         except BaseException as error:

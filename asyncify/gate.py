@@ -24,7 +24,7 @@ from asyncify.permits import Permit, permits
 from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input
 from asyncify.turnstile import check_affordable
 
-__all__ = ["ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
+__all__ = ["FREE_PASS", "ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
 
 Function = Callable[..., Any]
 
@@ -129,7 +129,7 @@ at_fork(after_in_child=_after_fork)
 
 
 class _FreePass:
-    """What a foreign limiter grants: it has no slots, so there is nothing to give back."""
+    """What a foreign limiter grants, or none at all: there are no slots, so there is nothing to give back."""
 
     __slots__ = ()
 
@@ -149,7 +149,7 @@ class _FreePass:
         """Do nothing."""
 
 
-_FREE_PASS = _FreePass()
+FREE_PASS = _FreePass()
 
 _waiting_loop = BackgroundLoop()
 """Where the waiting for an `AsyncLimiter` is done. No call runs on it, so none can wait there for itself."""
@@ -183,7 +183,7 @@ class ForeignLimiter:
                 raise
         else:
             self._limiter.acquire()
-        return _FREE_PASS
+        return FREE_PASS
 
     async def aenter(self) -> _FreePass:
         """Wait in this task for the rate."""
@@ -192,7 +192,7 @@ class ForeignLimiter:
             await asyncio.wrap_future(acquired)
         else:
             await self._limiter.aacquire()
-        return _FREE_PASS
+        return FREE_PASS
 
     def __eq__(self, other: object) -> bool:
         """Compare by whose it is: both sides of a pair may bring the same one along."""
