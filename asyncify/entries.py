@@ -20,7 +20,7 @@ from asyncify.background import END, background
 from asyncify.bridge import DEFAULT_THREADS, ThreadPool, call_guarded
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
-from asyncify.executors import Outcome, Parcel, Ticket, check_sendable, portable_config, refusal, ticket_for
+from asyncify.executors import Outcome, Parcel, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import FREE_PASS, Gate, Pass
 from asyncify.permits import Link, hand_over, held_by_this_task, held_by_this_thread
 from asyncify.relay import Relay
@@ -412,16 +412,14 @@ async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) ->
 
 def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
     """Return what sends a call of a function to another process."""
-    ticket: list[Ticket | None] = []
+    ticket = cache(partial(ticket_for, fn, executor))  # asked by a call, when the pair's name leads to its function
     by_code = not isinstance(executor, ProcessPoolExecutor)  # which pickles a function by its name
 
     def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], Callable[[], None]]:
-        if not ticket:  # only now has the pair a name that leads to its function
-            ticket.append(ticket_for(fn, executor))
         if shape.takes_config and "config" in kwargs:
             kwargs = {**kwargs, "config": portable_config(kwargs["config"])}
         try:
-            return executor.submit(Parcel(ticket[0] or fn, args, kwargs, by_code=by_code)), _no_wait
+            return executor.submit(Parcel(ticket() or fn, args, kwargs, by_code=by_code)), _no_wait
         except Exception as error:
             raise refusal(fn, executor, error) from error
 
