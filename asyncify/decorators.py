@@ -371,12 +371,7 @@ def _make_pair(
     plain_sync = None if sync is None else function_of(sync, "sync")
     plain_async = None if async_ is None else function_of(async_, "async")
     fn = function_of(decorated)
-    if plain_sync is not None:
-        check_side(plain_sync, "sync", where)
-    if plain_async is not None:
-        check_side(plain_async, "async", where)
-    if plain_sync is not None and plain_async is not None:
-        check_pair(plain_sync, plain_async, where)
+    check_pair(plain_sync, plain_async, where)
     if isinstance(bridge, Executor) and plain_sync is None:
         raise PairError(f"{where}: {describe(fn)} is async, and an executor can only run a sync side; drop bridge=")
     if isinstance(bridge, Executor) and plain_async is not None:

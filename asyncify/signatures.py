@@ -137,14 +137,18 @@ def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None
         )
 
 
-def check_pair(sync: Callable[..., Any], async_: Callable[..., Any], where: str) -> None:
-    """Check that two functions are two implementations of one.
+def check_pair(sync: Callable[..., Any] | None, async_: Callable[..., Any] | None, where: str) -> None:
+    """Check that two functions are two implementations of one; of a single one, that it can be that side.
 
     Raises:
         PairError: their colours, their parameters or their kinds (generator or not) do not fit.
     """
-    check_side(sync, "sync", where)
-    check_side(async_, "async", where)
+    if sync is not None:
+        check_side(sync, "sync", where)
+    if async_ is not None:
+        check_side(async_, "async", where)
+    if sync is None or async_ is None:
+        return
     if is_generator(sync) != is_generator(async_):
         generator, other = (sync, async_) if is_generator(sync) else (async_, sync)
         raise PairError(
