@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from contextlib import aclosing, closing
 from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from inspect import iscoroutine
 from typing import Any, Literal, cast
 
@@ -78,22 +78,21 @@ def make_entries(
     A side without parameters of its own, as a mock that has come in its place, takes its input as `called_like` does.
     With `warn`, a sync call that is made on an event loop and holds it is told.
     """
-    own = shape_of(called_like)
     if gate is not None:
-        fn = sync if sync is not None else async_
-        gate = gate.before(called_like if fn is None or shape_of(fn).takes_anything else fn)
-    first = None if sync is None else _side(sync, own)
+        fn = cast("Function", async_ if sync is None else sync)
+        gate = gate.before(called_like if shape_of(fn).takes_anything else fn)
+    first = None if sync is None else _side(sync, called_like)
     make = partial(_entries, first, gate=gate, bridge=bridge, name=name, warn=warn)
     if async_ is None:
         return make(None)
-    side = _side(async_, own)
+    side = _side(async_, called_like)
     watched = replace(side, run=timed(async_, name, is_generator=side.shape.is_generator))
     return replace(make(side), timed=make(watched))
 
 
-def _side(fn: Function, own: Shape) -> Entry:
+def _side(fn: Function, called_like: Function) -> Entry:
     shape = shape_of(fn)
-    return Entry(fn, fn, shape.called_like(own) if shape.takes_anything else shape, "native")
+    return Entry(fn, fn, shape.called_like(shape_of(called_like)) if shape.takes_anything else shape, "native")
 
 
 def _entries(
