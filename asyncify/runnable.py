@@ -624,19 +624,16 @@ class _Bound(Dual[Any, Any]):
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
         kept = vars(pair)
-        if pair._is_async_def:
-            for mark in _COROUTINE_MARKS:
-                if mark in kept:
-                    setattr(self, mark, kept[mark])  # `vars(self)` would have Python make a dict
         if SIDE in kept:
             setattr(self, SIDE, MethodType(kept[SIDE], receiver))
         if _ASYNC_SIDE in kept:
             setattr(self, _ASYNC_SIDE, MethodType(kept[_ASYNC_SIDE], receiver))
 
     def __getattr__(self, name: str) -> Any:
-        """Find what is kept on the pair, by a subclass too; sides and dunder names are this method's own."""
+        """Find what is kept on the pair, by a subclass too; sides and most dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
-        if name in kept and name not in (SIDE, _ASYNC_SIDE) and not name.startswith("__"):
+        is_own = name in (SIDE, _ASYNC_SIDE) or (name.startswith("__") and name not in _COROUTINE_MARKS)
+        if name in kept and not is_own:
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
