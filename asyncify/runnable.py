@@ -74,16 +74,20 @@ Binding = Literal["instance", "class", "nothing"]
 def _coroutine_marks(fn: Function) -> dict[str, object]:
     """Return the attributes by which frameworks tell a coroutine function, by `asyncio` or by `inspect`.
 
-    Before Python 3.12 the latter takes no mark, but looks at the code of whatever has a function's attributes.
+    Before Python 3.12 the latter takes no mark, but looks at the code.
     """
     marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
     if sys.version_info >= (3, 12):
         return marks | vars(inspect.markcoroutinefunction(lambda: None))
-    written = plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn))
-    return marks | {name: getattr(written, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")}
+    return marks | _code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
 
 
-_COROUTINE_MARKS = frozenset(_coroutine_marks(lambda: None))
+def _code_marks(written: Function) -> dict[str, object]:
+    """Return the attributes by which `inspect` takes an object for a function, and looks at its code."""
+    return {name: getattr(written, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")}
+
+
+_MARKS = frozenset(_coroutine_marks(lambda: None) | _code_marks(lambda: None))
 
 
 @final
@@ -288,11 +292,12 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             called_like=self.__wrapped__,
             warn=self._warn,
         )
-        is_coroutine_function = self._is_async_def and not self._entries.async_.shape.is_generator
-        for name in _COROUTINE_MARKS:
+        for name in _MARKS:
             vars(self).pop(name, None)
-        if is_coroutine_function:
-            vars(self).update(_coroutine_marks(self.__wrapped__))
+        called = self._entries.async_ if self._is_async_def else self._entries.sync
+        yields = called.shape.is_generator
+        if yields or self._is_async_def:
+            vars(self).update(_code_marks(plain(called.fn)) if yields else _coroutine_marks(self.__wrapped__))
             vars(self).setdefault("__name__", self.get_name())  # of a partial: a function has a name
         self.set_fakes(self._fakes)
 
@@ -632,7 +637,7 @@ class _Bound(Dual[Any, Any]):
     def __getattr__(self, name: str) -> Any:
         """Find what is kept on the pair, by a subclass too; sides and most dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
-        is_own = name in (SIDE, _ASYNC_SIDE) or (name.startswith("__") and name not in _COROUTINE_MARKS)
+        is_own = name in (SIDE, _ASYNC_SIDE) or (name.startswith("__") and name not in _MARKS)
         if name in kept and not is_own:
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
@@ -747,10 +752,10 @@ def _bound_shape(shape: Shape) -> Shape:
     )
 
 
-_MADE_LATE = {"_entries", "_live", *_COROUTINE_MARKS}
+_MADE_LATE = {"_entries", "_live", *_MARKS}
 """Attributes of a pair that it has when it has been put together."""
 
-_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *_COROUTINE_MARKS}
+_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *_MARKS}
 """Attributes of a pair that are not pickled with it."""
 
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 import operator
 import pydoc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -446,6 +446,53 @@ def test_a_framework_is_told_whether_to_await_it(pair: Any, *, is_coroutine_func
     assert asyncio.iscoroutinefunction(pair) is is_coroutine_function
     assert inspect.iscoroutinefunction(pair) is is_coroutine_function
     assert inspect.iscoroutinefunction(functools.partial(pair, "x")) is is_coroutine_function
+
+
+def _generators() -> dict[str, tuple[Any, bool]]:
+    def stream(query: str, times: int = 1) -> Iterator[str]:
+        yield from [query] * times
+
+    async def astream(query: str, times: int = 1) -> AsyncIterator[str]:
+        for _ in range(times):
+            yield query
+
+    class Desk:
+        @dual
+        def stream(self, query: str, times: int = 1) -> Iterator[str]:
+            yield from [query] * times
+
+    @dual(sync=stream, async_=astream)
+    def stub(query: str, times: int = 1) -> Iterator[str]:
+        """Have only a name."""
+        raise NotImplementedError
+
+    return {
+        "generator": (dual(stream), False),
+        "async generator": (dual(astream), True),
+        "generator with an async side": (dual(sync=stream, async_=astream), False),
+        "a method": (Desk().stream, False),
+        "a stub": (stub, False),
+        "a partial": (dual(functools.partial(stream), name="a partial of a generator"), False),
+        "a partial of a pair": (dual(functools.partial(dual(astream)), name="a partial of a pair"), True),
+    }
+
+
+@pytest.mark.parametrize(("pair", "is_async"), _generators().values(), ids=_generators())
+def test_a_framework_is_told_of_a_generator(pair: Any, *, is_async: bool) -> None:
+    """Or what it yields would never be read."""
+    for fn in (pair, functools.partial(pair, times=2)):
+        assert inspect.isgeneratorfunction(fn) is not is_async
+        assert inspect.isasyncgenfunction(fn) is is_async
+        assert not inspect.iscoroutinefunction(fn)
+
+
+@pytest.mark.parametrize("pair", [pair for pair, _ in _generators().values()], ids=_generators())
+async def test_a_partial_of_a_generator_streams(pair: Any) -> None:
+    """A pair of it yields what the pair in it yields, and not one generator."""
+    twice = dual(functools.partial(pair, times=2), name="twice")
+
+    assert list(twice.stream("a")) == ["a", "a"]
+    assert [chunk async for chunk in twice.astream("a")] == ["a", "a"]
 
 
 @pytest.mark.parametrize("side", ["func", "afunc"])
