@@ -279,7 +279,7 @@ def concurrency(
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
             `BaseRateLimiter`, instead of limits of its own; beside a `Limiter` `cost` and `timeout` may be given.
-        name: what errors and `repr` call the limiter; by default as the pair, or else the function.
+        name: what errors and `repr` call the limiter; by default as the pair or the function that it is put on.
         warn: `False` silences the warnings of traps; by default as given to `dual`.
 
     Returns:
