@@ -32,8 +32,8 @@ __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries", "run_in_backgro
 Bridge = Literal["thread", "error"] | Executor
 Kind = Literal["native", "bridged", "missing"]
 Function = Callable[..., Any]
-Submit = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Future[Any], Callable[[], None]]]
-"""Has a call made, and returns its future and what is to be told when it is waited for no longer."""
+Submit = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Future[Any], Link | None]]
+"""Has a call made, and returns its future and the link to it of what the waiting task holds, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,10 +335,6 @@ def _chunks_under(permit: Pass, chunks: Generator[Any, Any, Any]) -> Generator[A
     return (yield from chunks)
 
 
-def _no_wait() -> None:
-    pass
-
-
 def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor) -> Function:
     """Run a function by somebody's executor; one of threads gets the caller's context, no other can."""
     if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
@@ -351,7 +347,7 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
     async def run(*args: Any, **kwargs: Any) -> Any:
         permit: Pass = FREE_PASS if gate is None else await gate.aenter(args, kwargs)
         try:
-            future, leave = submit(args, kwargs)
+            future, link = submit(args, kwargs)
         except BaseException as error:
             permit.leave(error)
             raise
@@ -363,7 +359,8 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
             future.add_done_callback(partial(_end_with, permit, error))
             raise
         finally:
-            leave()
+            if link is not None:
+                link.leave()
         permit.end()
         return result
 
@@ -372,13 +369,13 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
 
 def _submit_to_threads(
     executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Future[Any], Callable[[], None]]:
+) -> tuple[Future[Any], Link | None]:
     context, link = _waited_for_by_task()
     work: Callable[[], Any] = partial(fn, *args, **kwargs)
     if link is not None:
         work = partial(_call_linked, link, work)
     try:
-        return executor.submit(context.run, call_guarded, work), _no_wait if link is None else link.leave
+        return executor.submit(context.run, call_guarded, work), link
     except Exception as error:
         raise refusal(fn, executor, error) from error
 
@@ -414,11 +411,11 @@ def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
     ticket = cache(partial(ticket_for, fn, executor))  # asked by a call, when the pair's name leads to its function
     by_code = not isinstance(executor, ProcessPoolExecutor)  # which pickles a function by its name
 
-    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], Callable[[], None]]:
+    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], None]:
         if shape.takes_config and "config" in kwargs:
             kwargs = {**kwargs, "config": portable_config(kwargs["config"])}
         try:
-            return executor.submit(Parcel(ticket() or fn, args, kwargs, by_code=by_code)), _no_wait
+            return executor.submit(Parcel(ticket() or fn, args, kwargs, by_code=by_code)), None
         except Exception as error:
             raise refusal(fn, executor, error) from error
 
