@@ -181,15 +181,16 @@ def _check_names(fn: Function) -> None:
     Raises:
         PairError: there are none, or one is called as something of LangChain's own or as what pydantic keeps private.
     """
-    if all(parameter.name == _CALLBACKS for parameter in _parameters(fn)):
+    parameters, configs = _parameters(fn), _configs(fn)
+    if all(parameter.name == _CALLBACKS for parameter in parameters):
         raise PairError(f"{describe(fn)} can't be a tool: it has no parameter that a model could give by its name")
-    given = [parameter for parameter in _parameters(fn) if parameter.name not in _configs(fn)]
-    if private := [p.name for p in given if p.name.startswith("_") and p.default is Parameter.empty]:
+    required = [p.name for p in parameters if p.default is Parameter.empty and p.name not in configs]
+    if private := [name for name in required if name.startswith("_")]:
         raise PairError(
             f"{describe(fn)} can't be a tool: a model gives no argument whose name begins with an underscore; rename "
             f"{', '.join(private)}"
         )
-    beside = [] if len(shape_of(fn).required) > 1 else [parameter.name for parameter in _parameters(fn)[1:]]
+    beside = [] if len(shape_of(fn).required) > 1 else [parameter.name for parameter in parameters[1:]]
     if taken := RESERVED.intersection(beside):
         raise PairError(
             f"{describe(fn)} can't be a tool: LangChain keeps {', '.join(taken)} for itself where a function has one "
