@@ -22,7 +22,7 @@ from asyncify.entries import Entries, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
 from asyncify.relay import Relay
 from asyncify.runnable import AnyDual, in_its_class, is_pair
-from asyncify.signatures import Shape, code_of, describe, is_async, is_generator, signature_of
+from asyncify.signatures import Shape, code_of, describe, is_async, is_generator, signature_of, without_partials
 from asyncify.streams import closable
 
 __all__ = ["Record", "Registry", "registry"]
@@ -390,8 +390,7 @@ def _record(name: str, pair: AnyDual, origin: _Origin) -> Record:
 
 
 def _origin(fn: Function) -> _Origin:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    fn = without_partials(fn)
     code = code_of(fn)
     module = getattr(fn, "__module__", None) or type(fn).__module__
     return _Origin(

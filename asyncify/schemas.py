@@ -11,7 +11,6 @@ import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from inspect import Parameter
 from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, TypeGuard, get_args, get_origin, get_type_hints
@@ -24,7 +23,7 @@ from typing_extensions import is_typeddict
 
 from asyncify.errors import PairError
 from asyncify.runs import RESERVED
-from asyncify.signatures import INJECTED, describe, plain, shape_of, signature_of
+from asyncify.signatures import INJECTED, describe, plain, shape_of, signature_of, without_partials
 
 __all__ = [
     "asks_for_tool",
@@ -121,9 +120,7 @@ def keys_schema(fn: Function, name: str, own: type[BaseModel]) -> type[BaseModel
 
 def description_of(fn: Function, name: str) -> str:
     """Return what a model is told of the function: its docs, or else its name; of a partial, its function's."""
-    while isinstance(fn, partial):
-        fn = fn.func
-    return inspect.getdoc(fn) or name
+    return inspect.getdoc(without_partials(fn)) or name
 
 
 def schema_of_types(name: str, types: dict[str, type]) -> type[BaseModel]:

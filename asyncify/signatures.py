@@ -31,6 +31,7 @@ __all__ = [
     "shape_of",
     "signature_of",
     "sole_input",
+    "without_partials",
 ]
 
 INJECTED = ("config", "run_manager")
@@ -43,10 +44,16 @@ _PLACES: dict[object, float] = {
 }
 
 
-def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what decides the colour: the function in a partial, or the `__call__` of an object."""
+def without_partials(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function in a partial, which has no name, docs or code of its own; any other as it is."""
     while isinstance(fn, functools.partial):
         fn = fn.func
+    return fn
+
+
+def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what decides the colour: the function in a partial, or the `__call__` of an object."""
+    fn = without_partials(fn)
     if inspect.isroutine(fn) or inspect.isclass(fn):
         return fn
     call: Callable[..., Any] = type(fn).__call__
@@ -75,13 +82,18 @@ def signature_of(fn: Callable[..., Any]) -> Signature | None:
 
 def code_of(fn: Callable[..., Any]) -> CodeType | None:
     """Return the code that stands in the source for this callable, or None for a builtin."""
-    code: object = getattr(plain(inspect.unwrap(fn)), "__code__", None)
+    code: object = getattr(_written(fn), "__code__", None)
     return code if isinstance(code, CodeType) else None
+
+
+def _written(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that stands in the source, under what partials and wrappers there are."""
+    return plain(inspect.unwrap(without_partials(fn)))
 
 
 def describe(fn: Callable[..., Any]) -> str:
     """Name a function for an error message: its qualified name, its file and its line."""
-    written = plain(inspect.unwrap(fn))
+    written = _written(fn)
     named = hasattr(written, "__qualname__") and hasattr(written, "__module__")  # a builtin type's method has no module
     name = f"{written.__module__}.{written.__qualname__}" if named else repr(fn)
     code = code_of(fn)

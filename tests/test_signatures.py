@@ -195,6 +195,7 @@ def test_describe_names_file_and_line() -> None:
     assert describe(_plain) == where
     assert describe(functools.partial(_plain)) == where
     assert describe(functools.wraps(_plain)(lambda *a: None)) == where
+    assert describe(functools.partial(functools.wraps(_plain)(lambda *a: None), "EUR")) == where
     assert describe(len) == "builtins.len"
     assert describe(Callables()).startswith(f"{__name__}.Callables.__call__ (")
 
