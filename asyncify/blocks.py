@@ -39,9 +39,7 @@ class Block(ABC):
                 f"{given!r} is no function, around each call of which a block could be entered; of a class decorate "
                 "the methods"
             )
-        is_written = inspect.isfunction(given) or inspect.ismethod(given)
-        written = given if is_written else getattr(given, "__wrapped__", given)  # what a pair is made of
-        if inspect.isgeneratorfunction(written) or inspect.isasyncgenfunction(written):
+        if inspect.isgeneratorfunction(given) or inspect.isasyncgenfunction(given):
             raise TypeError(
                 f"{getattr(given, '__qualname__', given)} is a generator, which runs after its call; instead of "
                 "decorating it, write the `with` in it"

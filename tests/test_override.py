@@ -172,6 +172,14 @@ def test_what_is_no_function_is_not_decorated() -> None:
         def feed(query: str) -> Iterator[Any]:
             yield fetch(query)
 
+    with pytest.raises(TypeError, match="stub is a generator, which runs after its call"):
+
+        @override
+        @dual(sync=_ticks, async_=_aticks)
+        def stub(query: str) -> Iterator[str]:
+            """Have only a name."""
+            raise NotImplementedError
+
 
 async def test_a_pipe_composed_before_runs_the_fake() -> None:
     """Pipes, dicts and bindings that hold the pair need not be made anew."""
@@ -408,6 +416,10 @@ async def test_a_generator_fakes_a_streaming_pair() -> None:
         assert list(ticks.call("EUR")) == ["fake ", "EUR"]
         assert [chunk async for chunk in ticks.acall("EUR")] == ["fake ", "EUR"]
         assert [chunk async for chunk in ticks.astream("EUR")] == ["fake ", "EUR"]
+
+
+def _ticks(query: str) -> Iterator[str]:
+    yield from (query, "!")
 
 
 async def _aticks(query: str) -> AsyncIterator[str]:
