@@ -356,7 +356,9 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
         try:
             result = await receive(future)
         except BaseException as error:
-            future.add_done_callback(partial(_end_with, permit, error))
+            # A call that still runs keeps another error than this one, whose traceback holds what it was called with.
+            kept = error if future.done() else asyncio.CancelledError()
+            future.add_done_callback(partial(_end_with, permit, kept))
             raise
         finally:
             if link is not None:

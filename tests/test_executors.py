@@ -11,8 +11,10 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from multiprocessing import get_context
 from pathlib import Path
@@ -555,6 +557,41 @@ async def test_a_cancelled_call_holds_its_slot_until_the_executor_is_done():
         go.set()
 
     assert (held, limiter.stats().in_flight) == (1, 0)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_a_cancelled_call_keeps_nothing_alive_when_the_executor_is_done(*, limited):
+    """What it was called with goes at once, and not with the next garbage collection."""
+
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    started, go = threading.Event(), threading.Event()
+
+    def stuck(text: str) -> None:
+        started.set()
+        assert go.wait(SECONDS)
+
+    async def leave_with(pair: Any) -> weakref.ref[Text]:
+        text = Text("abcd")
+        call = asyncio.create_task(pair.acall(text))
+        await asyncio.to_thread(started.wait, SECONDS)
+        call.cancel()
+        with suppress(asyncio.CancelledError):
+            await call
+        return weakref.ref(text)
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            pair = dual(stuck, bridge=threads)
+            text = await leave_with(concurrency(limit=1)(pair) if limited else pair)
+            go.set()
+        await asyncio.sleep(0)  # the loop hears of the end
+
+        assert text() is None
+    finally:
+        gc.enable()
 
 
 async def test_what_the_limiter_says_is_not_blamed_on_the_executor():
