@@ -65,14 +65,20 @@ def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:
         return index, None, error
 
 
-def outcome(ended: Ended, *, return_exceptions: bool) -> Any:
-    """Return what an ended item gives its caller, or raise its error."""
-    _, output, error = ended
-    if error is None:
-        return output
-    if is_raised(ended, return_exceptions=return_exceptions):
-        raise error
-    return error
+def outcome(ended: Ended, *, return_exceptions: bool) -> tuple[int, Any]:
+    """Return the index of an ended item and what its caller is given, or raise its error.
+
+    Who calls this keeps neither the item nor its error: the error's traceback holds the caller's frame.
+    """
+    index, output, error = ended
+    try:
+        if error is None:
+            return index, output
+        if is_raised(ended, return_exceptions=return_exceptions):
+            raise error
+        return index, error
+    finally:
+        del ended, error
 
 
 def is_raised(ended: Ended, *, return_exceptions: bool) -> bool:
@@ -167,17 +173,18 @@ class Tasks:
             Exception: what the source has raised as it was closed, unless there is another error under way.
         """
         self._is_over = True
-        is_closed = self._feeder.done()
-        self._feeder.cancel()
+        feeder, is_closed = self._feeder, self._feeder.done()
+        feeder.cancel()
         for task in self._alive:
             task.cancel()
-        interrupted = await until_ended([self._feeder, *self._alive])
-        if not is_closed and not self._feeder.cancelled() and (closing := self._feeder.exception()) is not None:
+        interrupted = await until_ended([feeder, *self._alive])
+        del self._start, self._feeder  # what the one calls may hold this object, and the other's frame does
+        if not is_closed and not feeder.cancelled() and (closing := feeder.exception()) is not None:
             tell_of_closing(closing, interrupted or error)
         if interrupted is not None:
             raise interrupted
 
-    async def take(self) -> list[Ended]:
+    async def take(self) -> deque[Ended]:
         """Wait until an item has ended and return all that have; none when the source is at its end.
 
         Raises:
@@ -186,14 +193,13 @@ class Tasks:
         while not self._ended:
             if self._feeder.done() and not self._alive:
                 self._feeder.result()
-                return []
+                return deque()
             await self._news.wait()
         return self.take_at_once()
 
-    def take_at_once(self) -> list[Ended]:
+    def take_at_once(self) -> deque[Ended]:
         """Return all items that have ended by now."""
-        group = list(self._ended)
-        self._ended.clear()
+        group, self._ended = self._ended, deque()
         return group
 
     def settle(self, ended: Ended) -> None:
@@ -284,7 +290,8 @@ class Blocking(ABC):
 
     def __init__(self, *, return_exceptions: bool) -> None:
         self._return_exceptions = return_exceptions
-        self._is_over = False
+        self.is_over = False
+        """Whether no more items start, for one of them has an error."""
         # Re-entrant: a garbage collector may end the fan-out in the middle of anything, in a thread that holds it.
         # Taken by itself: an interrupt as a Condition is entered leaves that taken.
         self._lock = threading.RLock()
@@ -314,7 +321,7 @@ class Blocking(ABC):
     def _is_idle(self) -> bool:
         """Tell whether all items have ended."""
 
-    def take(self) -> list[Ended]:
+    def take(self) -> deque[Ended]:
         """Wait until an item has ended and return all that have; none when there is nothing in flight."""
         with self._lock:
             while not self._ended and not self._is_idle():
@@ -324,9 +331,9 @@ class Blocking(ABC):
             self._awaited = False
         return self.take_at_once()
 
-    def take_at_once(self) -> list[Ended]:
+    def take_at_once(self) -> deque[Ended]:
         """Return all items that have ended by now."""
-        return [self._ended.popleft() for _ in range(len(self._ended))]
+        return deque(self._ended.popleft() for _ in range(len(self._ended)))
 
     def _tell(self) -> None:
         """Wake the caller, if it waits."""
@@ -385,7 +392,7 @@ class Threads(Blocking):
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as threads come free."""
         with self._lock:
-            if not self._is_over:
+            if not self.is_over:
                 self._inbox.extend(items)
         self._hire_all()
 
@@ -420,12 +427,13 @@ class Threads(Blocking):
             is_error = is_raised(ended, return_exceptions=self._return_exceptions)
             if is_error:
                 with self._lock:
-                    self._is_over = True
+                    self.is_over = True
                     self._inbox.clear()
             self._ended.append(ended)
             if is_error and not self._ordered:
                 self._scope.cancel()  # only now, or the end of a wait that was called off would come before the error
             self._tell()
+            del ended  # an error's traceback holds this frame
             if self._hired < self._width():  # the limit was raised, say
                 self._hire_all()
 
@@ -453,15 +461,16 @@ def gather(
     """Return the outputs of all items, in order; the first error stops the rest."""
     if len(inputs) == 1:  # it needs no thread
         try:
-            return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)]
+            return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)[1]]
         finally:
             scope.end()
     outputs: list[Any] = [None] * len(inputs)
     with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
         fan.run(enumerate(inputs))
         while group := fan.take():
-            for ended in group:
-                outputs[ended[0]] = outcome(ended, return_exceptions=return_exceptions)
+            while group:
+                index, output = outcome(group.popleft(), return_exceptions=return_exceptions)
+                outputs[index] = output
     return outputs
 
 
@@ -473,8 +482,9 @@ async def agather(
     outputs: list[Any] = [None] * len(inputs)
     async with Tasks(start, inputs, width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
-            for ended in group:
-                outputs[ended[0]] = outcome(ended, return_exceptions=return_exceptions)
+            while group:
+                index, output = outcome(group.popleft(), return_exceptions=return_exceptions)
+                outputs[index] = output
     return outputs
 
 
@@ -491,8 +501,8 @@ def as_completed(
     with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
         fan.run(enumerate(inputs))
         while group := fan.take():
-            for ended in group:
-                yield ended[0], outcome(ended, return_exceptions=return_exceptions)
+            while group:
+                yield outcome(group.popleft(), return_exceptions=return_exceptions)
 
 
 async def aas_completed(
@@ -501,5 +511,5 @@ async def aas_completed(
     """Yield index and output of each item as it ends; the first error, or closing this, cancels the rest."""
     async with Tasks(start, tuple(inputs), width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
-            for ended in group:
-                yield ended[0], outcome(ended, return_exceptions=return_exceptions)
+            while group:
+                yield outcome(group.popleft(), return_exceptions=return_exceptions)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -42,7 +41,7 @@ from asyncify.background import background
 from asyncify.batches import Items, checked_count, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
-from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, is_raised, outcome, tell_of_closing
+from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tell_of_closing
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
@@ -61,26 +60,25 @@ class _Line:
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
-        self._next = 0
-        self._by_index: dict[int, Ended] = {}
-        self._by_end: deque[Ended] = deque()
+        self._results: dict[int, Ended] = {}
+        self._put = 0
+        self._popped = 0
 
-    def put(self, ended: Ended) -> None:
-        if self._ordered:
-            self._by_index[ended[0]] = ended
-        else:
-            self._by_end.append(ended)
-
-    def pop(self) -> Ended | None:
-        """Return the result whose turn it is, None if it is not there yet."""
-        if not self._ordered:
-            return self._by_end.popleft() if self._by_end else None
-        ended = self._by_index.pop(self._next, None)
-        self._next += ended is not None
-        return ended
+    def put(self, *group: Ended) -> None:
+        for ended in group:
+            self._results[ended[0] if self._ordered else self._put] = ended
+            self._put += 1
 
     def is_ready(self) -> bool:
-        return self._next in self._by_index if self._ordered else bool(self._by_end)
+        """Tell whether the result whose turn it is is there."""
+        return self._popped in self._results
+
+    def pop(self, tell: Callable[[int, int], None]) -> Ended:
+        """Return the result whose turn it is, and tell of it."""
+        ended = self._results.pop(self._popped)
+        self._popped += 1
+        tell(1, ended[2] is not None)
+        return ended
 
 
 @overload
@@ -370,14 +368,12 @@ def _drive(
                     if must_run:
                         fan.run([(index, value)])
             must_wait = not line.is_ready() and (held >= window() or source.is_done)
-            for ended in journal.settle(fan.take() if must_wait else fan.take_at_once()):
-                line.put(ended)
-                source.is_done |= is_raised(ended, return_exceptions=return_exceptions)
-            if (result := line.pop()) is not None:
+            line.put(*journal.settle(fan.take() if must_wait else fan.take_at_once()))
+            source.is_done |= fan.is_over
+            if line.is_ready():
                 held -= 1
-                tell(1, result[2] is not None)
-                output = outcome(result, return_exceptions=return_exceptions)
-                yield output if ordered else (result[0], output)
+                result = outcome(line.pop(tell), return_exceptions=return_exceptions)
+                yield result[1] if ordered else result
             elif source.is_done and not held:
                 source.raise_error()
                 return
@@ -416,13 +412,12 @@ async def _adrive(
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         await stack.enter_async_context(fan)
         while group := await fan.take():
-            for ended in await journal.asettle(group):
-                line.put(ended)
-            while (result := line.pop()) is not None:
+            line.put(*await journal.asettle(group))
+            del group  # an error's traceback holds this frame
+            while line.is_ready():
                 fan.free()
-                tell(1, result[2] is not None)
-                output = outcome(result, return_exceptions=return_exceptions)
-                yield output if ordered else (result[0], output)
+                result = outcome(line.pop(tell), return_exceptions=return_exceptions)
+                yield result[1] if ordered else result
 
 
 async def _opened(options: _Options) -> Checkpoint | None:

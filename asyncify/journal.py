@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
 from typing import Any, Self
@@ -81,20 +81,20 @@ class Journal:
         self._keys[index] = key
         return True
 
-    def settle(self, group: list[Ended]) -> list[Ended]:
+    def settle(self, group: Sequence[Ended]) -> Sequence[Ended]:
         """Record those that were run, and return all, with those that waited for an equal one."""
         keys = self.note(group)
         self.flush()
         return self._with_equals(group, keys)
 
-    async def asettle(self, group: list[Ended]) -> list[Ended]:
+    async def asettle(self, group: Sequence[Ended]) -> Sequence[Ended]:
         """Do the same, without holding the event loop up."""
         keys = self.note(group)
         if self._rows:
             await self._pool.call(self.flush, lambda _: None, Context())
         return self._with_equals(group, keys)
 
-    def note(self, group: list[Ended]) -> list[str | None]:
+    def note(self, group: Sequence[Ended]) -> list[str | None]:
         """Take down those that were run, to be recorded by the next `flush`; return the key of each."""
         if self._checkpoint is None:
             return []
@@ -110,7 +110,7 @@ class Journal:
             raise refused
         return keys
 
-    def note_last(self, group: list[Ended]) -> None:
+    def note_last(self, group: Sequence[Ended]) -> None:
         """Take down those that have ended by the time that the stream is left, whatever it is left for.
 
         What can't be kept is lost with it: to say so would hide the reason.
@@ -118,7 +118,7 @@ class Journal:
         with suppress(CheckpointError):
             self.note(group)
 
-    def _with_equals(self, group: list[Ended], keys: list[str | None]) -> list[Ended]:
+    def _with_equals(self, group: Sequence[Ended], keys: list[str | None]) -> Sequence[Ended]:
         # Only now that they are recorded: until then an equal input has to wait, or it would be run as well.
         self._in_flight.difference_update(keys)
         if not self._waiting:

@@ -8,7 +8,7 @@ from contextvars import copy_context
 from typing import Any, Self
 
 from asyncify.background import background
-from asyncify.fanout import Blocking, Width, ended_task, is_raised
+from asyncify.fanout import Blocking, Ended, Width, ended_task, is_raised
 
 __all__ = ["LoopTasks"]
 
@@ -64,14 +64,14 @@ class LoopTasks(Blocking):
     # The caller may look at any moment: an item leaves one place when it is in the next.
 
     def _drain(self) -> None:
-        if self._is_over:
+        if self.is_over:
             self._inbox.clear()
         while self._inbox and len(self._alive) < self._width():
             index, value = self._inbox[0]
             try:
                 task = self._start(index, value)
             except BaseException as error:  # noqa: BLE001  (it is handed to whoever takes the item)
-                self._ended.append((index, None, error))
+                self._end((index, None, error))
             else:
                 self._alive[task] = index
                 task.add_done_callback(self._on_end)
@@ -82,11 +82,13 @@ class LoopTasks(Blocking):
         self._tell()
 
     def _on_end(self, task: asyncio.Task[Any]) -> None:
-        ended = ended_task(self._alive[task], task)
-        self._is_over |= is_raised(ended, return_exceptions=self._return_exceptions)
-        self._ended.append(ended)
+        self._end(ended_task(self._alive[task], task))
         del self._alive[task]
         self._drain()
+
+    def _end(self, ended: Ended) -> None:
+        self.is_over |= is_raised(ended, return_exceptions=self._return_exceptions)
+        self._ended.append(ended)
 
 
 async def _running_loop() -> asyncio.AbstractEventLoop:

@@ -1,13 +1,16 @@
 """The four batch methods of a pair: LangChain's meaning, and nothing left behind."""
 
 import asyncio
+import gc
 import itertools
 import linecache
 import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Self, cast
@@ -829,6 +832,71 @@ def test_no_error_of_another_call_is_reported_when_one_is_raised(recwarn: pytest
 
     assert reports == []
     assert not recwarn.list
+
+
+class Document:
+    """An input that can be seen to be let go."""
+
+
+def refuse(document: object) -> object:
+    """Fail."""
+    raise OddError(0)
+
+
+async def refuse_async(document: object) -> object:
+    """Fail a turn of the loop later."""
+    await asyncio.sleep(0)
+    raise OddError(0)
+
+
+def fail_in_batch(path: str, inputs: list[Document]) -> None:
+    """Have the first call of a batch fail, with others in flight and others that never start."""
+    pair, bound = Pair(refuse, refuse_async), RunnableConfig(max_concurrency=2)
+
+    async def main() -> None:
+        with suppress(OddError):  # here, for `asyncio.run` itself keeps what it raises
+            await pair.abatch(inputs, bound)
+
+    if path == "async":
+        asyncio.run(main())
+        return
+    with suppress(OddError):
+        pair.batch(inputs, bound)
+
+
+def fail_as_completed(path: str, inputs: list[Document]) -> None:
+    """Do the same with `batch_as_completed`."""
+    pair, bound = Pair(refuse, refuse_async), RunnableConfig(max_concurrency=2)
+
+    async def main() -> None:
+        with suppress(OddError):
+            await anext(pair.abatch_as_completed(inputs, bound))
+
+    if path == "async":
+        asyncio.run(main())
+        return
+    with suppress(OddError):
+        next(pair.batch_as_completed(inputs, bound))
+
+
+@pytest.mark.parametrize("size", [1, 9])
+@pytest.mark.parametrize("fail", [fail_in_batch, fail_as_completed])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_batch_that_has_failed_lets_its_inputs_go(
+    path: str, fail: Callable[[str, list[Document]], None], size: int
+) -> None:
+    """Neither the error nor the cancellation of the others leaves them to a garbage collection."""
+    gone = threading.Event()
+    inputs = [Document() for _ in range(size)]
+    weakref.finalize(inputs[-1], gone.set)
+    gc.disable()
+    try:
+        fail(path, inputs)
+        del inputs
+
+        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
+    finally:
+        gc.enable()
 
 
 # --- configs, kwargs, contexts ---

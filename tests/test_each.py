@@ -1,10 +1,12 @@
 """`each` and `aeach`: any runnable over any iterable."""
 
 import asyncio
+import gc
 import itertools
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
@@ -859,7 +861,7 @@ def test_an_item_that_comes_as_the_loop_looks_away_is_not_lost() -> None:
     found: list[Any] = []
 
     def run() -> None:
-        with Interrupted(start, lambda: 2, return_exceptions=False) as fan:
+        with Interrupted(start, lambda: 2, return_exceptions=True) as fan:
             fan.run([(0, "early")])
             while group := fan.take():
                 found.extend(group)
@@ -869,6 +871,63 @@ def test_an_item_that_comes_as_the_loop_looks_away_is_not_lost() -> None:
     running.join(SAFETY_NET)
 
     assert found == [(0, None, OddError(0)), (1, "late", None)]
+
+
+class Document:
+    """An input that can be seen to be let go."""
+
+
+def refuse(document: object) -> object:
+    """Fail."""
+    raise OddError(0)
+
+
+async def refuse_async(document: object) -> object:
+    """Fail a turn of the loop later."""
+    await asyncio.sleep(0)
+    raise OddError(0)
+
+
+def leave_early(way: str, inputs: list[Document]) -> None:
+    """Take one result of a stream."""
+    collect(way, Pair(same, same_async), inputs, window=2, take=1)
+
+
+def run_to_an_error(way: str, inputs: list[Document]) -> None:
+    """Have the first call fail, with others in flight and others that never start."""
+    pair = Pair(refuse, refuse_async)
+
+    async def main() -> None:
+        with suppress(OddError):  # here, for `asyncio.run` itself keeps what it raises
+            await _acollect(pair, slowly(inputs) if way == SOURCE else inputs, None, {"window": 2})
+
+    if way in ASYNC_WAYS:
+        asyncio.run(main())
+        return
+    with suppress(OddError):
+        collect(way, pair, inputs, window=2)
+
+
+def run_to_the_end(way: str, inputs: list[Document]) -> None:
+    """Take all results of a stream."""
+    collect(way, Pair(same, same_async), inputs)
+
+
+@pytest.mark.parametrize("run", [run_to_the_end, run_to_an_error, leave_early])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stream_that_is_over_lets_its_inputs_go(way: str, run: Callable[[str, list[Document]], None]) -> None:
+    """However it has ended, they are not left to a garbage collection."""
+    gone = threading.Event()
+    inputs = [Document() for _ in range(9)]
+    weakref.finalize(inputs[-1], gone.set)
+    gc.disable()
+    try:
+        run(way, inputs)
+        del inputs
+
+        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
+    finally:
+        gc.enable()
 
 
 # --- contexts, kinds of argument ---
