@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextvars import copy_context
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextvars import Context, copy_context
+from functools import partial
 from operator import index
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -62,13 +63,13 @@ class Items:
         asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
-        self.scope: CancelScope = CancelScope()
-        """That of the items in threads."""
-        self._context_of_threads = background.context_of_waiter(self.scope)
 
-    def call(self, index: int, value: Any) -> Any:
-        """Run one input in this thread, in a copy of the context in which this object was made."""
-        context = self._context_of_threads.copy()
+    def in_threads(self, scope: CancelScope) -> Callable[[int, Any], Any]:
+        """Return what runs one input in its caller's thread, in a copy of this context, with its waits in the scope."""
+        return partial(self._call, background.context_of_waiter(scope))
+
+    def _call(self, context: Context, index: int, value: Any) -> Any:
+        context = context.copy()
         if self._quiet is not None:
             return context.run(self._quiet.run_unobserved, value, self._shared_by(index), self._kwargs)
         return context.run(self._runnable.invoke, value, self._config_of(index), **self._kwargs)
@@ -153,13 +154,14 @@ class Batches:
             never do.
             """
             items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            scope = CancelScope()
             return gather(
-                items.call,
+                items.in_threads(scope),
                 inputs,
                 items.threads,
                 name=_name(self),
                 return_exceptions=return_exceptions,
-                scope=items.scope,
+                scope=scope,
             )
 
         async def abatch(
@@ -178,13 +180,14 @@ class Batches:
         ) -> Generator[tuple[int, Any]]:
             """Run as `batch` does and yield index and output as each input ends; leaving the loop stops the rest."""
             items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            scope = CancelScope()
             return as_completed(
-                items.call,
+                items.in_threads(scope),
                 inputs,
                 items.threads,
                 name=_name(self),
                 return_exceptions=return_exceptions,
-                scope=items.scope,
+                scope=scope,
             )
 
         def abatch_as_completed(

@@ -45,6 +45,7 @@ from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tel
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
+from asyncify.scopes import CancelScope
 
 __all__ = ["aeach", "each"]
 
@@ -344,7 +345,7 @@ class _Source:
 def _drive(
     options: _Options, inputs: Iterable[Any], via: str, *, ordered: bool, return_exceptions: bool
 ) -> Generator[Any]:
-    with background.waited_for():  # the items' threads and tasks may call sync sides that need a loop
+    with background.waited_for():  # the items' tasks may call sync sides that need a loop
         items = options.items()
     window = partial(options.window, items)
     line = _Line(ordered=ordered)
@@ -382,12 +383,13 @@ def _drive(
 def _fan(via: str, items: Items, window: Width, name: str, *, ordered: bool, return_exceptions: bool) -> Blocking:
     if via == "async":
         return LoopTasks(items.start, lambda: min(window(), items.tasks()), return_exceptions=return_exceptions)
+    scope = CancelScope()
     return Threads(
-        items.call,
+        items.in_threads(scope),
         lambda: min(window(), items.bound() or math.inf),
         name=name,
         return_exceptions=return_exceptions,
-        scope=items.scope,
+        scope=scope,
         ordered=ordered,
     )
 
