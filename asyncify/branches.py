@@ -148,6 +148,16 @@ async def _close(
             raise error
 
 
+class _Place:
+    """A place in a stream: it holds those that come after it, and none that came before."""
+
+    __slots__ = ("chunk", "next")
+
+    def __init__(self, chunk: Any) -> None:
+        self.chunk = chunk
+        self.next: _Place | None = None
+
+
 class _Shared:
     """One stream for several readers in tasks of their own; whoever is asked by them reads it, in its own task.
 
@@ -162,26 +172,30 @@ class _Shared:
         self._chunks = chunks
         self._ask = ask
         self._is_asked = False
-        self._read: list[Any] = []
+        self._last = _Place(None)
         self._error: Exception | None = None
         self._has_more = asyncio.Event()
 
     async def read(self) -> None:
         """Read the next chunk, for all readers."""
         try:
-            self._read.append(await anext(self._chunks))
+            place = _Place(await anext(self._chunks))
         except Exception as error:  # noqa: BLE001  (each reader gets it, the end of the stream included)
             self._error = error
+        else:
+            self._last.next = self._last = place
         self._is_asked = False
         self._has_more.set()
 
-    async def copy(self) -> AsyncGenerator[Any]:
-        """Yield all chunks, to one of the readers."""
-        place = 0
+    def copy(self) -> AsyncGenerator[Any]:
+        """Return what yields all chunks that are not read yet, to one of the readers."""
+        return self._after(self._last)
+
+    async def _after(self, place: _Place) -> AsyncGenerator[Any]:
         while True:
-            if place < len(self._read):
-                yield self._read[place]
-                place += 1
+            if place.next is not None:
+                place = place.next
+                yield place.chunk
             elif self._error is None:
                 await self._next()
             elif isinstance(self._error, StopAsyncIteration):

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import aclosing, closing, nullcontext
 from contextvars import ContextVar
@@ -348,6 +349,30 @@ async def test_the_stage_in_front_of_a_dict_stays_in_one_task(config: MakeConfig
         chunks = [chunk async for chunk in (hasty | {"one": SAME, "two": SAME}).astream("EUR", config())]
 
     assert sorted(map(str, chunks)) == ["{'one': 'True late'}", "{'two': 'True late'}"]
+
+
+class Chunk:
+    """One that can be seen to be let go."""
+
+
+@watched_or_not
+async def test_a_dict_keeps_no_chunk_that_all_branches_have_had(config: MakeConfig) -> None:
+    """Only the last few chunks of the stage in front of it are in memory."""
+    made: list[weakref.ref[Chunk]] = []
+    alive: list[int] = []
+
+    @dual
+    async def feed(query: str) -> AsyncIterator[Chunk]:
+        for _ in range(50):
+            chunk = Chunk()
+            made.append(weakref.ref(chunk))
+            alive.append(sum(ref() is not None for ref in made))
+            yield chunk
+
+    stream = (feed | {"one": SAME, "two": SAME}).astream("EUR", config())
+
+    assert len([chunk async for chunk in stream]) == 2
+    assert max(alive) < 10
 
 
 @watched_or_not
