@@ -260,19 +260,15 @@ class _Options:
         self.name = runnable.get_name()
         self.progress = progress
         self.key = key
-        self.has_checkpoint = checkpoint is not None
+        self.open_checkpoint: Callable[[], Checkpoint] | None = None
+        if checkpoint is not None:
+            self.open_checkpoint = partial(Checkpoint, checkpoint, _work_of(runnable), codec, has_key=key is not None)
         self._inputs: Any = inputs
-        self._runnable = runnable
-        self._checkpoint = checkpoint
-        self._codec: Codec = codec
         self._asked_window = checked_count("window", window)
         config = _bounded(config, runnable)
-        self._items_of = partial(Items, runnable, config, get_config_list(config, 2), {})
-        self._items_of()  # a wrong max_concurrency is told of at once
-
-    def items(self) -> Items:
-        """Return what runs an input, in the context in which this is called."""
-        return self._items_of()
+        self.items = partial(Items, runnable, config, get_config_list(config, 2), {})
+        """Returns what runs an input, in the context in which this is called."""
+        self.items()  # a wrong max_concurrency is told of at once
 
     def total(self) -> int | None:
         """Return how many inputs there are, if that is known and asked for: to count them may fetch them all."""
@@ -289,12 +285,6 @@ class _Options:
             return self._asked_window
         bound = items.bound()
         return _DEFAULT_WINDOW if bound is None else 2 * bound
-
-    def checkpoint(self) -> Checkpoint | None:
-        """Open the checkpoint, if there is to be one."""
-        if self._checkpoint is None:
-            return None
-        return Checkpoint(self._checkpoint, _work_of(self._runnable), self._codec, has_key=self.key is not None)
 
 
 class _Source:
@@ -351,7 +341,8 @@ def _drive(
     line = _Line(ordered=ordered)
     held = 0
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(options.checkpoint(), options.key, line.put))
+        checkpoint = options.open_checkpoint and options.open_checkpoint()
+        journal = stack.enter_context(Journal(checkpoint, options.key, line.put))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         fan = _fan(via, items, window, options.name, ordered=ordered, return_exceptions=return_exceptions)
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
@@ -409,7 +400,8 @@ async def _adrive(
 
     fan = Tasks(start, inputs, items.tasks, partial(options.window, items), return_exceptions=return_exceptions)
     async with AsyncExitStack() as stack:
-        journal = await stack.enter_async_context(Journal(await _opened(options), options.key, fan.settle))
+        checkpoint = options.open_checkpoint and await _opened(options.open_checkpoint)
+        journal = await stack.enter_async_context(Journal(checkpoint, options.key, fan.settle))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         await stack.enter_async_context(fan)
@@ -422,11 +414,9 @@ async def _adrive(
                 yield result[1] if ordered else result
 
 
-async def _opened(options: _Options) -> Checkpoint | None:
-    """Open the checkpoint, if there is to be one, in a thread: it is checked from end to end."""
-    if not options.has_checkpoint:
-        return None
-    opening = ThreadPool(1, "asyncify-checkpoint").submit(options.checkpoint)
+async def _opened(open_checkpoint: Callable[[], Checkpoint]) -> Checkpoint:
+    """Open a checkpoint in a thread: it is checked from end to end."""
+    opening = ThreadPool(1, "asyncify-checkpoint").submit(open_checkpoint)
     try:
         return await asyncio.wrap_future(opening)
     except asyncio.CancelledError:
@@ -434,9 +424,9 @@ async def _opened(options: _Options) -> Checkpoint | None:
         raise
 
 
-def _close_unused(opening: Future[Checkpoint | None]) -> None:
-    if not opening.cancelled() and opening.exception() is None and (checkpoint := opening.result()) is not None:
-        checkpoint.__exit__()
+def _close_unused(opening: Future[Checkpoint]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().__exit__()
 
 
 def _check_runnable(runnable: object) -> None:
