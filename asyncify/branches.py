@@ -35,6 +35,12 @@ def merge(
     def ask(key: str) -> None:
         futures[pool.submit(background.context_of_waiter(scope).run, streams[key].make)] = key
 
+    def take(future: Future[Any]) -> tuple[str, Any]:
+        try:
+            return futures.pop(future), future.result()
+        finally:
+            del future  # an error's traceback holds this frame
+
     def end() -> None:
         _end([future for future, key in futures.items() if not streams[key].is_made_here()], scope)
 
@@ -47,9 +53,8 @@ def merge(
         for key in streams:
             ask(key)
         while futures:
-            for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                key = futures.pop(future)
-                if (chunk := future.result()) is not END:
+            for key, chunk in map(take, wait(futures, return_when=FIRST_COMPLETED).done):
+                if chunk is not END:
                     yield key, chunk
                     ask(key)
 
@@ -98,35 +103,31 @@ async def amerge(
 ) -> AsyncGenerator[tuple[str, Any]]:
     """Do the same, with a task for each branch; the input is read by the task that reads this."""
     loop = asyncio.get_running_loop()
-    told: asyncio.Queue[asyncio.Future[Any] | None] = asyncio.Queue()  # answers, and None to ask for input
+    told: asyncio.Queue[str | None] = asyncio.Queue()  # whose answer is there, and None to ask for input
     shared = _Shared(inputs, lambda: told.put_nowait(None))
     sources = {key: Source(closable(branch(shared.copy()))) for key, branch in branches.items()}
     tasks = {key: loop.create_task(source.serve()) for key, source in sources.items()}
-    answers: dict[asyncio.Future[Any], str] = {}
+    answers: dict[str, asyncio.Future[Any]] = {}
 
     def ask(key: str) -> None:
-        answer = loop.create_future()
-        answer.add_done_callback(told.put_nowait)
-        answers[answer] = key
+        answers[key] = answer = loop.create_future()
+        answer.add_done_callback(lambda _: told.put_nowait(key))
         sources[key].ask(answer)
 
     try:
         for key in sources:
             ask(key)
         while answers:
-            answer = await told.get()
-            if answer is None:
+            ready = await told.get()
+            if ready is None:
                 await shared.read()
-            elif (chunk := answer.result()) is END:
-                del answers[answer]
-            else:
-                key = answers.pop(answer)
-                yield key, chunk
-                ask(key)
+            elif (chunk := answers.pop(ready).result()) is not END:
+                yield ready, chunk
+                ask(ready)
     finally:
         for source in sources.values():
             source.ask(None)
-        await _close({tasks[key]: answer for answer, key in answers.items()}, tasks.values())
+        await _close({tasks[key]: answer for key, answer in answers.items()}, tasks.values())
 
 
 async def _close(
@@ -153,7 +154,7 @@ class _Place:
 
     __slots__ = ("chunk", "next")
 
-    def __init__(self, chunk: Any) -> None:
+    def __init__(self, chunk: Any = None) -> None:
         self.chunk = chunk
         self.next: _Place | None = None
 
@@ -172,15 +173,15 @@ class _Shared:
         self._chunks = chunks
         self._ask = ask
         self._is_asked = False
-        self._last = _Place(None)
+        self._last = _Place()
         self._error: Exception | None = None
         self._has_more = asyncio.Event()
 
     async def read(self) -> None:
         """Read the next chunk, for all readers."""
         try:
-            place = _Place(await anext(self._chunks))
-        except Exception as error:  # noqa: BLE001  (each reader gets it, the end of the stream included)
+            place = _Place(await anext(self._chunks, END))
+        except Exception as error:  # noqa: BLE001  (each reader gets it)
             self._error = error
         else:
             self._last.next = self._last = place
@@ -192,20 +193,16 @@ class _Shared:
         return self._after(self._last)
 
     async def _after(self, place: _Place) -> AsyncGenerator[Any]:
-        while True:
-            if place.next is not None:
-                place = place.next
-                yield place.chunk
-            elif self._error is None:
-                await self._next()
-            elif isinstance(self._error, StopAsyncIteration):
-                return
-            else:
-                raise self._error
+        while (place := await self._next(place)).chunk is not END:
+            yield place.chunk
 
-    async def _next(self) -> None:
-        if not self._is_asked:
-            self._is_asked = True
-            self._has_more.clear()
-            self._ask()
-        await self._has_more.wait()
+    async def _next(self, place: _Place) -> _Place:
+        while place.next is None:
+            if self._error is not None:
+                raise self._error
+            if not self._is_asked:
+                self._is_asked = True
+                self._has_more.clear()
+                self._ask()
+            await self._has_more.wait()
+        return place.next

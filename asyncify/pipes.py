@@ -240,11 +240,12 @@ class DualParallel(Piped, RunnableParallel[Input]):
                 raise
 
         futures: list[Future[Any]] = []
+        failed: list[BaseException] = []
         try:
             futures.extend(
                 pool.submit(run, step, background.context_of_waiter(scope)) for step in _pairs(steps.values())
             )
-            failed = [error for future in futures if (error := future.exception()) is not None]  # waits for each
+            failed.extend(error for future in futures if (error := future.exception()) is not None)  # waits for each
             if failed:
                 raise next((error for error in failed if not isinstance(error, asyncio.CancelledError)), failed[0])
             return {key: future.result() for key, future in zip(steps, futures, strict=True)}
@@ -254,19 +255,23 @@ class DualParallel(Piped, RunnableParallel[Input]):
                 wait(futures)
             scope.end()
             futures.clear()  # an error's traceback holds this frame
+            failed.clear()
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)
         tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
         try:
-            outputs = await _results(tasks)
+            if tasks:
+                (await _decisive(tasks)).result()
+            return {key: task.result() for key, task in zip(steps, tasks, strict=True)}
         except BaseException:  # of a branch, or because this task was cancelled
             for task in tasks:
                 task.cancel()
             if (interrupted := await until_ended(tasks)) is not None:
                 raise interrupted from None
             raise
-        return dict(zip(steps, outputs, strict=True))
+        finally:
+            tasks.clear()  # an error's traceback holds this frame
 
     def start_unobserved(
         self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
@@ -318,8 +323,8 @@ class DualParallel(Piped, RunnableParallel[Input]):
         return RunnableParallel.lc_id()
 
 
-async def _results(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
-    """Return the results of all, or raise the first error; who cancels this does not cancel them, as of `gather`."""
+async def _decisive(tasks: Sequence[asyncio.Task[Any]]) -> asyncio.Task[Any]:
+    """Return the first to fail, or else the last to end; who cancels this does not cancel them, as of `gather`."""
     decided: asyncio.Future[asyncio.Task[Any]] = asyncio.get_running_loop().create_future()
     alive = set(tasks)
 
@@ -331,9 +336,7 @@ async def _results(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
 
     for task in tasks:
         task.add_done_callback(note)
-    if tasks:
-        (await decided).result()
-    return [task.result() for task in tasks]
+    return await decided
 
 
 def _bound(config: RunnableConfig) -> int | None:

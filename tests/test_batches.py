@@ -849,9 +849,18 @@ async def refuse_async(document: object) -> object:
     raise OddError(0)
 
 
-def fail_in_batch(path: str, inputs: list[Document]) -> None:
-    """Have the first call of a batch fail, with others in flight and others that never start."""
-    pair, bound = Pair(refuse, refuse_async), RunnableConfig(max_concurrency=2)
+def same(document: object) -> object:
+    """Return the document."""
+    return document
+
+
+async def same_async(document: object) -> object:
+    """Return the document."""
+    return document
+
+
+def fail_in_batch(path: str, pair: Any, inputs: list[Document], bound: RunnableConfig) -> None:
+    """Have the calls of a batch fail."""
 
     async def main() -> None:
         with suppress(OddError):  # here, for `asyncio.run` itself keeps what it raises
@@ -864,9 +873,8 @@ def fail_in_batch(path: str, inputs: list[Document]) -> None:
         pair.batch(inputs, bound)
 
 
-def fail_as_completed(path: str, inputs: list[Document]) -> None:
+def fail_as_completed(path: str, pair: Any, inputs: list[Document], bound: RunnableConfig) -> None:
     """Do the same with `batch_as_completed`."""
-    pair, bound = Pair(refuse, refuse_async), RunnableConfig(max_concurrency=2)
 
     async def main() -> None:
         with suppress(OddError):
@@ -880,18 +888,23 @@ def fail_as_completed(path: str, inputs: list[Document]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 9])
+@pytest.mark.parametrize("shape", ["pair", "dict"])
 @pytest.mark.parametrize("fail", [fail_in_batch, fail_as_completed])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_batch_that_has_failed_lets_its_inputs_go(
-    path: str, fail: Callable[[str, list[Document]], None], size: int
+    path: str, fail: Callable[[str, Any, list[Document], RunnableConfig], None], shape: str, size: int
 ) -> None:
     """Neither the error nor the cancellation of the others leaves them to a garbage collection."""
+    runnable: Any = Pair(refuse, refuse_async)
+    bound = RunnableConfig(max_concurrency=2)  # so that of nine some never start
+    if shape == "dict":  # a bound makes it LangChain's own, which keeps errors
+        runnable, bound = Pair(same, same_async) | {"one": runnable, "two": runnable}, RunnableConfig()
     gone = threading.Event()
     inputs = [Document() for _ in range(size)]
     weakref.finalize(inputs[-1], gone.set)
     gc.disable()
     try:
-        fail(path, inputs)
+        fail(path, runnable, inputs, bound)
         del inputs
 
         assert gone.wait(SAFETY_NET)  # a thread may still be on its way out

@@ -1,11 +1,12 @@
 """Pairs of generators: streamed on both paths, closed at once, their slot held for the life of the stream."""
 
 import asyncio
+import gc
 import itertools
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
-from contextlib import aclosing, closing, nullcontext
+from contextlib import aclosing, closing, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -373,6 +374,56 @@ async def test_a_dict_keeps_no_chunk_that_all_branches_have_had(config: MakeConf
 
     assert len([chunk async for chunk in stream]) == 2
     assert max(alive) < 10
+
+
+def chunks_of(chunk: Chunk) -> Iterator[Chunk]:
+    """Yield one, and fail."""
+    yield chunk
+    raise ValueError
+
+
+async def achunks_of(chunk: Chunk) -> AsyncIterator[Chunk]:
+    """Yield one, and fail."""
+    yield chunk
+    raise ValueError
+
+
+@pytest.mark.parametrize("read", [1, None], ids=["left early", "failed"])
+def test_a_dict_whose_stream_is_over_lets_its_input_go(read: int | None) -> None:
+    """Neither the error nor the closing leaves it to a garbage collection."""
+    gone = threading.Event()
+    both = SAME | {"one": Dual(chunks_of, achunks_of), "two": Dual(chunks_of, achunks_of)}
+    chunk = Chunk()
+    weakref.finalize(chunk, gone.set)
+    gc.disable()
+    try:
+        with suppress(ValueError), closing(cast("Generator[Any]", both.stream(chunk))) as stream:
+            list(itertools.islice(stream, read))
+        del chunk, stream
+
+        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("read", [1, None], ids=["left early", "failed"])
+async def test_an_async_dict_whose_stream_is_over_lets_its_input_go(read: int | None) -> None:
+    """Neither the error nor the closing leaves it to a garbage collection."""
+    both = SAME | {"one": Dual(chunks_of, achunks_of), "two": Dual(chunks_of, achunks_of)}
+    chunk = Chunk()
+    gone = weakref.ref(chunk)
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            async with aclosing(cast("AsyncGenerator[Any]", both.astream(chunk))) as stream:
+                await anext(stream)
+                if read is None:
+                    _ = [chunk async for chunk in stream]
+        del chunk, stream
+
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @watched_or_not
