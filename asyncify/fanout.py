@@ -465,12 +465,16 @@ def gather(
         finally:
             scope.end()
     outputs: list[Any] = [None] * len(inputs)
-    with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
-        fan.run(enumerate(inputs))
-        while group := fan.take():
-            while group:
-                index, output = outcome(group.popleft(), return_exceptions=return_exceptions)
-                outputs[index] = output
+    fan = Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope)
+    try:
+        with fan:
+            fan.run(enumerate(inputs))
+            while group := fan.take():
+                while group:
+                    index, output = outcome(group.popleft(), return_exceptions=return_exceptions)
+                    outputs[index] = output
+    finally:
+        fan.take_at_once()  # the traceback of an error that it keeps holds it
     return outputs
 
 
@@ -498,11 +502,15 @@ def as_completed(
     scope: CancelScope,
 ) -> Iterator[tuple[int, Any]]:
     """Yield index and output of each item as it ends; the first error, or closing this, stops the rest."""
-    with Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope) as fan:
-        fan.run(enumerate(inputs))
-        while group := fan.take():
-            while group:
-                yield outcome(group.popleft(), return_exceptions=return_exceptions)
+    fan = Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope)
+    try:
+        with fan:
+            fan.run(enumerate(inputs))
+            while group := fan.take():
+                while group:
+                    yield outcome(group.popleft(), return_exceptions=return_exceptions)
+    finally:
+        fan.take_at_once()  # the traceback of an error that it keeps holds it
 
 
 async def aas_completed(

@@ -245,7 +245,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             futures.extend(
                 pool.submit(run, step, background.context_of_waiter(scope)) for step in _pairs(steps.values())
             )
-            failed.extend(error for future in futures if (error := future.exception()) is not None)  # waits for each
+            failed.extend(error for error in map(Future[Any].exception, futures) if error is not None)  # waits for each
             if failed:
                 raise next((error for error in failed if not isinstance(error, asyncio.CancelledError)), failed[0])
             return {key: future.result() for key, future in zip(steps, futures, strict=True)}
