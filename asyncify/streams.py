@@ -43,14 +43,16 @@ def fold(total: Any, chunk: Any) -> Any:
 
 
 class _Sum:
-    """What the chunks of a stream add up to."""
+    """What the chunks of a stream add up to, as long as somebody is to be told."""
 
     def __init__(self) -> None:
         self.value: Any = None
+        self.is_told = True
 
     def add(self, chunk: Any) -> None:
         """Add the next chunk."""
-        self.value = fold(self.value, chunk)
+        if self.is_told:
+            self.value = fold(self.value, chunk)
 
     def of(self, chunks: Iterator[Any]) -> Iterator[Any]:
         """Hand the chunks on and add them up."""
@@ -132,7 +134,7 @@ def stream_run(
     received, sent, end = _Sum(), _Sum(), object()
     inputs = _started(received.of(chunks))
     config, run = begin()
-    is_told = run is not None and bool(run.handlers)  # an endless stream that nobody watches is not kept
+    received.is_told = sent.is_told = run is not None and bool(run.handlers)  # an endless stream is not kept for nobody
     context = context_of(config)
     outputs = transform(inputs, run, config)
     tapped = outputs if run is None else _tap(outputs, run)
@@ -143,8 +145,7 @@ def stream_run(
             chunk = context.run(next, tapped, end) if alone else _step(link, context, next, tapped, end)
             if chunk is end:
                 break
-            if is_told:
-                sent.add(chunk)
+            sent.add(chunk)
             yield chunk
     except BaseException as error:
         try:
@@ -166,7 +167,7 @@ async def astream_run(
     received, sent = _Sum(), _Sum()
     inputs = await _astarted(received.aof(chunks))
     config, run = await begin()
-    is_told = run is not None and bool(run.handlers)
+    received.is_told = sent.is_told = run is not None and bool(run.handlers)
     context = context_of(config)
     outputs = transform(inputs, run, config)
     relay: Relay[Any] = Relay(outputs if run is None else closable(_atap(outputs, run)))
@@ -177,8 +178,7 @@ async def astream_run(
                 chunk = await _take(anext(relay), steps)
             except StopAsyncIteration:
                 break
-            if is_told:
-                sent.add(chunk)
+            sent.add(chunk)
             with relay:
                 yield chunk
     except BaseException as error:

@@ -1009,6 +1009,12 @@ async def test_a_stream_that_nobody_watches_is_not_added_up() -> None:
     list((SAME | Dual(ticks)).stream(1, {"callbacks": [Watcher()]}))
     assert len(added) == 4  # for the pair and for the pipe
 
+    added.clear()
+    list((SAME | SAME).transform(iter([Chunk(), Chunk(), Chunk()])))
+    assert len(added) == 2  # for the input of the first pair, which is one value
+    _ = [chunk async for chunk in (SAME | SAME).atransform(Dual(ticks).astream(1))]
+    assert len(added) == 4
+
 
 def conversation(start: str) -> Generator[str, str, str]:
     """Yield what was said last, and return it in the end."""
