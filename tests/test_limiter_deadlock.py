@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from asyncify import turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.limiter import Limiter
+from asyncify.permits import Permit, held_by_this_task
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, until
+from tests.crowd import SAFETY_NET, until, wait_until
 
 
 class TestDeadlock:
@@ -232,6 +234,84 @@ class TestDeadlock:
         clock.advance(0.1)
 
         assert await nested == "in"
+
+    async def test_a_call_that_somebody_else_has_ended_is_no_proof(self) -> None:
+        """It waits still, in a slot that is another's by now."""
+        limiter = Limiter(limit=2)
+        permits: list[Permit] = []
+        may_nest = [asyncio.Event(), asyncio.Event()]
+
+        async def nest(number: int) -> str:
+            permits.append(await limiter.aenter())
+            await may_nest[number].wait()
+            async with limiter:
+                return "in"
+
+        tasks = [asyncio.create_task(nest(number)) for number in range(2)]
+        await until(lambda: len(permits) == 2)
+        stranger = asyncio.get_running_loop().create_task(limiter.aenter(), context=contextvars.Context())
+        await until(lambda: limiter.stats().waiting == 1)
+        may_nest[0].set()
+        await until(lambda: limiter.stats().waiting == 2)
+        permits[0].end()
+        await until(stranger.done)
+        may_nest[1].set()
+        await until(lambda: limiter.stats().waiting == 2 or tasks[1].done())
+        stranger.result().end()
+
+        assert await asyncio.gather(*tasks) == ["in", "in"]
+        permits[1].end()
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_wait_that_ends_as_it_is_looked_at_is_no_proof(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever has been admitted meanwhile blocks nobody."""
+        limiter = Limiter(limit=2)
+        other = contextvars.Context().run(limiter.enter)
+
+        def held() -> list[Permit]:
+            other.end()
+            return held_by_this_task()
+
+        async def nest() -> str:
+            async with limiter, limiter:
+                return "in"
+
+        async with limiter:
+            with monkeypatch.context() as patch:
+                patch.setattr(turnstile, "held_by_this_task", held)
+                (await limiter.aenter()).leave()
+            task = asyncio.get_running_loop().create_task(nest(), context=contextvars.Context())
+            await until(lambda: limiter.stats().waiting == 1 or task.done())
+
+        assert await task == "in"
+
+    def test_a_rate_alone_is_waited_for_inside_a_call_in_a_thread(self) -> None:
+        """It comes with time, whoever is inside."""
+        clock = FakeClock()
+        limiter = Limiter(per_second=10, clock=clock)
+
+        def let_in() -> None:
+            wait_until(lambda: limiter.stats().waiting == 1)
+            clock.advance(0.1)
+
+        with limiter:
+            thread = threading.Thread(target=let_in)
+            thread.start()
+            with limiter:
+                thread.join()
+
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_rate_alone_is_waited_for_inside_a_call_in_a_task(self) -> None:
+        """It comes with time, whoever is inside."""
+        clock = FakeClock()
+        limiter = Limiter(per_second=10, clock=clock)
+        async with limiter:
+            asyncio.get_running_loop().call_later(0.01, clock.advance, 0.1)
+            async with limiter:
+                pass
+
+        assert limiter.stats().in_flight == 0
 
     async def test_one_call_counted_twice_is_no_proof(self) -> None:
         """Two waits that keep the same call from ending leave the other slot out of the count."""
