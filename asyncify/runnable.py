@@ -71,27 +71,15 @@ Function = Callable[..., Any]
 Binding = Literal["instance", "class", "nothing"]
 
 
-_TOLD_BY_MARK: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
-"""The attributes by which `asyncio`, and from Python 3.12 on `inspect`, take what has them for a coroutine function."""
-if sys.version_info >= (3, 12):
-    _TOLD_BY_MARK |= vars(inspect.markcoroutinefunction(lambda: None))
-
-
 def _coroutine_marks(fn: Function) -> dict[str, object]:
     """Return the attributes by which frameworks tell a coroutine function, by `asyncio` or by `inspect`.
 
     Before Python 3.12 the latter takes no mark, but looks at the code.
     """
+    marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
     if sys.version_info >= (3, 12):
-        return _TOLD_BY_MARK
-    written = plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn))
-    return _TOLD_BY_MARK | _code_marks(written)
-
-
-def _awaited(method: T) -> T:
-    """Mark a method that is no coroutine function, but returns what one does."""
-    vars(method).update(_TOLD_BY_MARK)
-    return method
+        return marks | vars(inspect.markcoroutinefunction(lambda: None))
+    return marks | _code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
 
 
 def _code_marks(written: Function) -> dict[str, object]:
@@ -450,7 +438,6 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         """Run the sync side, within the limit, with the function's own arguments."""
         return cast("Called", self._live.sync.run(*args, **kwargs))
 
-    @_awaited
     def acall(self, *args: Params.args, **kwargs: Params.kwargs) -> Acalled:
         """Run the async side, within the limit, with the function's own arguments, in the caller's task."""
         return cast("Acalled", self._live.async_.run(*args, **kwargs))

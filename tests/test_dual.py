@@ -7,7 +7,6 @@ import functools
 import inspect
 import operator
 import pydoc
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -447,14 +446,6 @@ def test_a_framework_is_told_whether_to_await_it(pair: Any, *, is_coroutine_func
     assert asyncio.iscoroutinefunction(pair) is is_coroutine_function
     assert inspect.iscoroutinefunction(pair) is is_coroutine_function
     assert inspect.iscoroutinefunction(functools.partial(pair, "x")) is is_coroutine_function
-
-
-@pytest.mark.parametrize("pair", [dual(fetch_sync), dual(fetch_async), concurrency(limit=2)(fetch_async)])
-def test_a_framework_is_told_to_await_its_acall(pair: Any) -> None:
-    """Or it would run that in a thread, and drop what it returns."""
-    assert asyncio.iscoroutinefunction(pair.acall)
-    assert not asyncio.iscoroutinefunction(pair.call)
-    assert inspect.iscoroutinefunction(pair.acall) is (sys.version_info >= (3, 12))  # before, it takes no mark
 
 
 def _generators() -> dict[str, tuple[Any, bool]]:
