@@ -39,7 +39,9 @@ class Block(ABC):
                 f"{given!r} is no function, around each call of which a block could be entered; of a class decorate "
                 "the methods"
             )
-        if inspect.isgeneratorfunction(given) or inspect.isasyncgenfunction(given):
+        is_written = inspect.isfunction(given) or inspect.ismethod(given)
+        within = given if is_written else getattr(given, "__wrapped__", given)  # as `lru_cache` has it
+        if any(inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn) for fn in (given, within)):
             raise TypeError(
                 f"{getattr(given, '__qualname__', given)} is a generator, which runs after its call; instead of "
                 "decorating it, write the `with` in it"

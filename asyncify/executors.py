@@ -96,9 +96,8 @@ class Ticket:
 
 def _attribute(owner: object, name: str) -> str:
     """Return the attribute in which the owner keeps what was written under this name: Python renames a private one."""
-    if isinstance(owner, type) and name.startswith("__") and not name.endswith("__"):
-        return f"_{owner.__name__.lstrip('_')}{name}"
-    return name
+    prefix = owner.__name__.lstrip("_") if isinstance(owner, type) else ""
+    return f"_{prefix}{name}" if prefix and name.startswith("__") and not name.endswith("__") else name
 
 
 def ticket_for(fn: Function, executor: Executor) -> Ticket | None:

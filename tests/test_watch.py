@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import pickle
@@ -841,7 +842,7 @@ def test_a_generator_can_not_be_decorated():
     def chunks() -> Iterator[int]:
         yield 1
 
-    for fn in (chunks, hold_and_yield):
+    for fn in (chunks, hold_and_yield, functools.lru_cache(chunks)):
         with pytest.raises(TypeError, match=rf"{fn.__name__} is a generator, .* write the `with` in it"):
             watch()(fn)
 
