@@ -22,7 +22,7 @@ from asyncify.drive import timed
 from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import FREE_PASS, Gate, Pass
-from asyncify.permits import Link, hand_over, held_by_this_task, held_by_this_thread
+from asyncify.permits import Link, held_by_this_task
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held
@@ -128,8 +128,7 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
     def stream(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         permit = gate.enter(args, kwargs)
         try:
-            chunks: Generator[Any, Any, Any] = fn(*args, **kwargs)
-            with closing(chunks):
+            with closing(_Limited(fn(*args, **kwargs), permit)) as chunks:
                 result = yield from chunks
         except BaseException as error:
             permit.leave(error)
@@ -138,6 +137,34 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
         return result
 
     return stream if shape.is_generator else run
+
+
+class _Limited(Generator[Any, Any, Any]):
+    """A generator that is under a permit while it makes a chunk, and in between is not, as another may read it on."""
+
+    def __init__(self, chunks: Generator[Any, Any, Any], permit: Pass) -> None:
+        self._chunks = chunks
+        self._permit = permit
+        permit.pause()
+
+    def __next__(self) -> Any:
+        return self._step(self._chunks.__next__)
+
+    def send(self, value: Any, /) -> Any:
+        return self._step(self._chunks.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._step(self._chunks.throw, *error)
+
+    def close(self) -> None:
+        self._step(self._chunks.close)
+
+    def _step(self, step: Callable[..., Any], *given: Any) -> Any:
+        self._permit.move_to_this_thread()
+        try:
+            return step(*given)
+        finally:
+            self._permit.pause()
 
 
 def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
@@ -241,14 +268,15 @@ def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
 
 def _waited_for_by_thread() -> tuple[Context, Link | None]:
     """Return the context for a coroutine that this thread waits for, and the link to it of what this thread holds."""
-    context = background.context_of_waiter()
-    return context, hand_over(held_by_this_thread(), context)
+    context, link = background.context_of_waiter(), Link()
+    link.hold_up_this_thread()
+    return context, link.lead_to(context)
 
 
 def _waited_for_by_task() -> tuple[Context, Link | None]:
     """Return the context for a thread that this task waits for, and the link to it of what this task holds."""
     context = copy_context()
-    return context, hand_over(held_by_this_task(), context)
+    return context, Link(held_by_this_task()).lead_to(context)
 
 
 def _call_linked(link: Link, work: Callable[[], Any]) -> Any:
@@ -303,7 +331,7 @@ def _asked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, 
     """Yield the chunks that another thread makes; whoever asks for one waits with what it holds."""
 
     def ask(step: Callable[[], Any]) -> Any:
-        link.held = held_by_this_thread()
+        link.hold_up_this_thread()
         try:
             return step()
         finally:
@@ -327,7 +355,10 @@ async def _aasked(link: Link, step: Awaitable[Any]) -> Any:
 
 def _under(permit: Pass, work: Callable[[], Any]) -> Any:
     permit.move_to_this_thread()
-    return work()
+    result = work()
+    if iscoroutine(result):
+        permit.step_out()  # it is awaited as part of the call, and this thread goes on to other work
+    return result
 
 
 def _chunks_under(permit: Pass, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:

@@ -6,12 +6,13 @@ import asyncio
 import threading
 import weakref
 from _thread import get_ident
+from abc import abstractmethod
 from asyncio import _get_running_loop, base_events
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context, ContextVar, Token
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from asyncify.clock import Timer
 from asyncify.wakeups import Wakeups
@@ -23,7 +24,6 @@ __all__ = [
     "Standstill",
     "Steps",
     "get_innermost",
-    "hand_over",
     "held_by_this_task",
     "held_by_this_thread",
     "held_by_waiters_for",
@@ -162,9 +162,13 @@ class Permit:
             innermost.set(self.outer)
 
     def pause(self) -> None:
-        """Leave the context for a while, as a generator does at its yield: its reader may drop it."""
+        """Leave the context for a while, as a generator does at its yield: its reader may drop it, or be another."""
+        self.thread = 0
         if innermost.get() is self:
-            innermost.set(self.outer)
+            try:
+                innermost.reset(self.token)
+            except (ValueError, RuntimeError):
+                innermost.set(self.outer)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the call, from any thread and any context, a finalizer's included; only the first time counts."""
@@ -214,9 +218,10 @@ def permits() -> Iterator[Permit]:
 
 def held_by_this_thread() -> list[Permit]:
     """Return the permits that can't end while this thread is held up."""
-    held = _held_in_this_thread()
-    if _get_running_loop() is not None:
-        held.append(_here.standstill)
+    thread = get_ident()
+    held = [permit for permit in permits() if permit.thread == thread]
+    for link in tuple(_here.links):
+        held += link.alive()
     return list(dict.fromkeys(held))
 
 
@@ -228,20 +233,11 @@ def held_by_this_task() -> list[Permit]:
     return list(dict.fromkeys(held))
 
 
-def _held_in_this_thread() -> list[Permit]:
-    """Return those of them that were entered by what has called what runs here, and not by other tasks of a loop."""
-    thread = get_ident()
-    held = [permit for permit in permits() if permit.thread == thread]
-    for link in tuple(_here.links):
-        held += link.alive()
-    return held
-
-
 def _held_by_this_context() -> list[Permit]:
     """Return the permits that were entered in this very context or handed over to it."""
     held: list[Permit] = []
     for permit in permits():
-        if not _is_own(innermost, permit.token):
+        if isinstance(permit, Standstill) or not _is_own(innermost, permit.token):
             break
         held.append(permit)
     for permit in reversed(held):
@@ -267,8 +263,8 @@ def held_by_waiters_for(future: Any) -> list[Permit]:
             if getattr(waiter, "_fut_waiter", None) is awaited:
                 chain.append(waiter)
                 held += _held_by_another(context)
-            elif callback is _end_of_loop:
-                held += context.run(_held_in_this_thread)
+            elif callback is _end_of_loop and (around := context.run(held_by_this_thread)):
+                held.append(_Run(awaited, around))
     return list(dict.fromkeys(held))
 
 
@@ -286,20 +282,6 @@ def _held_by_another(context: Context | None) -> list[Permit]:
     return held
 
 
-def hand_over(held: list[Permit], context: Context) -> Link | None:
-    """Note that whoever holds these permits now waits for what will run in `context`, and for nothing else.
-
-    Returns:
-        what is to be entered, in the thread in which that runs, for as long as it is waited for; None if there is
-        nothing to hand over.
-    """
-    if not held:
-        return None
-    link = Link(held)
-    context.run(link.begin)
-    return link
-
-
 class Link:
     """Permits whose holder waits for what runs in a context and, while this is entered, for the thread of that.
 
@@ -307,13 +289,33 @@ class Link:
     there is one link; who asks for a chunk says each time what it holds, as the next to ask may be another.
     """
 
-    __slots__ = ("held", "is_waited_for", "token")
+    __slots__ = ("held", "is_waited_for", "standstill", "token")
 
     token: Token[Link | None]
 
     def __init__(self, held: list[Permit] | None = None) -> None:
         self.held: list[Permit] = [] if held is None else held
         self.is_waited_for: bool = False
+        self.standstill: Standstill | None = None
+
+    def hold_up_this_thread(self) -> None:
+        """Note what this thread holds, and with it what tasks do if an event loop runs here; it is about to wait."""
+        self.held = held_by_this_thread()
+        if _get_running_loop() is not None:
+            self.standstill = _LoopHeldUp(self)
+            self.held.append(self.standstill)
+
+    def lead_to(self, context: Context) -> Self | None:
+        """Put a context at its end: whoever holds these waits for what will run there, and for nothing else.
+
+        Returns:
+            what is to be entered, in the thread in which that runs, for as long as it is waited for; None if there is
+            nothing to hand over.
+        """
+        if not self.held:
+            return None
+        context.run(self.begin)
+        return self
 
     def begin(self) -> None:
         """Put this context at its end."""
@@ -334,11 +336,13 @@ class Link:
         """Have it no longer there: the holder is about to have its answer, and goes on."""
         self.is_waited_for = False
         self.held = []
+        self.standstill = None
         _here.links.discard(self)
 
     def leave(self) -> None:
         """Note that the holder waits no longer, whatever of it still runs."""
         held, self.held = self.held, []
+        self.standstill = None
         if self.is_waited_for:
             loose.update(held)
 
@@ -354,23 +358,62 @@ _link: ContextVar[Link | None] = ContextVar("asyncify_link", default=None)
 
 
 class Standstill(Permit):
-    """Stands for the permits of all tasks of an event loop, which whoever holds up its thread keeps from ending."""
+    """Stands, among those that are held, for permits which others hold, and which can't end as long as it lasts."""
 
-    __slots__ = ("of_thread",)
+    __slots__ = ()
+
+    is_of_a_loop: ClassVar[bool]
+    """Whether it stands for tasks of an event loop that somebody else holds up."""
 
     def __init__(self) -> None:
         super().__init__(cast("Place", None), 0, 0)
-        self.of_thread: int = self.thread
-        self.thread = 0  # it does not run in that thread; the others do
-        self.begin()
+        self.thread = 0
+
+    @abstractmethod
+    def among(self, inside: Iterable[Permit]) -> set[Permit]:
+        """Return those of a limiter's permits that it stands for; none when it lasts no longer."""
+
+
+class _LoopHeldUp(Standstill):
+    """Stands for the permits of all tasks of the event loop whose thread waits for what a link leads to."""
+
+    __slots__ = ("_link", "_loop_thread")
+
+    is_of_a_loop = True
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link = link
+        self._loop_thread = get_ident()
+
+    def among(self, inside: Iterable[Permit]) -> set[Permit]:
+        if self._link.standstill is not self:
+            return set()
+        return {permit for permit in inside if permit.in_task and permit.thread == self._loop_thread}
+
+
+class _Run(Standstill):
+    """Stands for the permits of a thread that runs an event loop until a task has ended, or until it is stopped."""
+
+    __slots__ = ("_held", "_task")
+
+    is_of_a_loop = False
+
+    def __init__(self, task: Any, held: list[Permit]) -> None:
+        super().__init__()
+        self._task = task
+        self._held = held
+
+    def among(self, inside: Iterable[Permit]) -> set[Permit]:
+        lasts = any(callback is _end_of_loop for callback, _ in self._task._callbacks or ())
+        return {permit for permit in inside if permit in self._held} if lasts else set()
 
 
 class _Here(threading.local):
-    """The links to this thread, and what stands for the tasks of its event loop."""
+    """The links to this thread."""
 
     def __init__(self) -> None:
         self.links: set[Link] = set()
-        self.standstill: Standstill = Context().run(Standstill)  # under no other permit, and over none
 
 
 _here = _Here()
@@ -400,7 +443,8 @@ class Steps:
         if self._link is None:
             self._link = Link()
             self.context.run(self._link.begin)
-        if permit is not self._innermost or self._reader is None or self._reader() is not task:  # another may read on
+        is_another = permit is not self._innermost or self._reader is None or self._reader() is not task
+        if is_another or _link.get() is not None:  # by a bridge, too, another may read on
             self._innermost, self._reader = permit, None if task is None else weakref.ref(task)
             self._link.held = [] if task is None else held_by_this_task()
             self.context.run(_come_under, permit)

@@ -13,6 +13,7 @@ import math
 import threading
 import weakref
 from _thread import allocate_lock
+from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -214,22 +215,20 @@ class Turnstile:
     def _certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> DeadlockError | None:
         """Note which calls inside wait for `permit`; if they are all that are inside, it is doomed: return its error.
 
-        A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others.
+        A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others. Nor is what
+        a standstill stops, as that may be over before the wait is.
         """
-        blocks, threads = set[Permit](), set[int]()
-        for other in held:
-            if other.place is self:
-                blocks.add(other)
-            elif isinstance(other, Standstill):
-                threads.add(other.of_thread)
+        blocks = {other for other in held if other.place is self} | self._frozen_by(permit)
         blocks &= self._meter.inside  # a fork has left some behind
-        blocks |= {other for other in tuple(self._meter.inside) if other.in_task and other.thread in threads}
-        if not blocks:
+        standstills = [other for other in held if isinstance(other, Standstill)]
+        if not blocks and not standstills:
             return None
-        doomed = False
+        doomed, stopped = False, set(blocks)
         with self._lock:
             if permit.queue is self._queue and self._is_certain:
-                inside = {other for other in (*self._blocked, *blocks) if not other.ended and other not in loose}
+                for standstill in standstills:
+                    stopped |= standstill.among(tuple(self._meter.inside))
+                inside = {other for other in (*self._blocked, *stopped) if not other.ended and other not in loose}
                 # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
                 doomed = len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
                 self._rejected += doomed
@@ -240,7 +239,17 @@ class Turnstile:
         self._settle()
         if not doomed:
             return None
-        return DeadlockError(self._deadlock_message(frozen=bool(threads) and not blocks.issubset(permits())))
+        on_loop = any(each.is_of_a_loop for each in standstills) or (
+            not permit.in_task and _get_running_loop() is not None
+        )
+        return DeadlockError(self._deadlock_message(frozen=on_loop and not stopped.issubset(permits())))
+
+    def _frozen_by(self, permit: Permit) -> set[Permit]:
+        """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
+        if permit.in_task or _get_running_loop() is None:
+            return set()
+        inside = tuple(self._meter.inside)
+        return {other for other in inside if other.thread == permit.thread and other.in_task}
 
     def _look_after(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""

@@ -643,6 +643,200 @@ async def test_what_an_invoke_over_a_bridge_has_left_running_is_no_proof() -> No
     assert left[0].result() == "b"
 
 
+class _Left:
+    """A slot that a task of an event loop holds, which is held up only for a while, by a call that gives up."""
+
+    def __init__(self, limit: int = 1) -> None:
+        self.limiter = Limiter(limit=limit)
+        self.may_wait, self.may_go, self.ended = threading.Event(), asyncio.Event(), threading.Event()
+        self.outcome: list[str] = []
+
+        @dual(name="left", warn=False)
+        def left(word: str) -> Iterator[str]:
+            assert self.may_wait.wait(SAFETY_NET)
+            try:
+                with self.limiter:
+                    self.outcome.append(word)
+            except DeadlockError:
+                self.outcome.append("told")
+            self.ended.set()
+            yield word
+
+        @dual(name="leave", warn=False)
+        async def leave(word: str) -> str:
+            try:
+                async with asyncio.timeout(0.05):
+                    return await left.ainvoke(word)
+            except TimeoutError:
+                return "gave up"
+
+        self.leave: Any = leave
+
+    async def hold(self) -> None:
+        """Hold a slot until it is let go."""
+        async with self.limiter:
+            await self.may_go.wait()
+
+
+async def test_a_thread_that_was_left_while_the_loop_was_held_up_is_no_proof() -> None:
+    """The loop goes on, and so do its tasks."""
+    left = _Left()
+    holder = asyncio.create_task(left.hold())
+    await asyncio.sleep(0)
+    assert left.leave.invoke("in") == "gave up"
+    left.may_wait.set()
+    await until(lambda: left.limiter.stats().waiting == 1 or left.ended.is_set())
+    left.may_go.set()
+    await holder
+    await until(left.ended.is_set)
+
+    assert left.outcome == ["in"]
+    assert left.limiter.stats().in_flight == 0
+
+
+async def test_a_thread_that_waited_while_the_loop_was_held_up_proves_nothing_to_others() -> None:
+    """Whose slots it waited for may come free again, as the loop goes on."""
+    left = _Left(limit=2)
+    left.may_wait.set()
+    holder = asyncio.create_task(left.hold())
+    await asyncio.sleep(0)
+
+    def nest() -> str:
+        with left.limiter:
+            is_in.set()
+            assert may_nest.wait(SAFETY_NET)
+            with left.limiter:
+                return "in"
+
+    is_in, may_nest = threading.Event(), threading.Event()
+    nested = asyncio.create_task(asyncio.to_thread(nest))
+    await until(is_in.is_set)
+    assert left.leave.invoke("in") == "gave up"
+    may_nest.set()
+    await until(lambda: left.limiter.stats().waiting == 2 or nested.done())
+    left.may_go.set()
+
+    assert await nested == "in"
+    await holder
+    await until(left.ended.is_set)
+    assert left.outcome == ["in"]
+    assert left.limiter.stats().in_flight == 0
+
+
+async def test_a_stream_that_is_read_on_while_the_loop_runs_is_no_proof() -> None:
+    """Its first chunk held the loop up, and the next does not."""
+    limiter = Limiter(limit=1)
+
+    async def hold() -> None:
+        async with limiter:
+            await may_go.wait()
+
+    may_go = asyncio.Event()
+    holder = asyncio.create_task(hold())
+    await asyncio.sleep(0)
+    chunks = _kinds_of_streams(_inner(limiter))["between"].stream(1)
+    assert next(chunks) == 1
+    rest = asyncio.create_task(asyncio.to_thread(next, chunks))
+    await until(lambda: limiter.stats().waiting == 1 or rest.done())
+    may_go.set()
+
+    assert await rest == 1
+    await holder
+    await asyncio.to_thread(chunks.close)
+    assert limiter.stats().in_flight == 0
+
+
+def test_an_event_loop_that_was_stopped_before_its_task_had_ended_is_no_proof() -> None:
+    """The thread that ran it goes on, and what the task waits for is no reason for others not to."""
+    limiter = Limiter(limit=2)
+
+    async def wait() -> None:
+        async with limiter:
+            pass
+
+    def nest() -> str:
+        with limiter:
+            is_in.set()
+            assert may_nest.wait(SAFETY_NET)
+            with limiter:
+                return "in"
+
+    is_in, may_nest = threading.Event(), threading.Event()
+    loop = asyncio.new_event_loop()
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            nested = threads.submit(nest)
+            assert is_in.wait(SAFETY_NET)
+            with limiter:
+                task = loop.create_task(wait())
+                loop.call_later(0.01, loop.stop)
+                with pytest.raises(RuntimeError, match="stopped before Future completed"):
+                    loop.run_until_complete(task)
+                may_nest.set()
+                wait_until(lambda: limiter.stats().waiting == 2 or nested.done())
+            loop.run_until_complete(task)
+
+            assert nested.result(SAFETY_NET) == "in"
+        assert limiter.stats().in_flight == 0
+    finally:
+        loop.close()
+
+
+async def test_a_coroutine_that_a_thread_has_returned_is_not_held_up_with_that_thread() -> None:
+    """The thread goes on to other work, and may run an event loop of its own there."""
+    limiter = Limiter(limit=1)
+    may_go = asyncio.Event()
+
+    async def rest(word: str) -> str:
+        await may_go.wait()
+        return word
+
+    @concurrency(limiter=limiter)
+    @dual(name="returns a coroutine")
+    def begin(word: str) -> Any:
+        return rest(word)
+
+    @dual(name="runs a loop", warn=False)
+    def run(word: str) -> str:
+        async def enter() -> str:
+            with limiter:
+                return word
+
+        return asyncio.run(enter())
+
+    begun = asyncio.create_task(begin.acall("a"))
+    await until(lambda: limiter.stats().in_flight == 1)
+    await asyncio.sleep(0.01)  # the thread has returned
+    running = asyncio.create_task(run.acall("b"))
+    await until(lambda: limiter.stats().waiting == 1 or running.done())
+    may_go.set()
+
+    assert await begun == "a"
+    assert await running == "b"
+
+
+async def test_a_stream_that_is_closed_on_another_loop_is_not_held_up_with_this_one() -> None:
+    """Between two chunks it is nobody's, and may end anywhere."""
+    limiter = Limiter(limit=1)
+
+    @concurrency(limiter=limiter)
+    async def rows(value: int) -> AsyncIterator[int]:
+        yield value
+        yield value
+
+    def close() -> None:
+        wait_until(lambda: limiter.stats().waiting == 1)
+        asyncio.run(chunks.aclose())
+
+    chunks: Any = rows(1)
+    assert await anext(chunks) == 1
+    other = threading.Thread(target=close)
+    other.start()
+    assert _inner(limiter).invoke(2) == 2
+    other.join()
+    assert limiter.stats().in_flight == 0
+
+
 # --- an event loop that is run within a call ---
 
 
@@ -813,7 +1007,12 @@ def _kinds_of_streams(inner: Any) -> dict[str, Any]:
         yield value
         yield await inner.acall(value)
 
-    return {"threaded": threaded, "native": native}
+    @dual(name="stream of a stream")
+    async def between(value: int) -> AsyncIterator[int]:
+        async for chunk in native.astream(value):
+            yield chunk
+
+    return {"threaded": threaded, "native": native, "between": between}
 
 
 @pytest.mark.parametrize("inherits", [False, True])
@@ -833,7 +1032,7 @@ async def test_an_async_stream_that_another_task_reads_on_is_no_proof(kind: str,
     assert limiter.stats().in_flight == 0
 
 
-@pytest.mark.parametrize("kind", ["threaded", "native"])
+@pytest.mark.parametrize("kind", ["threaded", "native", "between"])
 def test_a_stream_that_another_thread_reads_on_is_no_proof(kind: str) -> None:
     """Who began to read it, and holds the slot, goes on."""
     limiter = Limiter(limit=1)
@@ -846,6 +1045,93 @@ def test_a_stream_that_another_thread_reads_on_is_no_proof(kind: str) -> None:
 
         assert rest.result(SAFETY_NET) == [1]
     assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("way", ["stream", "call", "__call__"])
+def test_a_generator_with_a_slot_that_another_thread_reads_on_is_no_proof(way: str) -> None:
+    """The thread that has read the first chunk, and waits for a slot itself, does not keep it from ending."""
+    limiter = Limiter(limit=1)
+
+    @concurrency(limiter=limiter)
+    def rows(value: int) -> Iterator[int]:
+        yield value
+        yield value
+
+    begin = getattr(rows, way)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        chunks = begin(1)
+        assert one.submit(next, chunks).result(SAFETY_NET) == 1
+        waiting = one.submit(lambda: list(begin(2)))
+        wait_until(lambda: limiter.stats().waiting == 1)
+        assert other.submit(list, chunks).result(SAFETY_NET) == [1]
+        assert waiting.result(SAFETY_NET) == [2, 2]
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("way", ["astream", "acall", "__call__"])
+async def test_a_generator_with_a_slot_that_another_task_reads_on_is_no_proof(way: str) -> None:
+    """The task that has read the first chunk, and waits for a slot itself, does not keep it from ending."""
+    limiter = Limiter(limit=1)
+
+    @concurrency(limiter=limiter)
+    async def rows(value: int) -> AsyncIterator[int]:
+        yield value
+        yield value
+
+    async def read_on() -> int:
+        await until(lambda: limiter.stats().waiting == 1)
+        last: int = await _last(chunks)
+        return last
+
+    begin = getattr(rows, way)
+    chunks = begin(1)
+    async with asyncio.timeout(SAFETY_NET):
+        assert await anext(chunks) == 1
+        rest = asyncio.create_task(read_on())
+        assert [chunk async for chunk in begin(2)] == [2, 2]
+        assert await rest == 1
+    assert limiter.stats().in_flight == 0
+
+
+def test_a_generator_with_a_slot_is_read_inside_another_call() -> None:
+    """While it makes a chunk it is in its own call, and its reader afterwards in the reader's."""
+    outer, limiter = Limiter(per_second=9), Limiter(per_second=9)
+
+    @concurrency(limiter=limiter)
+    def rows(value: int) -> Iterator[int]:
+        limiter.record(0)
+        yield value
+        limiter.record(0)
+        yield value
+
+    chunks = rows(1)
+    assert next(chunks) == 1
+    with outer:
+        assert next(chunks) == 1
+        outer.record(0)
+    with outer, pytest.raises(RuntimeError, match="not inside a call"):
+        limiter.record(0)
+
+
+async def test_an_async_generator_with_a_slot_is_read_inside_another_call() -> None:
+    """While it makes a chunk it is in its own call, and its reader afterwards in the reader's."""
+    outer, limiter = Limiter(per_second=9), Limiter(per_second=9)
+
+    @concurrency(limiter=limiter)
+    async def rows(value: int) -> AsyncIterator[int]:
+        limiter.record(0)
+        yield value
+        limiter.record(0)
+        yield value
+
+    chunks = rows(1)
+    assert await anext(chunks) == 1
+    async with outer:
+        assert await anext(chunks) == 1
+        outer.record(0)
+    async with outer:
+        with pytest.raises(RuntimeError, match="not inside a call"):
+            limiter.record(0)
 
 
 @pytest.mark.parametrize("kind", ["threaded", "native"])

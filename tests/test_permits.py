@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from asyncify.permits import (
+    Link,
     Permit,
     Standstill,
     Steps,
-    hand_over,
     held_by_this_task,
     held_by_this_thread,
     innermost,
@@ -361,7 +361,7 @@ class TestTask:
         """Whoever holds them waits for this context and for nothing else."""
         permit = begun(place)
         context = contextvars.Context()
-        hand_over(held_by_this_task(), context)
+        Link(held_by_this_task()).lead_to(context)
 
         async def inside() -> list[list[Permit]]:
             mine = begun(place)
@@ -378,7 +378,7 @@ class TestTask:
         """A task that this context starts is not what the holder waits for."""
         permit = begun(place)
         context = contextvars.Context()
-        hand_over([permit], context)
+        Link([permit]).lead_to(context)
 
         async def deeper() -> list[Permit]:
             return held_by_this_task() + held_by_this_thread()
@@ -388,23 +388,27 @@ class TestTask:
             await asyncio.wait([task])
             return task.result()
 
-        held = await asyncio.get_running_loop().create_task(inside(), context=context)
-        assert permit not in held
+        assert await asyncio.get_running_loop().create_task(inside(), context=context) == []
 
-    async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self) -> None:
-        """All of them, whatever they hold; one permit stands for theirs."""
-        first, second = held_by_this_thread(), held_by_this_thread()
-        elsewhere = await asyncio.to_thread(held_by_this_thread)
+    async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self, place: Place) -> None:
+        """One permit stands for theirs, as long as it waits."""
+        here, elsewhere, in_a_thread = (Permit(place, 1, 1) for _ in range(3))
+        here.in_task = elsewhere.in_task = True
+        elsewhere.thread = 0
+        link = Link()
+        link.hold_up_this_thread()
+        (standstill,) = link.held
 
-        assert first == second
-        assert [isinstance(permit, Standstill) and permit.of_thread for permit in first] == [threading.get_ident()]
-        assert elsewhere == []
+        assert isinstance(standstill, Standstill)
+        assert standstill.among([here, elsewhere, in_a_thread]) == {here}
+        link.leave()
+        assert standstill.among([here, elsewhere, in_a_thread]) == set()
 
     def test_a_thread_holds_what_was_handed_over_to_it(self, place: Place) -> None:
         """Whatever context it is in, for as long as it is waited for."""
         permit = begun(place)
         context = contextvars.Context()
-        link = hand_over([permit], context)
+        link = Link([permit]).lead_to(context)
         assert link is not None
         with link:
             assert contextvars.Context().run(held_by_this_thread) == [permit]
@@ -416,6 +420,6 @@ class TestTask:
     def test_nothing_to_hand_over(self) -> None:
         """No holder, no link."""
         context = contextvars.Context()
-        hand_over([], context)
+        assert Link().lead_to(context) is None
 
         assert not list(context)
