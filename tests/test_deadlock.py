@@ -646,21 +646,31 @@ async def test_what_an_invoke_over_a_bridge_has_left_running_is_no_proof() -> No
 class _Left:
     """A slot that a task of an event loop holds, which is held up only for a while, by a call that gives up."""
 
-    def __init__(self, limit: int = 1) -> None:
+    def __init__(self, limit: int = 1, *, over_a_bridge: bool = False) -> None:
         self.limiter = Limiter(limit=limit)
         self.may_wait, self.may_go, self.ended = threading.Event(), asyncio.Event(), threading.Event()
         self.outcome: list[str] = []
 
-        @dual(name="left", warn=False)
-        def left(word: str) -> Iterator[str]:
+        async def aenter(word: str) -> None:
+            await asyncio.to_thread(self.may_wait.wait, SAFETY_NET)
+            async with self.limiter:
+                self.outcome.append(word)
+
+        def enter(word: str) -> None:
             assert self.may_wait.wait(SAFETY_NET)
+            with self.limiter:
+                self.outcome.append(word)
+
+        wait: Any = dual(aenter, name="wait").call if over_a_bridge else enter
+
+        @dual(name="left", warn=False)
+        def left(word: str) -> str:
             try:
-                with self.limiter:
-                    self.outcome.append(word)
+                wait(word)
             except DeadlockError:
                 self.outcome.append("told")
             self.ended.set()
-            yield word
+            return word
 
         @dual(name="leave", warn=False)
         async def leave(word: str) -> str:
@@ -678,9 +688,10 @@ class _Left:
             await self.may_go.wait()
 
 
-async def test_a_thread_that_was_left_while_the_loop_was_held_up_is_no_proof() -> None:
+@pytest.mark.parametrize("over_a_bridge", [False, True])
+async def test_a_thread_that_was_left_while_the_loop_was_held_up_is_no_proof(*, over_a_bridge: bool) -> None:
     """The loop goes on, and so do its tasks."""
-    left = _Left()
+    left = _Left(over_a_bridge=over_a_bridge)
     holder = asyncio.create_task(left.hold())
     await asyncio.sleep(0)
     assert left.leave.invoke("in") == "gave up"

@@ -17,6 +17,7 @@ from asyncify.permits import (
     Steps,
     held_by_this_task,
     held_by_this_thread,
+    held_by_waiters_for,
     innermost,
     permits,
 )
@@ -403,6 +404,33 @@ class TestTask:
         assert standstill.among([here, elsewhere, in_a_thread]) == {here}
         link.leave()
         assert standstill.among([here, elsewhere, in_a_thread]) == set()
+
+    def test_a_thread_that_runs_an_event_loop_holds_until_that_ends(self, place: Place) -> None:
+        """One permit stands for what it holds, until the loop's first task has ended or the loop is stopped."""
+        permit, other = begun(place), Permit(place, 1, 1)
+        standstills: list[Permit] = []
+
+        async def stay() -> None:
+            asyncio.get_running_loop().call_soon(stop)
+            await asyncio.Event().wait()
+
+        def stop() -> None:
+            standstills.extend(held_by_waiters_for(task))
+            assert isinstance(standstills[0], Standstill)
+            assert standstills[0].among([permit, other]) == {permit}
+            loop.stop()
+
+        loop = asyncio.new_event_loop()
+        with contextlib.closing(loop):
+            task = loop.create_task(stay())
+            with pytest.raises(RuntimeError, match="stopped before Future completed"):
+                loop.run_until_complete(task)
+            (standstill,) = standstills
+            assert isinstance(standstill, Standstill)
+            assert standstill.among([permit, other]) == set()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                loop.run_until_complete(task)
 
     def test_a_thread_holds_what_was_handed_over_to_it(self, place: Place) -> None:
         """Whatever context it is in, for as long as it is waited for."""
