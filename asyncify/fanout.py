@@ -465,6 +465,7 @@ def gather(
         finally:
             scope.end()
     outputs: list[Any] = [None] * len(inputs)
+    # Not over `as_completed`, which is a generator: no StopIteration of an item gets through one.
     fan = Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope)
     try:
         with fan:

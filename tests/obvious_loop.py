@@ -41,3 +41,18 @@ def obvious(inputs: Iterable[int]) -> list[Any]:
         except OddError as error:
             outputs.append(error)
     return outputs
+
+
+class Document:
+    """An input that can be seen to be let go."""
+
+
+def refuse(document: object) -> object:
+    """Fail."""
+    raise OddError(0)
+
+
+async def refuse_async(document: object) -> object:
+    """Fail a turn of the loop later."""
+    await asyncio.sleep(0)
+    raise OddError(0)

@@ -24,7 +24,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, e
 
 from asyncify import Dual, UnboundedWarning, concurrency, dual, each, fanout, registry
 from asyncify.bridge import ThreadPool
-from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
+from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
 
 PATHS = ["sync", "async"]
 Pair = Dual[Any, Any]
@@ -832,21 +832,6 @@ def test_no_error_of_another_call_is_reported_when_one_is_raised(recwarn: pytest
 
     assert reports == []
     assert not recwarn.list
-
-
-class Document:
-    """An input that can be seen to be let go."""
-
-
-def refuse(document: object) -> object:
-    """Fail."""
-    raise OddError(0)
-
-
-async def refuse_async(document: object) -> object:
-    """Fail a turn of the loop later."""
-    await asyncio.sleep(0)
-    raise OddError(0)
 
 
 def same(document: object) -> object:

@@ -20,7 +20,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, e
 from asyncify import Dual, aeach, concurrency, each
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Progress
-from tests.obvious_loop import OddError, numbers, obvious, steps, steps_async
+from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
 
 Pair = Dual[Any, Any]
 SAFETY_NET = 30  # seconds, for what must never be waited for
@@ -871,21 +871,6 @@ def test_an_item_that_comes_as_the_loop_looks_away_is_not_lost() -> None:
     running.join(SAFETY_NET)
 
     assert found == [(0, None, OddError(0)), (1, "late", None)]
-
-
-class Document:
-    """An input that can be seen to be let go."""
-
-
-def refuse(document: object) -> object:
-    """Fail."""
-    raise OddError(0)
-
-
-async def refuse_async(document: object) -> object:
-    """Fail a turn of the loop later."""
-    await asyncio.sleep(0)
-    raise OddError(0)
 
 
 def leave_early(way: str, inputs: list[Document]) -> None:
