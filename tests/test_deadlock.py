@@ -643,6 +643,22 @@ async def test_what_an_invoke_over_a_bridge_has_left_running_is_no_proof() -> No
     assert left[0].result() == "b"
 
 
+class _Nesting:
+    """A call that asks for a second slot, within its first, when it is told to."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self.is_in, self.may_nest = threading.Event(), threading.Event()
+        self._limiter = limiter
+
+    def run(self) -> str:
+        """Make the call, in this thread."""
+        with self._limiter:
+            self.is_in.set()
+            assert self.may_nest.wait(SAFETY_NET)
+            with self._limiter:
+                return "in"
+
+
 class _Left:
     """A slot that a task of an event loop holds, which is held up only for a while, by a call that gives up."""
 
@@ -712,18 +728,11 @@ async def test_a_thread_that_waited_while_the_loop_was_held_up_proves_nothing_to
     holder = asyncio.create_task(left.hold())
     await asyncio.sleep(0)
 
-    def nest() -> str:
-        with left.limiter:
-            is_in.set()
-            assert may_nest.wait(SAFETY_NET)
-            with left.limiter:
-                return "in"
-
-    is_in, may_nest = threading.Event(), threading.Event()
-    nested = asyncio.create_task(asyncio.to_thread(nest))
-    await until(is_in.is_set)
+    nesting = _Nesting(left.limiter)
+    nested = asyncio.create_task(asyncio.to_thread(nesting.run))
+    await until(nesting.is_in.is_set)
     assert left.leave.invoke("in") == "gave up"
-    may_nest.set()
+    nesting.may_nest.set()
     await until(lambda: left.limiter.stats().waiting == 2 or nested.done())
     left.may_go.set()
 
@@ -765,25 +774,18 @@ def test_an_event_loop_that_was_stopped_before_its_task_had_ended_is_no_proof() 
         async with limiter:
             pass
 
-    def nest() -> str:
-        with limiter:
-            is_in.set()
-            assert may_nest.wait(SAFETY_NET)
-            with limiter:
-                return "in"
-
-    is_in, may_nest = threading.Event(), threading.Event()
+    nesting = _Nesting(limiter)
     loop = asyncio.new_event_loop()
     try:
         with ThreadPoolExecutor(1) as threads:
-            nested = threads.submit(nest)
-            assert is_in.wait(SAFETY_NET)
+            nested = threads.submit(nesting.run)
+            assert nesting.is_in.wait(SAFETY_NET)
             with limiter:
                 task = loop.create_task(wait())
                 loop.call_later(0.01, loop.stop)
                 with pytest.raises(RuntimeError, match="stopped before Future completed"):
                     loop.run_until_complete(task)
-                may_nest.set()
+                nesting.may_nest.set()
                 wait_until(lambda: limiter.stats().waiting == 2 or nested.done())
             loop.run_until_complete(task)
 
@@ -796,15 +798,18 @@ def test_an_event_loop_that_was_stopped_before_its_task_had_ended_is_no_proof() 
 async def test_a_coroutine_that_a_thread_has_returned_is_not_held_up_with_that_thread() -> None:
     """The thread goes on to other work, and may run an event loop of its own there."""
     limiter = Limiter(limit=1)
-    may_go = asyncio.Event()
+    begins, may_go = asyncio.Event(), asyncio.Event()
+    threads: list[int] = []
 
     async def rest(word: str) -> str:
+        begins.set()
         await may_go.wait()
         return word
 
     @concurrency(limiter=limiter)
     @dual(name="returns a coroutine")
     def begin(word: str) -> Any:
+        threads.append(threading.get_ident())
         return rest(word)
 
     @dual(name="runs a loop", warn=False)
@@ -813,12 +818,16 @@ async def test_a_coroutine_that_a_thread_has_returned_is_not_held_up_with_that_t
             with limiter:
                 return word
 
-        return asyncio.run(enter())
+        return asyncio.run(enter()) if threading.get_ident() == threads[0] else "elsewhere"
+
+    async def run_there() -> str:
+        while (word := await run.acall("b")) == "elsewhere":
+            pass
+        return word
 
     begun = asyncio.create_task(begin.acall("a"))
-    await until(lambda: limiter.stats().in_flight == 1)
-    await asyncio.sleep(0.01)  # the thread has returned
-    running = asyncio.create_task(run.acall("b"))
+    await begins.wait()
+    running = asyncio.create_task(run_there())
     await until(lambda: limiter.stats().waiting == 1 or running.done())
     may_go.set()
 

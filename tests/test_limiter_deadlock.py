@@ -16,6 +16,17 @@ from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, until, wait_until
 
 
+class _Ending:
+    """Ends a call when it is asked what it holds, which is while the turnstile's lock is held."""
+
+    def __init__(self, permit: Permit) -> None:
+        self._permit = permit
+
+    def __contains__(self, other: Permit) -> bool:
+        self._permit.end()
+        return False
+
+
 class TestDeadlock:
     def test_nested_in_a_thread(self) -> None:
         """A call that waits for the slot that it holds is told so, and the limiter is as it was."""
@@ -284,6 +295,32 @@ class TestDeadlock:
             await until(lambda: limiter.stats().waiting == 1 or task.done())
 
         assert await task == "in"
+
+    def test_a_slot_that_comes_free_as_a_thread_is_looked_at_is_passed_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
+        limiter = Limiter(limit=2)
+        other = contextvars.Context().run(limiter.enter)
+        monkeypatch.setattr(turnstile, "loose", _Ending(other))
+        with limiter:
+            limiter.enter(timeout=SAFETY_NET).leave()
+
+        assert other.ended
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_slot_that_comes_free_as_a_task_is_looked_at_is_passed_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
+        limiter = Limiter(limit=2)
+        other = contextvars.Context().run(limiter.enter)
+        monkeypatch.setattr(turnstile, "loose", _Ending(other))
+        async with limiter:
+            (await limiter.aenter(timeout=SAFETY_NET)).leave()
+
+        assert other.ended
+        assert limiter.stats().in_flight == 0
 
     def test_a_rate_alone_is_waited_for_inside_a_call_in_a_thread(self) -> None:
         """It comes with time, whoever is inside."""
