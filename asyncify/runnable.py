@@ -191,7 +191,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         def __class_getitem__(cls, given: Any) -> Any:
             """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
             given = given if isinstance(given, tuple) else (given,)
-            return super().__class_getitem__((*given, *(Any, Any, ..., Any, Any, Any)[len(given) :]))
+            defaults = (Any, Any, ..., Any, Any, Any) if cls is Dual else ()  # a subclass has parameters of its own
+            return super().__class_getitem__((*given, *defaults[len(given) :]))
 
     @overload
     def __init__(

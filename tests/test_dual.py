@@ -9,7 +9,7 @@ import operator
 import pydoc
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar, get_args
 from unittest import mock
 
 import pytest
@@ -17,6 +17,9 @@ from langgraph.func import entrypoint, task
 
 from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
 from tests.crowd import wait_until
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 def fetch_sync(query: str) -> str:
@@ -664,6 +667,19 @@ def test_an_invoke_of_a_subclass_runs_in_a_batch_with_a_limit() -> None:
     pair: Any = concurrency(limit=2)(Shouting(fetch_async))
 
     assert pair.batch(["x", "y"]) == ["async x!", "async y!"]
+
+
+def test_a_subclass_may_have_type_parameters_of_its_own() -> None:
+    """It takes as many as it declares, as a subclass of RunnableLambda does."""
+
+    class Named(Dual[Question, Answer]):
+        pass
+
+    class Quoting(Named[str, str]):
+        pass
+
+    assert get_args(Named[str, str]) == (str, str)
+    assert Quoting(fetch_sync).invoke("x") == "sync x"
 
 
 def test_an_executor_beside_an_async_side_is_refused() -> None:
