@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any, Self
 
 from asyncify.bridge import ThreadPool
+from asyncify.joins import Join, Joining
 from asyncify.scopes import CancelScope
 
 __all__ = [
@@ -107,24 +108,24 @@ async def until_ended(tasks: Collection[asyncio.Future[Any]]) -> asyncio.Cancell
 class _Signal:
     """Wakes the one task that waits for it; nothing is kept for a task that comes later."""
 
-    __slots__ = ("_waiter",)
+    __slots__ = ("waiter",)
 
     def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
+        self.waiter: asyncio.Future[None] | None = None
 
     def set(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
 
     async def wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self.waiter = asyncio.get_running_loop().create_future()
         try:
-            await self._waiter
+            await self.waiter
         finally:
-            self._waiter = None
+            self.waiter = None
 
 
-class Tasks:
+class Tasks(Joining):
     """Items that run as tasks, one each.
 
     Args:
@@ -211,6 +212,12 @@ class Tasks:
         """Let go of an item that was taken."""
         self._held -= 1
         self._room_made.set()
+
+    def join(self) -> Join | None:
+        """Return the wait for the items, None if nobody waits, or more of them may start."""
+        waiter = self._news.waiter
+        is_fed = self._feeder.done() or self._room_made.waiter is not None
+        return Join(waiter, len(self._alive)) if is_fed and waiter is not None else None
 
     def _room(self) -> float:
         return 0 if self._is_over else min(self._width() - len(self._alive), self._window() - self._held)

@@ -119,9 +119,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     def _try(self) -> bool:
         admitted = self._admit(Permit(self, 1, 0), queue=False)
         if not admitted:
-            with self._lock:
-                self._rejected += 1
-            self._settle()
+            self._count_rejected()
         return admitted
 
     def _not_inside(self) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "Standstill",
     "Steps",
+    "callbacks_of",
     "get_innermost",
     "held_by_this_task",
     "held_by_this_thread",
@@ -31,6 +32,7 @@ __all__ = [
     "loose",
     "permits",
     "set_innermost",
+    "waiting_for",
 ]
 
 
@@ -183,6 +185,18 @@ class Permit:
         while self.outer is not None and self.outer.ended:
             self.outer = self.outer.outer
 
+    def around(self) -> Iterator[Permit]:
+        """Yield those within which it was asked for, the innermost first."""
+        permit = self.outer
+        while permit is not None:
+            if not permit.ended:
+                yield permit
+            permit = permit.outer
+
+    def gives_up(self) -> bool:
+        """Tell whether it waits no longer, or is about to hear that it need not."""
+        return self.queue is None or self.ended or (self.in_task and (self.ready is None or self.ready.done()))
+
     def give_up(self) -> None:
         """Give the place back without having used it, be it waiting still or admitted already."""
         if self.timer is not None:
@@ -204,10 +218,10 @@ class Permit:
 def permits() -> Iterator[Permit]:
     """Yield the permits under which this context runs, the innermost first."""
     permit = innermost.get()
-    while permit is not None:
+    if permit is not None:
         if not permit.ended:
             yield permit
-        permit = permit.outer
+        yield from permit.around()
 
 
 # Which calls can't end while this one waits? That a context has inherited a permit proves nothing: a task left
@@ -258,14 +272,27 @@ def held_by_waiters_for(future: Any) -> list[Permit]:
     held: list[Permit] = []
     chain = [future]
     for awaited in chain:
-        for callback, context in getattr(awaited, "_callbacks", None) or ():
-            waiter = getattr(callback, "__self__", None)
-            if getattr(waiter, "_fut_waiter", None) is awaited:
+        for callback, context in callbacks_of(awaited):
+            waiter, its = waiting_for(awaited, callback, context)
+            held += its
+            if waiter is not None:
                 chain.append(waiter)
-                held += _held_by_another(context)
-            elif callback is _end_of_loop and (around := context.run(held_by_this_thread)):
-                held.append(_Run(awaited, around))
     return list(dict.fromkeys(held))
+
+
+def callbacks_of(awaited: Any) -> Iterable[tuple[Any, Context]]:
+    """Return what a task or a future calls back at its end, each in a context."""
+    return getattr(awaited, "_callbacks", None) or ()
+
+
+def waiting_for(awaited: Any, callback: Any, context: Context) -> tuple[Any, list[Permit]]:
+    """Return the task that awaits it and nothing else, if this is the callback of one, and what can't end before."""
+    waiter = getattr(callback, "__self__", None)
+    if getattr(waiter, "_fut_waiter", None) is awaited:
+        return waiter, _held_by_another(context)
+    if callback is _end_of_loop and (around := context.run(held_by_this_thread)):
+        return None, [_Run(awaited, around)]
+    return None, []
 
 
 _end_of_loop = getattr(base_events, "_run_until_complete_cb", None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from contextvars import Context
@@ -23,6 +23,7 @@ from asyncify.batches import Batches, check_configs, checked_count
 from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.fanout import until_ended
+from asyncify.joins import Join, Joining
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
 from asyncify.scopes import CancelScope
@@ -262,7 +263,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
         tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
         try:
             if tasks:
-                (await _decisive(tasks)).result()
+                (await _Branches(tasks).decisive()).result()
             return {key: task.result() for key, task in zip(steps, tasks, strict=True)}
         except BaseException:  # of a branch, or because this task was cancelled
             for task in tasks:
@@ -323,20 +324,28 @@ class DualParallel(Piped, RunnableParallel[Input]):
         return RunnableParallel.lc_id()
 
 
-async def _decisive(tasks: Sequence[asyncio.Task[Any]]) -> asyncio.Task[Any]:
-    """Return the first to fail, or else the last to end; who cancels this does not cancel them, as of `gather`."""
-    decided: asyncio.Future[asyncio.Task[Any]] = asyncio.get_running_loop().create_future()
-    alive = set(tasks)
+class _Branches(Joining):
+    """Tasks of which the first to fail decides, or else the last to end."""
 
-    def note(task: asyncio.Task[Any]) -> None:
-        alive.discard(task)
+    def __init__(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+        self._alive = set(tasks)
+        self._decided: asyncio.Future[asyncio.Task[Any]] = asyncio.get_running_loop().create_future()
+        for task in tasks:
+            task.add_done_callback(self._note)
+
+    def _note(self, task: asyncio.Task[Any]) -> None:
+        self._alive.discard(task)
         has_failed = task.cancelled() or task.exception() is not None
-        if not decided.done() and (has_failed or not alive):
-            decided.set_result(task)
+        if not self._decided.done() and (has_failed or not self._alive):
+            self._decided.set_result(task)
 
-    for task in tasks:
-        task.add_done_callback(note)
-    return await decided
+    def join(self) -> Join:
+        """Return the wait for them."""
+        return Join(self._decided, len(self._alive))
+
+    async def decisive(self) -> asyncio.Task[Any]:
+        """Return the one that decides; who cancels this does not cancel them, as of `gather`."""
+        return await self._decided
 
 
 def _bound(config: RunnableConfig) -> int | None:

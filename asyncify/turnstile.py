@@ -15,7 +15,7 @@ import weakref
 from _thread import allocate_lock
 from asyncio import _get_running_loop
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -25,6 +25,7 @@ from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork
+from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter, check_cost, shown
 from asyncify.permits import (
     Permit,
@@ -32,7 +33,6 @@ from asyncify.permits import (
     get_innermost,
     held_by_this_task,
     held_by_this_thread,
-    held_by_waiters_for,
     loose,
     permits,
     set_innermost,
@@ -105,6 +105,8 @@ class Turnstile:
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
         self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
+        self._callers: set[Permit] = set()  # calls inside; within them others have come to wait
+        self._lookouts = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lookout]()
         self._timer: Timer | None = None
         self._is_certain = True  # that a permit which looks held is held
 
@@ -218,31 +220,47 @@ class Turnstile:
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others. Nor is what
         a standstill stops, as that may be over before the wait is.
         """
-        blocks = {other for other in held if other.place is self} | self._frozen_by(permit)
-        blocks &= self._meter.inside  # a fork has left some behind
-        standstills = [other for other in held if isinstance(other, Standstill)]
+        blocks, standstills = self._parted({*held, *self._frozen_by(permit)})
         if not blocks and not standstills:
             return None
-        doomed, stopped = False, set(blocks)
         with self._lock:
-            if permit.queue is self._queue and self._is_certain:
-                for standstill in standstills:
-                    stopped |= standstill.among(tuple(self._meter.inside))
-                inside = {other for other in (*self._blocked, *stopped) if not other.ended and other not in loose}
-                # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
-                doomed = len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
-                self._rejected += doomed
-                if timeout is None:
-                    more = blocks.difference(permit.blocks)
-                    permit.blocks += tuple(more)
-                    self._blocked.update(more)
+            stopped = self._all_stopped(blocks, standstills) if permit.queue is self._queue else None
+            if timeout is None and permit.queue is self._queue:
+                permit.blocks = tuple(blocks)
+                self._blocked.update(blocks)
         self._settle()
-        if not doomed:
+        if stopped is None or (permit.in_task and self._may_go_on(stopped)):
             return None
-        on_loop = any(each.is_of_a_loop for each in standstills) or (
-            not permit.in_task and _get_running_loop() is not None
-        )
-        return DeadlockError(self._deadlock_message(frozen=on_loop and not stopped.issubset(permits())))
+        return self._deadlock_error(permit, stopped, standstills)
+
+    def _may_go_on(self, stopped: set[Permit]) -> bool:
+        """Tell whether a timer of this loop may end a call inside, which this task does not keep from ending."""
+        if self._meter.inside.issubset(stopped):
+            return False
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        lookout = self._lookouts.get(loop)
+        others = [] if lookout is None else [permit.ready for permit in lookout.waiting()]
+        return HeldUp([task, *others]).may_go_on(loop, task)
+
+    def _parted(self, held: Collection[Permit]) -> tuple[set[Permit], list[Standstill]]:
+        """Return which of these permits are inside, and which stand for others."""
+        blocks = self._meter.inside.intersection(held)  # a fork has left some behind
+        return blocks, [other for other in held if isinstance(other, Standstill)]
+
+    def _all_stopped(self, blocks: set[Permit], standstills: Iterable[Standstill]) -> set[Permit] | None:
+        """Return what these stop, if with that and what others wait for nothing inside can end; with the lock held."""
+        stopped = blocks.union(*(standstill.among(tuple(self._meter.inside)) for standstill in standstills))
+        if not self._is_certain or not self._are_all(stopped.union(self._blocked)):
+            return None
+        # Some of those who wait may be about to give up; that is looked at only now, as it takes a look at each.
+        gone = {permit for permit, _ in self._departed}
+        waiting = (permit for permit in self._queue if permit.blocks and not permit.gives_up() and permit not in gone)
+        return stopped if self._are_all(stopped.union(*(permit.blocks for permit in waiting))) else None
+
+    def _are_all(self, blocked: set[Permit]) -> bool:
+        inside = {other for other in blocked if not other.ended and other not in loose}
+        # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
+        return len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
 
     def _frozen_by(self, permit: Permit) -> set[Permit]:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
@@ -257,23 +275,38 @@ class Turnstile:
         if permit.slots and (permit.outer is not None or not permit.in_task):
             if (error := self._certain_end(permit, held(), timeout)) is not None:
                 raise error
-            if permit.in_task and timeout is None:
-                inside = {other for other in permits() if other.place is self}
-                if not inside.issubset(permit.blocks):
-                    permit.ready.get_loop().call_soon(self._look_again, permit)
+            inside = {other for other in permit.around() if other.place is self}
+            if permit.in_task and timeout is None and inside:
+                self._callers.update(inside)
+                loop = permit.ready.get_loop()
+                self._lookouts.setdefault(loop, Lookout(partial(self._look, loop))).note(permit, loop)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_END)
 
-    def _look_again(self, permit: Permit) -> None:
-        """Look once more who awaits the task that waits: one that was begun at once, eagerly, is awaited only then."""
-        ready: asyncio.Future[None] | None = permit.ready
-        if permit.queue is None or ready is None or ready.done():
-            return
-        if (error := self._certain_end(permit, held_by_waiters_for(ready), None)) is not None:
-            ready.set_exception(error)
-            ready.exception()  # its task may be cancelled at this moment, and not hear of it
+    def _look(self, loop: asyncio.AbstractEventLoop, waiting: Iterable[Permit]) -> bool:
+        """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
+        self._callers.intersection_update(self._meter.inside)
+        if not self._meter.inside.issubset(self._callers.union(self._blocked)):
+            return False  # what follows takes microseconds for each that waits
+        permits_of = {permit.ready: permit for permit in waiting if not permit.gives_up()}
+        held_up = HeldUp(permits_of)
+        blocks, standstills = self._parted(held_up.permits)
+        if not blocks and not standstills:
+            return False
+        with self._lock:
+            stopped = self._all_stopped(blocks, standstills)
+        self._settle()
+        if stopped is None:
+            return False
+        needed = {held_up.permits[other] for other in (*blocks, *standstills)}
+        ready = next(ready for ready in reversed(permits_of) if ready in needed)  # who came last
+        if held_up.may_go_on(loop, ready):
+            return False
+        ready.set_exception(self._deadlock_error(permits_of[ready], stopped, standstills))
+        ready.exception()  # its task may be cancelled at this moment, and not hear of it
+        return True
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
@@ -545,6 +578,11 @@ class Turnstile:
             self._timer = None
         self._settle()
 
+    def _count_rejected(self) -> None:
+        with self._lock:
+            self._rejected += 1
+        self._settle()
+
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
         permit = get_innermost()
@@ -555,14 +593,17 @@ class Turnstile:
     def _title(self) -> str:
         return f"limiter {self.name}" if self.name else "limiter"
 
-    def _deadlock_message(self, *, frozen: bool) -> str:
+    def _deadlock_error(self, permit: Permit, stopped: set[Permit], standstills: Iterable[Standstill]) -> DeadlockError:
+        """Count a call that waits for itself, and return what it is told."""
+        self._count_rejected()
         slots = f"{self._title()}: all slots ({self._meter.limits.limit}) are held by calls that"
-        if frozen:
-            return (
+        holds_loop = not permit.in_task and _get_running_loop() is not None
+        if (holds_loop or any(other.is_of_a_loop for other in standstills)) and not stopped.issubset(permit.around()):
+            return DeadlockError(
                 f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
                 "On an event loop, await the async side: ainvoke or acall."
             )
-        return (
+        return DeadlockError(
             f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "
             "limiter of its own, or call its unlimited .func or .afunc."
         )

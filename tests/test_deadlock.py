@@ -452,27 +452,6 @@ async def test_a_call_left_in_the_background_is_no_proof() -> None:
         assert await started[0] == "a"
 
 
-async def test_calls_that_are_gathered_are_no_proof() -> None:
-    """One of several calls may fail and set its caller free: so nobody is told, and the caller's timeout ends it."""
-    limiter = Limiter(limit=1)
-
-    async def pass_on(word: str) -> str:
-        return word
-
-    inner: Any = concurrency(limiter=limiter)(pass_on)
-
-    async def call_both(word: str) -> None:
-        await asyncio.gather(inner.ainvoke(word), inner.ainvoke(word))
-
-    outer: Any = concurrency(limiter=limiter)(call_both)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await outer.ainvoke("a")
-
-    assert limiter.stats().in_flight == 0
-    assert limiter.stats().waiting == 0
-
-
 class _Crowded:
     """Two slots, and calls that hold them until they are told to go: on the event loop, in threads, in an executor."""
 

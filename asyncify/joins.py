@@ -1,0 +1,88 @@
+"""Waits for several tasks at once: `asyncio.gather` and its like, task groups, and the fan-outs of this package.
+
+A task that awaits another stands among what that one calls back. A task that awaits several does not: each of them
+calls back what counts those that are left. asyncio says nowhere which, so it is read from there, by names that are the
+same from Python 3.11 to 3.13. What can't be read is taken for no join, and then nobody learns of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
+
+__all__ = ["Join", "Joining", "join_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A wait for several tasks or futures, its parts; it ends with the last of them, or before if one fails.
+
+    Attributes:
+        whole: the future that is set then; it is one for all parts.
+        parts: how many of them have not ended.
+        cancels_parts: whether they are cancelled with who waits.
+    """
+
+    whole: Any
+    parts: int
+    cancels_parts: bool = True
+
+
+class Joining(ABC):
+    """What has one of its methods called back at the end of each of several tasks."""
+
+    @abstractmethod
+    def join(self) -> Join | None:
+        """Return the wait for them, None if nobody waits or there may be more of them."""
+
+
+def join_of(callback: Any) -> Join | None:
+    """Return the wait for several of which somebody is a part who has this called back at the end."""
+    if isinstance(callback, MethodType):
+        owner = callback.__self__
+        if isinstance(owner, Joining):
+            return owner.join()
+        return _of_group(owner) if isinstance(owner, asyncio.TaskGroup) else None
+    if isinstance(callback, FunctionType):
+        read = _READERS.get((callback.__module__, callback.__qualname__))
+        return None if read is None else read(_closure(callback))
+    return None
+
+
+def _closure(function: FunctionType) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
+
+
+def _of_group(group: Any) -> Join | None:
+    whole = group._on_completed_fut  # None until its block is at the end
+    return None if whole is None else Join(whole, len(group._tasks))
+
+
+def _of_gather(seen: dict[str, Any]) -> Join | None:
+    outer = seen["outer"]
+    return None if outer is None else Join(outer, seen["nfuts"] - seen["nfinished"])
+
+
+def _of_wait(seen: dict[str, Any]) -> Join | None:
+    return Join(seen["waiter"], seen["counter"], cancels_parts=False) if seen["timeout_handle"] is None else None
+
+
+def _of_shield(seen: dict[str, Any]) -> Join | None:
+    return Join(seen["outer"], 1, cancels_parts=False)
+
+
+def _of_anyio_group(seen: dict[str, Any]) -> Join | None:
+    return _of_group(seen["self"])
+
+
+_READERS: dict[tuple[str, str], Callable[[dict[str, Any]], Join | None]] = {
+    ("asyncio.tasks", "gather.<locals>._done_callback"): _of_gather,
+    ("asyncio.tasks", "_wait.<locals>._on_completion"): _of_wait,
+    ("asyncio.tasks", "shield.<locals>._inner_done_callback"): _of_shield,
+    ("anyio._backends._asyncio", "TaskGroup._spawn.<locals>.task_done"): _of_anyio_group,
+}

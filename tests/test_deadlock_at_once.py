@@ -1,0 +1,434 @@
+"""Calls at once, or awaited only later, that wait for their own caller: told when none of them can go on."""
+
+import asyncio
+import operator
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+from langchain_core.runnables import RunnableLambda
+
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency
+from asyncify.testing import FakeClock
+from tests.crowd import SAFETY_NET, until
+
+
+async def _identity(value: int) -> int:
+    return value
+
+
+def _inner(limiter: Limiter) -> Any:
+    return concurrency(limiter=limiter)(_identity)
+
+
+def _outer(limiter: Limiter, body: Callable[[Any], Awaitable[int]]) -> Any:
+    async def call(value: Any) -> int:
+        return await body(value)
+
+    return concurrency(limiter=limiter)(call)
+
+
+def _told(error: BaseException | None) -> bool:
+    """Tell whether this is the error of a deadlock, or a group of such errors."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_told, error.exceptions))
+    return isinstance(error, DeadlockError)
+
+
+async def _gather(*calls: Awaitable[int]) -> int:
+    return sum(await asyncio.gather(*calls))
+
+
+async def _gather_all(*calls: Awaitable[int]) -> int:
+    ends = await asyncio.gather(*calls, return_exceptions=True)
+    return sum(end for end in ends if isinstance(end, int))
+
+
+async def _group(*calls: Coroutine[Any, Any, int]) -> int:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(call) for call in calls]
+    return sum(task.result() for task in tasks)
+
+
+async def _anyio_group(*calls: Coroutine[Any, Any, int]) -> int:
+    found: list[int] = []
+
+    async def run(call: Coroutine[Any, Any, int]) -> None:
+        found.append(await call)
+
+    async with anyio.create_task_group() as group:
+        for call in calls:
+            group.start_soon(run, call)
+    return sum(found)
+
+
+async def _wait(*calls: Coroutine[Any, Any, int]) -> int:
+    done, _ = await asyncio.wait([asyncio.create_task(call) for call in calls])
+    return await _gather(*done)
+
+
+async def _shield(*calls: Coroutine[Any, Any, int]) -> int:
+    return sum(await asyncio.gather(*map(asyncio.shield, calls)))
+
+
+Together = Callable[..., Coroutine[Any, Any, int]]
+
+ENDED_BY_AN_ERROR: dict[str, Together] = {
+    "gather": _gather,
+    "TaskGroup": _group,
+    "anyio's group": _anyio_group,
+    "shield": _shield,
+}
+"""Ways to await several coroutines, to the end or to the first error."""
+
+TOGETHER: dict[str, Together] = {**ENDED_BY_AN_ERROR, "gather with errors": _gather_all, "wait": _wait}
+"""Ways to await several coroutines."""
+
+
+def _by(together: Together) -> Callable[[Any, list[int]], Coroutine[Any, Any, int]]:
+    return lambda pair, values: together(*map(pair.acall, values))
+
+
+async def _abatch(pair: Any, values: list[int], **how: Any) -> int:
+    return sum(end for end in await pair.abatch(values, **how) if isinstance(end, int))
+
+
+async def _abatch_as_completed(pair: Any, values: list[int]) -> int:
+    return sum([end async for _, end in pair.abatch_as_completed(values)])
+
+
+async def _aeach(pair: Any, values: list[int]) -> int:
+    return sum([end async for end in aeach(pair, values)])
+
+
+async def _branches(pair: Any, values: list[int], kind: Any = Dual) -> int:
+    branches = {f"{at}": kind(operator.itemgetter(at)) | pair for at in range(len(values))}
+    return sum((await (kind(list) | branches).ainvoke(values)).values())
+
+
+async def _in_a_row(pair: Any, values: list[int]) -> int:
+    """Await one after the other tasks that all have begun."""
+    tasks = [asyncio.create_task(pair.acall(value)) for value in values]
+    try:
+        return sum([await task for task in tasks])
+    finally:
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+MANY: dict[str, Callable[[Any, list[int]], Coroutine[Any, Any, int]]] = {
+    **{name: _by(together) for name, together in TOGETHER.items()},
+    "abatch": _abatch,
+    "abatch with errors": partial(_abatch, return_exceptions=True),
+    "abatch of two at once": partial(_abatch, config={"max_concurrency": 2}),
+    "abatch of a binding": lambda pair, values: _abatch(pair.with_config(tags=["bound"]), values),
+    "abatch_as_completed": _abatch_as_completed,
+    "aeach": _aeach,
+    "a dict of pairs": _branches,
+    "a dict of lambdas": partial(_branches, kind=RunnableLambda),
+    "tasks in a row": _in_a_row,
+}
+"""Ways to call a pair several times at once."""
+
+
+@pytest.mark.parametrize("way", MANY)
+async def test_calls_at_once_that_all_wait_for_their_caller_are_told(way: str) -> None:
+    """None of them can fail, so the caller waits for ever; one hears of it, and the caller by that."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    outer = _outer(limiter, lambda values: MANY[way](inner, values))
+    task = asyncio.ensure_future(outer.ainvoke([1, 2, 3]))
+    await asyncio.wait([task], timeout=SAFETY_NET)
+
+    assert task.done()
+    assert _told(task.exception()) or ("errors" in way and task.result() == 0)
+    assert limiter.stats().rejected >= 1
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+
+def _tree(way: str, limiter: Limiter) -> Any:
+    """Return a pair that calls itself twice at once, and so on, for so many generations."""
+
+    async def descend(generations: int) -> int:
+        await asyncio.sleep(0)
+        return await MANY[way](tree, [generations - 1] * 2) if generations else 1
+
+    tree: Any = concurrency(limiter=limiter)(descend)
+    return tree
+
+
+@pytest.mark.parametrize("way", MANY)
+async def test_a_tree_of_calls_that_fits_is_admitted(way: str) -> None:
+    """There is a slot for each that waits for others."""
+    limiter = Limiter(limit=4)
+
+    assert await _tree(way, limiter).ainvoke(2) == 4
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("way", [way for way in MANY if "errors" not in way])
+async def test_a_tree_of_calls_that_waits_for_itself_is_told(way: str) -> None:
+    """Each slot is held by a call whose own calls all wait."""
+    limiter = Limiter(limit=3)
+    task = asyncio.ensure_future(_tree(way, limiter).ainvoke(3))
+    await asyncio.wait([task], timeout=SAFETY_NET)
+
+    assert task.done()
+    assert _told(task.exception())
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+
+async def _fail(*_: object) -> int:
+    await asyncio.sleep(0.05)
+    raise ValueError("failed")
+
+
+async def _end(*_: object) -> int:
+    await asyncio.sleep(0.05)
+    return 0
+
+
+@pytest.mark.parametrize("together", ENDED_BY_AN_ERROR)
+async def test_calls_at_once_of_which_one_may_fail_are_no_proof(together: str) -> None:
+    """It sets their caller free."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    outer = _outer(limiter, lambda value: ENDED_BY_AN_ERROR[together](inner.acall(value), _fail(), inner.acall(value)))
+    task = asyncio.ensure_future(outer.ainvoke(1))
+    await asyncio.wait([task], timeout=SAFETY_NET)
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+    assert not _told(task.exception())
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+async def test_calls_at_once_of_which_one_ends_are_told_then(together: str) -> None:
+    """Nothing happens at the limiter when it ends; so they are looked at again."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    outer = _outer(limiter, lambda value: TOGETHER[together](inner.acall(value), _end(), inner.acall(value)))
+    task = asyncio.ensure_future(outer.ainvoke(1))
+    await asyncio.wait([task], timeout=SAFETY_NET)
+
+    assert task.done()
+    assert limiter.stats().rejected >= 1
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+
+async def _timed(call: Awaitable[int]) -> int:
+    async with asyncio.timeout(0.05):
+        return await call
+
+
+async def _timed_by_anyio(call: Awaitable[int]) -> int:
+    with anyio.fail_after(0.05):
+        return await call
+
+
+async def _waited_for(call: Awaitable[int]) -> int:
+    return await asyncio.wait_for(call, 0.05)
+
+
+async def _cancelled(call: Awaitable[int]) -> int:
+    task: Any = asyncio.current_task()
+    asyncio.get_running_loop().call_later(0.05, task.cancel)
+    return await call
+
+
+@pytest.mark.parametrize("together", ENDED_BY_AN_ERROR)
+@pytest.mark.parametrize("timed", [_timed, _timed_by_anyio, _waited_for])
+async def test_calls_at_once_of_which_one_will_give_up_are_no_proof(timed: Callable[[Any], Any], together: str) -> None:
+    """By a timeout, which sets their caller free."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    outer = _outer(limiter, lambda value: ENDED_BY_AN_ERROR[together](timed(inner.acall(value)), inner.acall(value)))
+    task = asyncio.ensure_future(outer.ainvoke(1))
+    await asyncio.wait([task], timeout=SAFETY_NET)
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+    assert not _told(task.exception())
+    assert limiter.stats().rejected == 0
+
+
+async def test_calls_at_once_of_which_one_will_be_cancelled_are_no_proof() -> None:
+    """By a timer of the loop."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    outer = _outer(limiter, lambda value: _gather(_cancelled(inner.acall(value)), inner.acall(value)))
+    with pytest.raises(asyncio.CancelledError):
+        await outer.ainvoke(1)
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+    assert limiter.stats().rejected == 0
+
+
+async def test_calls_at_once_of_which_one_has_a_timeout_of_the_limiter_are_no_proof() -> None:
+    """It gives up, and sets their caller free."""
+    clock = FakeClock()
+    limiter = Limiter(limit=1, clock=clock)
+    inner = _inner(limiter)
+    patient: Any = concurrency(limiter=limiter, timeout=1)(_identity)
+    outer = _outer(limiter, lambda value: _gather(patient.acall(value), inner.acall(value)))
+    asyncio.get_running_loop().call_later(0.1, clock.advance, 1)
+    with pytest.raises(LimitTimeout):
+        await outer.ainvoke(1)
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+    assert limiter.stats().rejected == 1
+
+
+@pytest.mark.parametrize("together", ["gather", "TaskGroup", "anyio's group"])
+async def test_a_timeout_around_calls_at_once_changes_nothing(together: str) -> None:
+    """It would cancel those who wait together with their caller; so they hear of the deadlock, and at once."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    async def call(values: list[int]) -> int:
+        async with asyncio.timeout(SAFETY_NET):
+            return await MANY[together](inner, values)
+
+    outer: Any = concurrency(limiter=limiter)(call)
+    task = asyncio.ensure_future(outer.ainvoke([1, 2]))
+    await asyncio.wait([task])
+
+    assert _told(task.exception())
+
+
+@pytest.mark.parametrize("kept", ["shield", "wait"])
+async def test_a_timeout_that_leaves_those_who_wait_alone_is_no_proof(kept: str) -> None:
+    """It sets their caller free, and they go on."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    started: list[asyncio.Task[int]] = []
+
+    async def call(value: int) -> int:
+        started.append(asyncio.create_task(inner.acall(value)))
+        async with asyncio.timeout(0.05):
+            await (asyncio.shield(started[0]) if kept == "shield" else asyncio.wait(started))
+        return value
+
+    outer: Any = concurrency(limiter=limiter)(call)
+    with pytest.raises(TimeoutError):
+        await outer.ainvoke(1)
+
+    assert await started[0] == 1
+    assert limiter.stats().rejected == 0
+
+
+async def test_calls_of_a_group_that_is_not_at_its_end_are_no_proof() -> None:
+    """Its block goes on, and gives the slot back."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    async with asyncio.timeout(SAFETY_NET), asyncio.TaskGroup() as group, limiter:
+        tasks = [group.create_task(inner.acall(value)) for value in (1, 2)]
+        await asyncio.sleep(0.1)
+        assert limiter.stats().waiting == 2
+
+    assert [task.result() for task in tasks] == [1, 2]
+
+
+async def test_a_call_in_the_background_is_not_told_in_the_place_of_others() -> None:
+    """It came last, and gets its slot when the others have heard of their deadlock."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    background: list[asyncio.Task[int]] = []
+
+    async def call(value: int) -> int:
+        tasks = [asyncio.create_task(inner.acall(value)) for _ in range(2)]
+        background.append(asyncio.create_task(inner.acall(value)))
+        return sum(await asyncio.gather(*tasks))
+
+    outer: Any = concurrency(limiter=limiter)(call)
+    async with asyncio.timeout(SAFETY_NET):
+        with pytest.raises(DeadlockError):
+            await outer.ainvoke(1)
+
+        assert await background[0] == 1
+
+
+async def test_calls_at_once_wait_for_who_is_on_another_event_loop() -> None:
+    """A slot is held there, by a call that goes on."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    outer = _outer(limiter, lambda values: _by(_gather)(inner, values))
+    may_go = threading.Event()
+
+    async def hold() -> None:
+        async with limiter:
+            while not may_go.is_set():  # noqa: ASYNC110  (another thread sets it)
+                await asyncio.sleep(0.001)
+
+    thread = threading.Thread(target=lambda: asyncio.run(hold()))
+    thread.start()
+    await until(lambda: limiter.stats().in_flight == 1)
+    asyncio.get_running_loop().call_later(0.1, may_go.set)
+    async with asyncio.timeout(SAFETY_NET):
+        assert await outer.ainvoke([1, 2]) == 3
+    thread.join()
+
+    assert limiter.stats().rejected == 0
+
+
+async def test_a_task_that_is_awaited_long_after_it_came_to_wait_is_told() -> None:
+    """Nothing runs that could look when it is awaited; so it is looked at now and then."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    async with asyncio.timeout(SAFETY_NET), limiter:
+        task = asyncio.create_task(inner.acall(1))
+        await asyncio.sleep(0.02)
+        with pytest.raises(DeadlockError):
+            await task
+
+    assert limiter.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("timed", [_timed, _timed_by_anyio])
+async def test_a_call_that_another_one_holds_up_until_a_timeout_is_admitted_then(
+    timed: Callable[[Any], Coroutine[Any, Any, int]],
+) -> None:
+    """All slots are held by calls that wait, but one of them will not wait for ever."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+
+    async def give_up(value: int) -> int:
+        await until(lambda: limiter.stats().in_flight == 2)
+        return await timed(inner.acall(value))
+
+    async def wait(value: int) -> int:
+        await until(lambda: limiter.stats().waiting == 1)
+        result: int = await inner.acall(value)
+        return result
+
+    async with asyncio.timeout(SAFETY_NET):
+        later = asyncio.create_task(concurrency(limiter=limiter)(wait).acall(2))
+        with pytest.raises(TimeoutError):
+            await concurrency(limiter=limiter)(give_up).acall(1)
+
+        assert await later == 2
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+def test_calls_at_once_on_an_event_loop_that_is_run_within_their_caller_are_told(together: str) -> None:
+    """Its thread waits until all of them have ended."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+    outer: Any = concurrency(limiter=limiter)(lambda values: asyncio.run(MANY[together](inner, values)))
+    errors: list[BaseException | None] = []
+
+    def call() -> None:
+        try:
+            outer.invoke([1, 2])
+        except BaseException as error:  # noqa: BLE001  (the test looks at it)
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+
+    assert not thread.is_alive()
+    assert all(map(_told, errors))
+    assert limiter.stats().rejected >= 1
