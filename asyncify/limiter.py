@@ -201,6 +201,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     def is_idle(self) -> bool:
         """Whether nobody is inside or waits, and nothing that was admitted still counts or has taught it anything."""
+        self._drop_closed_loops()
         self._settle()
         now = self._now()
         is_as_new = self._adaptive is None or self._adaptive.is_as_new(now)
@@ -208,6 +209,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     def stats(self) -> LimiterStats:
         """Return what the limiter has seen so far."""
+        self._drop_closed_loops()
         self._settle()
         with self._lock:
             waits = [wait for number, wait in self._waits if number > self._admitted - RECENT]
@@ -220,6 +222,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     def state(self) -> str:
         """Say what it holds now: `3/10 in flight, 50 per second, 7 waiting`."""
+        self._drop_closed_loops()
         self._settle()
         limits = self._meter.limits
         flight = [] if limits.limit is None else [f"{len(self._meter.inside)}/{limits.limit} in flight"]

@@ -9,7 +9,7 @@ from _thread import get_ident
 from abc import abstractmethod
 from asyncio import _get_running_loop, base_events
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context, ContextVar, Token
 from typing import Any, ClassVar, Protocol, Self, cast
@@ -192,6 +192,10 @@ class Permit:
             if not permit.ended:
                 yield permit
             permit = permit.outer
+
+    def is_on(self, loops: Collection[Wakeups]) -> bool:
+        """Tell whether it waits on one of these loops."""
+        return self.in_task and getattr(self, "wakeups", None) in loops
 
     def gives_up(self) -> bool:
         """Tell whether it waits no longer, or is about to hear that it need not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import math
 import threading
 import weakref
@@ -26,7 +27,7 @@ from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork
 from asyncify.lookout import HeldUp, Lookout
-from asyncify.meter import Limits, Meter, check_cost, shown
+from asyncify.meter import Limits, Meter, check_cost, check_positive, shown
 from asyncify.permits import (
     Permit,
     Standstill,
@@ -89,6 +90,7 @@ class Turnstile:
         self._rejected: int = 0
         self._waits: deque[tuple[int, float]] = deque(maxlen=RECENT)  # which admission had to wait, and how long
         self._wakeups: Wakeups | None = None  # those of the loop in which a task last waited
+        self._loops: set[Wakeups] = set()  # those of all in which one has
         self._begin()
         _turnstiles.add(self)
 
@@ -130,14 +132,15 @@ class Turnstile:
         `cost` counts in the rates, with `slots=0` the rate alone is waited for, and `timeout`, in seconds, stands in
         for the limiter's own.
         """
-        if cost != 1:
-            check_cost("cost", cost)
+        if cost != 1 or slots != 1 or timeout is not None:
+            _check_call(cost, slots, timeout)
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
             ready = allocate_lock()
             ready.acquire()
             permit.ready = ready  # only now, as it may be released from this moment on
             try:
+                self._drop_closed_loops()
                 self._look_after(permit, held_by_this_thread, timeout)
                 if permit.queue is not None:
                     ready.acquire()
@@ -151,8 +154,8 @@ class Turnstile:
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit. As `enter`."""
-        if cost != 1:
-            check_cost("cost", cost)
+        if cost != 1 or slots != 1 or timeout is not None:
+            _check_call(cost, slots, timeout)
         permit = Permit(self, cost, slots)
         permit.in_task = True
         if not self._admit(permit):
@@ -161,6 +164,8 @@ class Turnstile:
                 loop, wakeups = ready.get_loop(), self._wakeups
                 if wakeups is None or wakeups.loop() is not loop:
                     self._wakeups = wakeups = wakeups_of(loop)
+                    self._drop_closed_loops()
+                    self._loops.add(wakeups)
                 permit.wakeups = wakeups
                 permit.ready = ready
                 if permit.outer or timeout is not None or self.timeout is not None or get_scope():
@@ -209,6 +214,24 @@ class Turnstile:
                 if self._must_look:
                     self._settle()
         return False
+
+    def _drop_closed_loops(self) -> None:
+        """Take back the places of those whose event loop is closed, and what is inside because of them.
+
+        Their tasks never go on, but lead to what awaits them, and that may be the call that has the slot.
+        """
+        closed = {wakeups for wakeups in tuple(self._loops) if wakeups.is_closed()}
+        if closed:
+            self._loops.difference_update(closed)
+            with self._lock:
+                waiting = [permit for permit in self._queue if permit.queue is not None and permit.is_on(closed)]
+            self._settle()
+            while waiting:
+                permit = waiting.pop()
+                permit.ready = None  # it leads to the task
+                permit.give_up()
+                del permit
+            gc.collect()  # such a call is garbage now, in a cycle; and its slot is waited for
 
     def _may_pass(self) -> bool:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
@@ -607,6 +630,14 @@ class Turnstile:
             f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "
             "limiter of its own, or call its unlimited .func or .afunc."
         )
+
+
+def _check_call(cost: float, slots: int, timeout: float | None) -> None:
+    check_cost("cost", cost)
+    if slots not in (0, 1):
+        raise ValueError(f"slots={slots!r}: a call takes one slot, or with slots=0 the rate alone")
+    if timeout is not None:
+        check_positive("timeout", timeout, "timeout=30")
 
 
 def check_affordable(cost: float, limits: Limits, what: str) -> None:

@@ -55,6 +55,10 @@ class Wakeups:
         self.woken: deque[Sleeper] = deque()
         self.pending: Callable[[], object] = _nothing
 
+    def is_closed(self) -> bool:
+        """Tell whether the loop is closed, or gone."""
+        return (loop := self.loop()) is None or loop.is_closed()
+
     def look(self) -> None:
         """See to it that a round comes, after an addition to `woken`; from any thread."""
         pending = self.pending

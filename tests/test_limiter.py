@@ -766,6 +766,26 @@ class TestArguments:
             await limiter.aenter(cost)
         assert limiter.stats().admitted == 0
 
+    @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "3", True])
+    async def test_a_bad_timeout_of_a_call_is_told(self, timeout: Any) -> None:
+        """On both paths, also when the call need not wait, and nothing is taken."""
+        limiter = Limiter(limit=1)
+        with pytest.raises((TypeError, ValueError), match=r"^timeout="):
+            limiter.enter(timeout=timeout)
+        with pytest.raises((TypeError, ValueError), match=r"^timeout="):
+            await limiter.aenter(timeout=timeout)
+        assert limiter.stats().admitted == 0
+
+    @pytest.mark.parametrize("slots", [2, -1, 0.5, None])
+    async def test_a_bad_number_of_slots_is_told(self, slots: Any) -> None:
+        """A call takes one, or none."""
+        limiter = Limiter(limit=1)
+        with pytest.raises(ValueError, match=rf"^slots={slots}: a call takes one slot, or with slots=0 the rate alone"):
+            limiter.enter(slots=slots)
+        with pytest.raises(ValueError, match=r"^slots="):
+            await limiter.aenter(slots=slots)
+        assert limiter.stats().admitted == 0
+
     def test_a_number_too_large_for_a_float_is_told(self) -> None:
         """As any that is not finite."""
         with pytest.raises(ValueError, match=r"^per_second=inf: must be above 0 and finite"):

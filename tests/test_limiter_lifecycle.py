@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from asyncify import forks
+from asyncify import aeach, concurrency, forks
 from asyncify.clock import MonotonicClock
 from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
@@ -193,7 +193,7 @@ class TestLoops:
         assert max(most) == 1
 
     def test_a_loop_closed_with_waiters_in_it(self) -> None:
-        """Thousands of waiters that nobody can wake any more are passed over, and whoever is behind gets the slot."""
+        """Thousands of waiters that nobody can wake any more lose their places, and whoever is behind gets the slot."""
         limiter = Limiter(limit=1)
         permit = contextvars.Context().run(limiter.enter)
         loop = asyncio.new_event_loop()
@@ -210,7 +210,7 @@ class TestLoops:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        wait_until(lambda: limiter.stats().waiting == 3001)
+        wait_until(lambda: limiter.stats().waiting == 1)
         permit.end()
         thread.join(SAFETY_NET)
 
@@ -235,6 +235,47 @@ class TestLoops:
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a block that can't be left
+    @pytest.mark.parametrize("next_one", ["a task", "a thread", "a look"])
+    @pytest.mark.parametrize("way", ["gather", "abatch", "aeach"])
+    def test_a_loop_closed_with_calls_in_it_that_wait_for_each_other(self, way: str, next_one: str) -> None:
+        """Who waits leads to who has a slot, by what awaits both; so neither of them is kept."""
+        limiter = Limiter(limit=1)
+
+        @concurrency(limiter=limiter)
+        async def fetch(value: int) -> int:
+            await asyncio.sleep(30 if value == 0 else 0)
+            return value
+
+        async def program() -> None:
+            values = [0] * 3
+            if way == "gather":
+                await asyncio.gather(*map(fetch.acall, values))
+            elif way == "abatch":
+                await fetch.abatch(values)
+            else:
+                async for _ in aeach(fetch, values):
+                    pass
+
+        def run_a_while() -> None:
+            loop = asyncio.new_event_loop()
+            tasks = [loop.create_task(program())]
+            loop.run_until_complete(asyncio.sleep(0.01))
+            tasks += asyncio.all_tasks(loop)
+            for task in tasks:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # they are meant to be
+            assert limiter.stats().waiting > 0
+            loop.close()
+
+        run_a_while()
+        if next_one == "a task":
+            assert asyncio.run(asyncio.wait_for(fetch.acall(1), SAFETY_NET)) == 1
+        elif next_one == "a thread":
+            assert limiter.enter(timeout=SAFETY_NET).at is not None
+            limiter.give_back_other(None)
+
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
 
     def test_run_cancels_its_waiters(self) -> None:
         """A program that leaves `asyncio.run` with waiters behind leaves none in the queue."""
