@@ -27,8 +27,12 @@ def congestion_of(error: BaseException) -> Congestion | None:
     """Recognise an HTTP 429 or 503, or a timeout, by shape; None for any other error.
 
     The status is `error.status_code` or `error.response.status_code`, the headers are those of the response: so
-    the errors of httpx, httpx2, requests, openai and anthropic all count, and none of them is imported.
+    the errors of httpx, httpx2, requests, openai and anthropic all count, and none of them is imported. Of a group, as
+    a task group raises it, the one counts that says to wait the longest.
     """
+    if isinstance(error, BaseExceptionGroup):
+        found = [each for each in map(congestion_of, error.exceptions) if each is not None]
+        return max(found, key=lambda each: each.retry_after or 0, default=None)
     if isinstance(error, AsyncifyError):
         return None  # a limit of ours, not a server's
     response = getattr(error, "response", None)

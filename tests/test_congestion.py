@@ -169,3 +169,19 @@ def test_retry_after_as_a_date() -> None:
     assert congestion is not None
     assert congestion.retry_after is not None
     assert 7000 < congestion.retry_after <= 7200
+
+
+def test_in_a_group_the_longest_wait_counts() -> None:
+    """Whatever else went wrong, and however deep it stands in groups of groups."""
+    group = ExceptionGroup(
+        "in tasks",
+        [
+            ValueError("of another kind"),
+            ApiError(429, {"retry-after": "2"}),
+            ExceptionGroup("further in", [ApiError(503, {"retry-after": "7"}), TimeoutError()]),
+        ],
+    )
+
+    assert congestion_of(group) == Congestion(7)
+    assert congestion_of(ExceptionGroup("in tasks", [TimeoutError(), ValueError()])) == Congestion(None)
+    assert congestion_of(ExceptionGroup("in tasks", [ValueError(), LimitTimeout()])) is None
