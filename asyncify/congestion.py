@@ -31,7 +31,8 @@ def congestion_of(error: BaseException) -> Congestion | None:
     a task group raises it, the one counts that says to wait the longest.
     """
     if isinstance(error, BaseExceptionGroup):
-        found = [each for each in map(congestion_of, error.exceptions) if each is not None]
+        errors = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        found = [each for each in map(congestion_of, errors) if each is not None]
         return max(found, key=lambda each: each.retry_after or 0, default=None)
     if isinstance(error, AsyncifyError):
         return None  # a limit of ours, not a server's

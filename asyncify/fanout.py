@@ -27,6 +27,7 @@ from asyncify.joins import Join, Joining
 from asyncify.scopes import CancelScope
 
 __all__ = [
+    "Alive",
     "Blocking",
     "Ended",
     "Tasks",
@@ -125,6 +126,33 @@ class _Signal:
             self.waiter = None
 
 
+class Alive:
+    """The tasks of items, of which those are cancelled, once, whose results nobody will be given.
+
+    Args:
+        ordered: results are given in the order of the items, so that after an error those before it are still wanted.
+    """
+
+    def __init__(self, *, ordered: bool) -> None:
+        self.items: dict[asyncio.Task[Any], int] = {}
+        self._ordered = ordered
+        self._last_wanted = math.inf
+
+    def fail(self, index: int) -> None:
+        """Cancel what is not wanted any more, as this item has failed."""
+        self._want_up_to(index if self._ordered else -1)
+
+    def cancel(self) -> None:
+        """Cancel what has not been cancelled before: another cancellation would break into a clean-up."""
+        self._want_up_to(-1)
+
+    def _want_up_to(self, last: int) -> None:
+        for task, index in self.items.items():
+            if last < index <= self._last_wanted:
+                task.cancel()
+        self._last_wanted = min(self._last_wanted, last)
+
+
 class Tasks(Joining):
     """Items that run as tasks, one each.
 
@@ -134,7 +162,9 @@ class Tasks(Joining):
         source: the inputs; read by a task of its own, and never further than there is room.
         width: tasks alive.
         window: items that are alive or have not been let go by `free()`.
-        return_exceptions: go on after an error; otherwise the source is read no further and no item starts.
+        return_exceptions: go on after an error; otherwise the source is read no further, no item starts, and those in
+            flight are cancelled.
+        ordered: after an error, items that came before are still wanted, and go on.
     """
 
     def __init__(
@@ -145,6 +175,7 @@ class Tasks(Joining):
         window: Width = lambda: math.inf,
         *,
         return_exceptions: bool,
+        ordered: bool = False,
     ) -> None:
         self._start = start
         self._source = source
@@ -152,7 +183,7 @@ class Tasks(Joining):
         self._window = window
         self._return_exceptions = return_exceptions
         self._held = 0
-        self._alive: dict[asyncio.Task[Any], int] = {}
+        self._alive = Alive(ordered=ordered)
         self._ended: deque[Ended] = deque()
         self._is_over = False
         self._room_made = _Signal()
@@ -176,9 +207,8 @@ class Tasks(Joining):
         self._is_over = True
         feeder, is_closed = self._feeder, self._feeder.done()
         feeder.cancel()
-        for task in self._alive:
-            task.cancel()
-        interrupted = await until_ended([feeder, *self._alive])
+        self._alive.cancel()
+        interrupted = await until_ended([feeder, *self._alive.items])
         del self._start, self._feeder  # what the one calls may hold this object, and the other's frame does
         if not is_closed and not feeder.cancelled() and (closing := feeder.exception()) is not None:
             tell_of_closing(closing, interrupted or error)
@@ -192,7 +222,7 @@ class Tasks(Joining):
             Exception: what the source has raised, when all items before it are taken.
         """
         while not self._ended:
-            if self._feeder.done() and not self._alive:
+            if self._feeder.done() and not self._alive.items:
                 self._feeder.result()
                 return deque()
             await self._news.wait()
@@ -217,10 +247,10 @@ class Tasks(Joining):
         """Return the wait for the items, None if nobody waits, or more of them may start."""
         waiter = self._news.waiter
         is_fed = self._feeder.done() or self._room_made.waiter is not None
-        return Join(waiter, len(self._alive)) if is_fed and waiter is not None else None
+        return Join(waiter, len(self._alive.items)) if is_fed and waiter is not None else None
 
     def _room(self) -> float:
-        return 0 if self._is_over else min(self._width() - len(self._alive), self._window() - self._held)
+        return 0 if self._is_over else min(self._width() - len(self._alive.items), self._window() - self._held)
 
     async def _feed(self, source: Iterable[Any]) -> None:
         values = iter(source)
@@ -231,7 +261,7 @@ class Tasks(Joining):
                 if room <= 0:
                     await self._room_made.wait()
                     continue
-                stop = index + int(min(room, max(len(self._alive), _STRIDE)))
+                stop = index + int(min(room, max(len(self._alive.items), _STRIDE)))
                 until = monotonic() + _STRIDE_SECONDS
                 for value in islice(values, stop - index):
                     self._run(index, value)
@@ -269,12 +299,14 @@ class Tasks(Joining):
         self._held += 1
         task = self._start(index, value)
         if task is not None:
-            self._alive[task] = index
+            self._alive.items[task] = index
             task.add_done_callback(self._on_end)
 
     def _on_end(self, task: asyncio.Task[Any]) -> None:
-        ended = ended_task(self._alive.pop(task), task)
-        self._is_over |= is_raised(ended, return_exceptions=self._return_exceptions)
+        ended = ended_task(self._alive.items.pop(task), task)
+        if is_raised(ended, return_exceptions=self._return_exceptions):
+            self._is_over = True
+            self._alive.fail(ended[0])
         self._ended.append(ended)
         self._room_made.set()
         self._news.set()

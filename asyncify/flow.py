@@ -373,7 +373,12 @@ def _drive(
 
 def _fan(via: str, items: Items, window: Width, name: str, *, ordered: bool, return_exceptions: bool) -> Blocking:
     if via == "async":
-        return LoopTasks(items.start, lambda: min(window(), items.tasks()), return_exceptions=return_exceptions)
+        return LoopTasks(
+            items.start,
+            lambda: min(window(), items.tasks()),
+            return_exceptions=return_exceptions,
+            ordered=ordered,
+        )
     scope = CancelScope()
     return Threads(
         items.in_threads(scope),
@@ -398,7 +403,8 @@ async def _adrive(
     def start(index: int, value: Any) -> asyncio.Task[Any] | None:
         return items.start(index, value) if journal.must_run(index, value) else None
 
-    fan = Tasks(start, inputs, items.tasks, partial(options.window, items), return_exceptions=return_exceptions)
+    width, window = items.tasks, partial(options.window, items)
+    fan = Tasks(start, inputs, width, window, return_exceptions=return_exceptions, ordered=ordered)
     async with AsyncExitStack() as stack:
         checkpoint = options.open_checkpoint and await _opened(options.open_checkpoint)
         journal = await stack.enter_async_context(Journal(checkpoint, options.key, fan.settle))

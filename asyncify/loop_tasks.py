@@ -8,7 +8,7 @@ from contextvars import copy_context
 from typing import Any, Self
 
 from asyncify.background import background
-from asyncify.fanout import Blocking, Ended, Width, ended_task, is_raised
+from asyncify.fanout import Alive, Blocking, Ended, Width, ended_task, is_raised
 
 __all__ = ["LoopTasks"]
 
@@ -19,16 +19,22 @@ class LoopTasks(Blocking):
     Args:
         start: makes the task of an item from its index and its input; called on that loop.
         width: tasks alive.
-        return_exceptions: go on after an error; otherwise no item starts after one.
+        return_exceptions: go on after an error; otherwise no item starts after one, and those in flight are cancelled.
+        ordered: after an error, items that came before are still wanted, and go on.
     """
 
     def __init__(
-        self, start: Callable[[int, Any], asyncio.Task[Any]], width: Width, *, return_exceptions: bool
+        self,
+        start: Callable[[int, Any], asyncio.Task[Any]],
+        width: Width,
+        *,
+        return_exceptions: bool,
+        ordered: bool = False,
     ) -> None:
         super().__init__(return_exceptions=return_exceptions)
         self._start = start
         self._width = width
-        self._alive: dict[asyncio.Task[Any], int] = {}
+        self._alive = Alive(ordered=ordered)
         self._drain_is_due = False
 
     def __enter__(self) -> Self:
@@ -46,10 +52,9 @@ class LoopTasks(Blocking):
 
     async def _close(self) -> None:
         self._inbox.clear()
-        for task in self._alive:
-            task.cancel()
-        while self._alive:
-            await asyncio.wait(self._alive)
+        self._alive.cancel()
+        while self._alive.items:
+            await asyncio.wait(self._alive.items)
 
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as tasks end."""
@@ -59,35 +64,37 @@ class LoopTasks(Blocking):
             self._loop.call_soon_threadsafe(self._drain)
 
     def _is_idle(self) -> bool:
-        return not self._drain_is_due and not self._inbox and not self._alive
+        return not self._drain_is_due and not self._inbox and not self._alive.items
 
     # The caller may look at any moment: an item leaves one place when it is in the next.
 
     def _drain(self) -> None:
-        if self.is_over:
-            self._inbox.clear()
-        while self._inbox and len(self._alive) < self._width():
+        while self._inbox and not self.is_over and len(self._alive.items) < self._width():
             index, value = self._inbox[0]
             try:
                 task = self._start(index, value)
             except BaseException as error:  # noqa: BLE001  (it is handed to whoever takes the item)
                 self._end((index, None, error))
             else:
-                self._alive[task] = index
+                self._alive.items[task] = index
                 task.add_done_callback(self._on_end)
             self._inbox.popleft()
+        if self.is_over:
+            self._inbox.clear()
         self._drain_is_due = False
-        if self._inbox and len(self._alive) < self._width():  # came while the flag was still up
+        if self._inbox and len(self._alive.items) < self._width():  # came while the flag was still up
             self._drain()
         self._tell()
 
     def _on_end(self, task: asyncio.Task[Any]) -> None:
-        self._end(ended_task(self._alive[task], task))
-        del self._alive[task]
+        self._end(ended_task(self._alive.items[task], task))
+        del self._alive.items[task]
         self._drain()
 
     def _end(self, ended: Ended) -> None:
-        self.is_over |= is_raised(ended, return_exceptions=self._return_exceptions)
+        if is_raised(ended, return_exceptions=self._return_exceptions):
+            self.is_over = True
+            self._alive.fail(ended[0])
         self._ended.append(ended)
 
 

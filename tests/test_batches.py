@@ -479,6 +479,34 @@ async def test_the_first_error_cancels_the_rest_and_waits_for_them_a() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_the_first_error_cancels_the_rest_while_the_reader_is_busy() -> None:
+    """`abatch_as_completed` does not wait until it is asked for the error."""
+    ended: list[int] = []
+
+    async def call(value: int) -> int:
+        if value > 1:
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.01)
+                ended.append(value)
+                raise
+        await asyncio.sleep(0.02 * value)
+        if value == 1:
+            raise OddError("boom")
+        return value
+
+    results: Any = Pair(times_ten, call).abatch_as_completed(list(range(6)))
+    assert await anext(results) == (0, 0)
+    async with asyncio.timeout(SAFETY_NET):
+        while len(ended) < 4:  # noqa: ASYNC110  (each of them adds to it)
+            await asyncio.sleep(0.001)
+    with pytest.raises(OddError):
+        await anext(results)
+
+    assert sorted(ended) == [2, 3, 4, 5]
+
+
 def test_the_first_error_stops_the_rest_and_waits_for_them() -> None:
     """When `batch` raises, the call that was running has ended and no other has started."""
     failed = threading.Event()

@@ -161,7 +161,7 @@ def test_an_input_that_can_not_be_started_is_a_failure() -> None:
     found: list[Any] = []
 
     def run() -> None:
-        with LoopTasks(start, lambda: 2, return_exceptions=False) as fan:
+        with LoopTasks(start, lambda: 2, return_exceptions=False, ordered=True) as fan:
             fan.run(enumerate("abc"))
             while group := fan.take():
                 found.extend(group)
@@ -170,7 +170,7 @@ def test_an_input_that_can_not_be_started_is_a_failure() -> None:
     running.start()
     running.join(SAFETY_NET)
 
-    assert sorted(found, key=lambda ended: ended[0]) == [(0, "a", None), (1, None, OddError(1)), (2, "c", None)]
+    assert sorted(found, key=lambda ended: ended[0]) == [(0, "a", None), (1, None, OddError(1))]
 
 
 # --- sources ---
@@ -437,6 +437,91 @@ def test_nothing_begins_after_an_error_that_will_be_raised(way: str, bound: int 
     if bound:
         assert sorted(started) == [0, 1]
     assert len(read) < 15
+
+
+class _Failing:
+    """A pair with a limit of two, whose first call waits until it may end, and whose second fails."""
+
+    def __init__(self, *, limited: bool = True) -> None:
+        self.began: list[int] = []
+        self.ended: list[int] = []
+        self.has_failed = threading.Event()
+        self.may_end = threading.Event()
+
+        async def call(value: int) -> int:
+            self.began.append(value)
+            if value == 1:
+                self.has_failed.set()
+                raise OddError(value)
+            try:
+                while value > 1 or not self.may_end.is_set():  # noqa: ASYNC110  (another thread may set it)
+                    await asyncio.sleep(0.001)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.01)
+                self.ended.append(value)
+                raise
+            return value
+
+        self.pair: Any = concurrency(limit=2)(call) if limited else Dual(call)
+
+    def let_end(self) -> None:
+        """Let the first end some time after the second has failed."""
+        self.has_failed.wait(SAFETY_NET)
+        time.sleep(0.1)
+        self.may_end.set()
+
+
+@pytest.mark.parametrize("way", [LOOP, TASKS, SOURCE])
+@pytest.mark.parametrize("limited", [False, True])
+def test_calls_behind_an_error_that_will_be_raised_are_cancelled_at_once(way: str, *, limited: bool) -> None:
+    """What is before it is still wanted; who waits for the limiter behind it never begins, but the one next in line."""
+    failing = _Failing(limited=limited)
+    thread = threading.Thread(target=failing.let_end)
+    thread.start()
+    seen: list[int] = []
+
+    def note(progress: Progress) -> None:
+        seen.append(progress.done)
+        if progress.done == 1:
+            assert len(failing.ended) == len(failing.began) - 2
+
+    with pytest.raises(OddError):
+        collect(way, failing.pair, range(8), window=8, progress=note)
+    thread.join()
+
+    assert seen[:3] == [0, 1, 2] or seen[:2] == [1, 2]
+    assert failing.began[:2] == [0, 1]
+    assert set(failing.began) <= ({0, 1, 2} if limited else set(range(8)))
+    assert len(failing.ended) == len(set(failing.ended))
+
+
+@pytest.mark.parametrize("way", [LOOP, TASKS, SOURCE])
+def test_of_two_errors_the_first_in_order_is_raised(way: str) -> None:
+    """Also if it comes later; what is between them is cancelled then."""
+    later = threading.Event()
+    began: list[int] = []
+    cancelled: list[int] = []
+
+    async def call(value: int) -> int:
+        began.append(value)
+        if value == 5:
+            while len(began) < 8:  # noqa: ASYNC110  (each of them adds to it)
+                await asyncio.sleep(0)
+            later.set()
+            raise OddError("later")
+        try:
+            await (asyncio.to_thread(later.wait, SAFETY_NET) if value == 2 else asyncio.sleep(0.1 if value < 2 else 30))
+        except asyncio.CancelledError:
+            cancelled.append(value)
+            raise
+        if value == 2:
+            raise OddError("first")
+        return value
+
+    with pytest.raises(OddError, match="first"):
+        collect(way, Dual(call), range(8), window=8)
+
+    assert sorted(cancelled) == [3, 4, 6, 7]
 
 
 # --- how many at once ---
