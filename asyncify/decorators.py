@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Never, ParamSpec, Protocol, TypeVar, over
 
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
+from langchain_core.runnables import Runnable
 
 from asyncify.adaptive import Adaptive
 from asyncify.entries import Bridge
@@ -393,7 +394,8 @@ def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None
     """Return a function as the sync or the async side, whichever it is."""
     plain: object = function_of(fn)
     if not callable(plain):
-        raise PairError(f"{where}: expected a function, got {plain!r}")
+        instead = "; decorate the functions in it" if isinstance(plain, Runnable) else ""
+        raise PairError(f"{where}: expected a function, got {plain!r}{instead}")
     return (None, fn) if is_async(plain) else (fn, None)
 
 

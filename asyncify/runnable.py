@@ -43,7 +43,16 @@ from asyncify.schemas import (
     tool_of,
     tool_schema,
 )
-from asyncify.signatures import Shape, check_pair, describe, has_empty_body, is_async, plain, same_parameters
+from asyncify.signatures import (
+    Shape,
+    check_pair,
+    describe,
+    has_empty_body,
+    is_async,
+    is_new_version,
+    plain,
+    same_parameters,
+)
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 
 __all__ = [
@@ -388,9 +397,9 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def sync(self, fn: Callable[Params, Output | Iterator[Output]]) -> Self:
         """Add the sync side to a pair that has only the async one; a decorator that returns the pair."""
-        if hasattr(self, "func"):
-            raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
         plain = function_of(fn, "sync")
+        if hasattr(self, "func") and not is_new_version(plain, self.func):
+            raise PairError(f"{describe(self)} has a sync side already: {describe(self.func)}")
         _check_is_of_class(self, "async_", sys._getframe(1).f_locals)
         check_pair(plain, self.afunc, f"{self.get_name()}.sync")
         gate = gate_of(self, fn)
@@ -400,11 +409,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     def async_(self, fn: Callable[Params, Coroutine[Any, Any, Output] | AsyncIterator[Output]]) -> Self:
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
-        if hasattr(self, "afunc"):
+        plain = function_of(fn, "async")
+        if hasattr(self, "afunc") and not is_new_version(plain, self.afunc):
             raise PairError(f"{describe(self)} has an async side already: {describe(self.afunc)}")
         if isinstance(self._bridge, Executor):
             raise PairError(f"{describe(self)} has its async side by bridge={self._bridge!r}; drop that, or this side")
-        plain = function_of(fn, "async")
         _check_is_of_class(self, "sync", sys._getframe(1).f_locals)
         check_pair(self.func, plain, f"{self.get_name()}.async_")
         gate = gate_of(self, fn)

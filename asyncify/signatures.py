@@ -26,6 +26,7 @@ __all__ = [
     "has_empty_body",
     "is_async",
     "is_generator",
+    "is_new_version",
     "plain",
     "same_parameters",
     "shape_of",
@@ -128,6 +129,14 @@ def _comparable(signature: Signature) -> list[tuple[str, Any, str]]:
     ]
 
 
+def is_new_version(fn: Any, former: Any) -> bool:
+    """Tell whether a function is one that was there before, from a notebook's cell that has been run again."""
+    code, old = getattr(fn, "__code__", None), getattr(former, "__code__", None)
+    if code is old or old is None or (fn.__module__, fn.__qualname__) != (former.__module__, former.__qualname__):
+        return False
+    return code is not None and (code.co_filename != old.co_filename or code.co_firstlineno == old.co_firstlineno)
+
+
 def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None:
     """Check that `fn` can be this side of a pair.
 
@@ -138,9 +147,10 @@ def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None
         raise PairError(f"{where}: expected a function, got {fn!r}")
     if is_async(fn) != (colour == "async"):
         other = "async_" if colour == "sync" else "sync"
+        is_argument = where.startswith(("dual", "@"))  # and not the method of a pair, which has its other side
         raise PairError(
             f"{where}: {describe(fn)} is {'async' if colour == 'sync' else 'not async'}, so it can't be the {colour} "
-            f"side; give it as {other}=, or write the {colour} one"
+            f"side; {f'give it as {other}=, or ' if is_argument else ''}write the {colour} one"
         )
     if not shape_of(fn).has_parameters:
         raise PairError(

@@ -61,12 +61,26 @@ def tell_unbounded(name: str, fn: Function, calls: int) -> None:
 
 
 def _tell_held(name: str, seconds: float) -> None:
+    if _is_module_code(sys._getframe(1)):
+        return
     _tell(
         BlockingWarning(
             f"a sync call of {name} held the event loop for over {_rounded(seconds * 1000)} ms; where there is a loop, "
             f"write await {_plain_name(name)}.ainvoke(...), or await {_plain_name(name)}.acall(...)"
         )
     )
+
+
+def _is_module_code(frame: FrameType | None) -> bool:
+    """Tell whether a module's own code, run by an event loop, has come to this: a cell of a notebook, say.
+
+    It is the program, and so there is nothing else that it could hold up.
+    """
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith("asyncio."):
+        if frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _rounded(milliseconds: float) -> str:

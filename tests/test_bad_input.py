@@ -74,6 +74,8 @@ def _shown() -> list[tuple[str, int, str]]:
     return [(record.name, id(record.pair), repr(record.pair)) for record in registry]
 
 
+_later: Any = Dual(_fetch)
+
 BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     ("nothing", dual, r"dual\(\) was given no function; write @dual on one"),
     ("two sync functions", lambda: dual(sync=_fetch, async_=_fetch_too), r"_fetch_too .* is not async, so it can't"),
@@ -109,6 +111,16 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
         "a limit on each side",
         lambda: dual(sync=_Standing.limited, async_=concurrency(limit=1)(_afetch)),
         r"_fetch_too .* and .*_afetch .* have a limit each; put one @concurrency over the pair",
+    ),
+    (
+        "a limit on a pipe",
+        lambda: concurrency(limit=1)(Dual(_fetch) | str.upper),
+        r"(?s)@concurrency: expected a function, got .*; decorate the functions in it",
+    ),
+    (
+        "a sync function as the second side",
+        lambda: Dual(_fetch).async_(_fetch_too),
+        r"async side; write the async one$",
     ),
     ("a limit on a number", lambda: concurrency(limit=1)(3), r"@concurrency: expected a function, got 3"),
     ("a limit on no parameter", lambda: concurrency(limit=1)(_nothing), r"@concurrency: .*_nothing .* no parameter"),

@@ -352,6 +352,31 @@ def test_func_and_afunc_are_the_raw_implementations() -> None:
     assert pair.afunc is fetch_async
 
 
+_CELL = """
+def version(number):
+    async def later_async(query: str) -> str:
+        return f"{number} {query}"
+    return later_async
+"""
+
+
+def test_a_side_that_is_written_anew_takes_its_own_place() -> None:
+    """As by a notebook's cell that is run again: each version of one is a file of its own."""
+
+    def later(query: str) -> str:
+        return query
+
+    pair: Any = dual(later)
+    for number, cell in ((1, "<cell 1>"), (2, "<cell 2>"), (3, "<cell 2>")):
+        names: dict[str, Any] = {"__name__": "notebook"}
+        exec(compile(_CELL, cell, "exec"), names)  # noqa: S102  (of the test's own code)
+        pair.async_(names["version"](number))
+
+        assert asyncio.run(pair.ainvoke("x")) == f"{number} x"
+        assert asyncio.run((pair | str.upper).ainvoke("x")) == f"{number} X"
+    assert pair.invoke("x") == "x"
+
+
 def test_the_second_side_is_added_once() -> None:
     """A side that is there already is not replaced."""
     with pytest.raises(PairError, match="has an async side already"):

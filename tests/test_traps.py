@@ -254,6 +254,12 @@ async def test_a_short_sync_call_on_the_loop_is_not_told(clock, side):
     assert sides(clock, 0.05)[side].invoke("usd") == "usd"
 
 
+@pytest.mark.parametrize("code", ["pair.invoke('usd')", "(lambda: pair.call('usd'))()", "list(pair.stream('usd'))"])
+async def test_a_sync_call_by_the_code_of_a_module_is_not_told(clock, code):
+    """A notebook runs its cells on a loop of its own, where nothing else of the program waits."""
+    exec(compile(code, "<cell>", "exec"), {"pair": sides(clock, 0.12)["native"], "__name__": "notebook"})  # noqa: S102  (of the test's own code)
+
+
 @pytest.mark.parametrize("side", ["native", "bridged", "limited"])
 def test_a_sync_call_without_a_loop_is_not_told(clock, side):
     """Where there is no loop, none was held."""
