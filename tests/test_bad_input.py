@@ -119,7 +119,7 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     ),
     (
         "a sync function as the second side",
-        lambda: Dual(_fetch).async_(_fetch_too),
+        lambda: Dual[Any, Any](_fetch).async_(_fetch_too),  # type: ignore[arg-type]
         r"async side; write the async one$",
     ),
     ("a limit on a number", lambda: concurrency(limit=1)(3), r"@concurrency: expected a function, got 3"),
