@@ -47,14 +47,20 @@ class Block(ABC):
                 "decorating it, write the `with` in it"
             )
 
-        @functools.wraps(fn)
-        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        async def finish(begun: Coroutine[Any, Any, Any]) -> Any:
+            # Of an object whose call is async, say, or a wrapper: nothing of it has run yet.
             with self._around_a_call():
-                return fn(*args, **kwargs)
+                return await begun
+
+        @functools.wraps(fn)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with self._around_a_call():
+                result = fn(*args, **kwargs)
+            return finish(result) if inspect.iscoroutine(result) else result
 
         @functools.wraps(fn)
         async def arun(*args: P.args, **kwargs: P.kwargs) -> Any:
             with self._around_a_call():
                 return await cast("Coroutine[Any, Any, Any]", fn(*args, **kwargs))
 
-        return cast("Callable[P, T]", arun) if inspect.iscoroutinefunction(fn) else run
+        return cast("Callable[P, T]", arun if inspect.iscoroutinefunction(fn) else run)

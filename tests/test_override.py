@@ -124,6 +124,19 @@ async def test_an_override_decorates_functions_of_either_colour() -> None:
             yield fetch.invoke("EUR")
 
 
+async def test_an_override_decorates_what_gives_a_coroutine() -> None:
+    """No more than an `async def` does a call of another kind run without the fake as soon as it has begun."""
+
+    class Report:
+        async def __call__(self, query: str) -> Any:
+            return await fetch.ainvoke(query)
+
+    report = Report()
+
+    assert await registry.override(fetch, _fake)(report)("EUR") == "fake EUR"
+    assert await registry.override(fetch, _fake)(lambda query: report(query))("EUR") == "fake EUR"  # noqa: PLW0108
+
+
 class _Tests:
     """Methods that are decorated, inside and out."""
 
