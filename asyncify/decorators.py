@@ -215,11 +215,6 @@ def dual(
         NameTakenError: a different function is registered under the name.
     """
     _check_options(name, bridge)
-    if fn is None and sync is None and async_ is None and name is None and bridge == "thread" and warn:
-        raise PairError(
-            "dual() was given no function; write @dual on one, @dual(async_=...) on the sync one, or "
-            "dual(sync=..., async_=...)"
-        )
     if fn is not None and (sync is not None or async_ is not None):
         raise PairError("dual: give a function to decorate, or sync= and async_=, but not both")
     if sync is not None:

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType, TracebackType
 from typing import Any, Self, cast
 
@@ -173,9 +172,7 @@ def dual_patch(
     """
     if sync is not None and async_ is not None:
         raise PairError(f"dual_patch: {target} is one side already; give the other one only, as sync= or async_=")
-    options: dict[str, Any] = {"name": name, "bridge": bridge}
-    sides = {side: fn for side, fn in (("sync", sync), ("async_", async_)) if fn is not None}
     any_dual: Any = dual  # which of its overloads is meant is known only now
-    patch = Patch(target, any_dual(**sides, **options) if sides else partial(any_dual, **options))
+    patch = Patch(target, any_dual(sync=sync, async_=async_, name=name, bridge=bridge))
     patch._start()
     return patch

@@ -77,7 +77,6 @@ def _shown() -> list[tuple[str, int, str]]:
 _later: Any = Dual(_fetch)
 
 BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
-    ("nothing", dual, r"dual\(\) was given no function; write @dual on one"),
     ("two sync functions", lambda: dual(sync=_fetch, async_=_fetch_too), r"_fetch_too .* is not async, so it can't"),
     ("two async functions", lambda: dual(sync=_afetch, async_=_afetch_too), r"_afetch .* is async, so it can't"),
     ("sync on sync", lambda: dual(sync=_fetch)(_fetch_too), r"@dual\(sync=...\): .*_fetch_too .* give it as sync="),

@@ -126,6 +126,14 @@ CALLABLES: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("options", [{}, {"bridge": "thread"}, {"warn": True}, {"name": None}])
+def test_options_written_out_as_they_are_by_default(options: dict[str, Any]) -> None:
+    """`@dual(bridge="thread")` is `@dual`, and so is `@dual()`."""
+    pair = dual(**options)(fetch_sync)
+
+    assert pair.call("EUR") == "sync EUR"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_invoke_runs_the_sync_side(form: Callable[[], Dual[Any, Any]]) -> None:
     """In every form `invoke` and `call` run the sync implementation."""
