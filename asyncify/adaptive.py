@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from asyncify.congestion import congestion_of
 from asyncify.meter import check_count
+from asyncify.signatures import is_async
 
 __all__ = ["Adaptive", "AdaptiveLimit"]
 
@@ -63,8 +64,9 @@ class Adaptive:
         if not self.min <= start <= self.max:
             given = f"Adaptive(min={self.min}, max={self.max}, start={start})"
             raise ValueError(f"{given}: the numbers must be in order, min <= start <= max, as in {example}")
-        if not callable(self.on):
-            raise TypeError(f"on={self.on!r}: must be a function of the error, as in on=lambda error: ...")
+        on: object = self.on
+        if not callable(on) or is_async(on):  # a coroutine would pass for a yes
+            raise TypeError(f"on={on!r}: must be a def of the error, as in on=lambda error: ...")
 
 
 class AdaptiveLimit:

@@ -23,7 +23,6 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import fields, is_dataclass
 from functools import partial
-from inspect import iscoroutinefunction
 from os import PathLike, fspath
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
@@ -46,6 +45,7 @@ from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
 from asyncify.scopes import CancelScope
+from asyncify.signatures import is_async
 
 __all__ = ["aeach", "each"]
 
@@ -459,7 +459,7 @@ def _check_config(config: object) -> None:
 def _check_progress(progress: object) -> None:
     if isinstance(progress, bool):
         return
-    if not callable(progress) or iscoroutinefunction(progress):
+    if not callable(progress) or is_async(progress):
         raise TypeError(
             f"progress={progress!r}: must be True, False or a function that is called with a Progress and not awaited, "
             "as in progress=print"
@@ -470,8 +470,8 @@ def _check_checkpoint(checkpoint: object, key: object, codec: str) -> None:
     path: Any = checkpoint
     if codec not in ("json", "pickle"):
         raise ValueError(f'codec={codec!r}: must be "json" or "pickle"')
-    if key is not None and not callable(key):
-        raise TypeError(f'key={key!r}: must be a function of an input, as in key=lambda document: document["id"]')
+    if key is not None and (not callable(key) or is_async(key)):
+        raise TypeError(f'key={key!r}: must be a def of an input, as in key=lambda document: document["id"]')
     if checkpoint is None:
         if key is not None:
             raise TypeError('key= names inputs in a checkpoint; give that too, as in checkpoint="run.sqlite"')

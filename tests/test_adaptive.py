@@ -58,6 +58,7 @@ def hurt(limit: AdaptiveLimit, now: float) -> None:
             r"^Adaptive\(min=1, max=5, start=6\): the numbers .*, min <= start <= max",
         ),
         ({"on": 429}, TypeError, "on=429"),
+        ({"on": asyncio.sleep}, TypeError, "on=<function sleep"),
     ],
 )
 def test_bad_arguments_are_told(options: dict[str, Any], error: type[Exception], says: str) -> None:
