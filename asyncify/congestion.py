@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
@@ -26,9 +27,9 @@ class Congestion:
 def congestion_of(error: BaseException) -> Congestion | None:
     """Recognise an HTTP 429 or 503, or a timeout, by shape; None for any other error.
 
-    The status is `error.status_code` or `error.response.status_code`, the headers are those of the response: so
-    the errors of httpx, httpx2, requests, openai and anthropic all count, and none of them is imported. Of a group, as
-    a task group raises it, the one counts that says to wait the longest.
+    The status is `error.status_code`, `error.response.status_code` or `error.status`, the headers are those of the
+    response or of the error: so the errors of httpx, httpx2, requests, openai, anthropic, aiohttp and urllib all count,
+    and none of them is imported. Of a group, as a task group raises it, the one counts that says to wait the longest.
     """
     if isinstance(error, BaseExceptionGroup):
         errors = cast("BaseExceptionGroup[BaseException]", error).exceptions
@@ -38,7 +39,7 @@ def congestion_of(error: BaseException) -> Congestion | None:
         return None  # a limit of ours, not a server's
     response = getattr(error, "response", None)
     status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
-    if status in _TOO_MUCH:
+    if (status or getattr(error, "status", None)) in _TOO_MUCH:
         return Congestion(_retry_after(getattr(response, "headers", None) or getattr(error, "headers", None)))
     return Congestion(None) if _is_timeout(error) else None
 
@@ -50,7 +51,7 @@ def _is_timeout(error: BaseException) -> bool:
 
 def _retry_after(headers: Any) -> float | None:
     """Read `Retry-After`, in seconds or as a date (RFC 9110, section 10.2.3); None if it is not there or is garbled."""
-    if not isinstance(headers, Mapping):
+    if not isinstance(headers, (Mapping, Message)):  # the latter is that of urllib
         return None
     pairs = cast("Mapping[object, object]", headers).items()
     value = next((str(text) for name, text in pairs if str(name).lower() == "retry-after"), "")

@@ -3,8 +3,10 @@
 import http.client
 import time
 from datetime import UTC, datetime, timedelta
+from email.message import Message
 from email.utils import format_datetime
 from typing import Any
+from urllib.error import HTTPError
 
 import httpx
 import pytest
@@ -185,3 +187,11 @@ def test_in_a_group_the_longest_wait_counts() -> None:
     assert congestion_of(group) == Congestion(7)
     assert congestion_of(ExceptionGroup("in tasks", [TimeoutError(), ValueError()])) == Congestion(None)
     assert congestion_of(ExceptionGroup("in tasks", [ValueError(), LimitTimeout()])) is None
+
+
+def test_an_error_of_urllib_has_its_status_and_headers_itself() -> None:
+    """So have those of aiohttp: the status is called `status` there."""
+    headers = Message()
+    headers["Retry-After"] = "3"
+
+    assert congestion_of(HTTPError("http://quotes", 429, "Too Many Requests", headers, None)) == Congestion(3.0)
