@@ -18,8 +18,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from asyncify.arguments import check_count
 from asyncify.congestion import congestion_of
-from asyncify.meter import check_count
 from asyncify.signatures import is_async
 
 __all__ = ["Adaptive", "AdaptiveLimit"]

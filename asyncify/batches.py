@@ -12,20 +12,20 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextvars import Context, copy_context
 from functools import partial
-from operator import index
 from types import NoneType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.base import Runnable, RunnableBindingBase
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 
+from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS
 from asyncify.fanout import aas_completed, agather, as_completed, gather
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
 
-__all__ = ["Batches", "Items", "check_configs", "checked_count", "layers"]
+__all__ = ["Batches", "Items", "check_configs", "layers"]
 
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
 
@@ -60,7 +60,7 @@ class Items:
         self._limited = layers(runnable)[-1]
         self._quiet = self._ours if unobserved and not self._needs_a_run(is_async=False) else None
         self._aquiet = self._ours if unobserved and not self._needs_a_run(is_async=True) else None
-        asked = [checked_count("max_concurrency", each.get("max_concurrency")) for each in configs]
+        asked = [check_bound("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
 
@@ -202,22 +202,6 @@ def layers(runnable: object) -> list[Any]:
     """Return the bindings that a runnable is, from the outside in, and last what they bind."""
     its: Any = runnable
     return [its, *layers(its.bound)] if isinstance(runnable, RunnableBindingBase) else [its]
-
-
-def checked_count(name: str, value: object) -> int | None:
-    """Return a number of inputs that may be in flight, None for no bound.
-
-    Raises:
-        TypeError, ValueError: it is no whole number, or less than 1.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name}={value!r}: must be a whole number of calls, as in {name}=10")
-    count = index(value)
-    if count < 1:
-        raise ValueError(f"{name}={value!r}: must be at least 1, as in {name}=10")
-    return count
 
 
 def _count(config: Configs, inputs: Sequence[Any]) -> int:

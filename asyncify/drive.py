@@ -24,6 +24,7 @@ from types import AsyncGeneratorType, CodeType, CoroutineType, TracebackType, co
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
+from asyncify.arguments import check_positive
 from asyncify.blocks import Block
 from asyncify.errors import BlockingWarning
 from asyncify.forks import at_fork
@@ -100,11 +101,7 @@ class Watch(Block):
     """
 
     def __init__(self, threshold: float = 0.05) -> None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"threshold={threshold!r}: must be a number of seconds, as in watch(threshold=0.05)")
-        if not 0 < threshold < math.inf:
-            raise ValueError(f"threshold={threshold!r}: must be more than 0 seconds, as in watch(threshold=0.05)")
-        self.threshold = threshold
+        self.threshold = check_positive("threshold", threshold, "watch(threshold=0.05)")
         self.held: deque[Held] = deque(maxlen=_KEPT)
         self._entered = 0
 

@@ -36,8 +36,9 @@ from langchain_core.runnables.base import (
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 from pydantic import BaseModel
 
+from asyncify.arguments import check_bound
 from asyncify.background import background
-from asyncify.batches import Items, checked_count, layers
+from asyncify.batches import Items, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
 from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tell_of_closing
@@ -264,7 +265,7 @@ class _Options:
         if checkpoint is not None:
             self.open_checkpoint = partial(Checkpoint, checkpoint, _work_of(runnable), codec, has_key=key is not None)
         self._inputs: Any = inputs
-        self._asked_window = checked_count("window", window)
+        self._asked_window = check_bound("window", window)
         config = _bounded(config, runnable)
         self.items = partial(Items, runnable, config, get_config_list(config, 2), {})
         """Returns what runs an input, in the context in which this is called."""

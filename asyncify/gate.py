@@ -16,10 +16,11 @@ from typing import Any, Protocol
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
+from asyncify.arguments import check_cost, check_positive
 from asyncify.background import BackgroundLoop
 from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
-from asyncify.meter import Limits, check_cost, check_positive
+from asyncify.meter import Limits
 from asyncify.permits import Permit, permits
 from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input
 from asyncify.turnstile import check_affordable
@@ -372,7 +373,7 @@ def make_gate(
         if callable(function):
             _check_takes_input(name, function)
     if timeout is not None:
-        check_positive("timeout", timeout, "timeout=30")
+        timeout = check_positive("timeout", timeout, "timeout=30")
     made: Limiter | KeyedLimiter | ForeignLimiter
     if limiter is not None:
         if given := [name for name, value in limits.items() if value is not None]:
@@ -389,7 +390,7 @@ def make_gate(
     else:
         made = Limiter(**limits) if key is None else KeyedLimiter(key, **limits)
     if cost is not None and not callable(cost):
-        check_cost("cost", cost)
+        cost = check_cost("cost", cost)
     if cost is not None or timeout is not None:
         _check_usable(made, cost)
     return Gate(made, 1 if cost is None else cost, timeout)

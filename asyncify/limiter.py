@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Self
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.adaptive import Adaptive, AdaptiveLimit
+from asyncify.arguments import check_cost, check_positive
 from asyncify.clock import Clock, monotonic_clock
-from asyncify.meter import PERIODS, Limits, check_cost, check_positive
+from asyncify.meter import PERIODS, Limits
 from asyncify.permits import Permit, get_innermost
 from asyncify.turnstile import RECENT, Turnstile
 
@@ -73,7 +74,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         adaptive, slots = _adaptive_limit(limit)
         limits = Limits.of(limit=slots, burst=burst, per_second=per_second, per_minute=per_minute, per_hour=per_hour)
         if timeout is not None:
-            check_positive("timeout", timeout, "timeout=30")
+            timeout = check_positive("timeout", timeout, "timeout=30")
         _check_name(name)
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
         self.made_by: object = None  # the mark of a limiter with a key, if one has made it
@@ -147,7 +148,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         permit = self._entered()
         if permit is None:
             raise RuntimeError(self._not_inside())
-        check_cost("actual", actual)
+        actual = check_cost("actual", actual)
         with self._lock:
             if permit.at is not None:
                 self._meter.correct(permit.at, actual - permit.cost)

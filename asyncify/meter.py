@@ -12,7 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate", "check_cost", "check_count", "check_positive", "shown"]
+from asyncify.arguments import check_count, check_positive, shown
+
+__all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate"]
 
 PERIODS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
 """The rates by the names of their arguments, with their periods in seconds, the shortest first."""
@@ -56,7 +58,7 @@ class Limits:
             TypeError, ValueError: they limit nothing or can't be meant.
         """
         if limit is not None:
-            check_count("limit", limit, "limit=10")
+            limit = check_count("limit", limit, "limit=10")
         rates = tuple(
             Rate(check_positive(name, amount, f"{name}=50"), period)
             for name, period in PERIODS.items()
@@ -64,9 +66,7 @@ class Limits:
         )
         if limit is None and not rates:
             raise TypeError("nothing to limit: give a limit or a rate, as in limit=10, per_second=50")
-        if burst is not None:
-            _check_burst(burst, rates)
-        return cls(limit, rates, burst or 1)
+        return cls(limit, rates, 1 if burst is None else _checked_burst(burst, rates))
 
     @property
     def largest_cost(self) -> float:
@@ -74,52 +74,13 @@ class Limits:
         return min((max(rate.amount, 1) for rate in self.rates), default=math.inf)
 
 
-def check_count(name: str, count: object, example: str) -> int:
-    """Return `count` if it is a whole number of at least 1."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name}={count!r}: must be a whole number, as in {example}")
-    if count < 1:
-        raise ValueError(f"{name}={count!r}: must be at least 1, as in {example}")
-    return count
-
-
-def check_positive(name: str, value: object, example: str) -> float:
-    """Return `value` if it is a number above 0 and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: must be a number, as in {example}")
-    if not 0 < _finite(value) < math.inf:
-        raise ValueError(f"{name}={shown(value)}: must be above 0 and finite, as in {example}")
-    return value
-
-
-def check_cost(name: str, cost: object) -> float:
-    """Return `cost` if it is a number, not negative and finite."""
-    if isinstance(cost, bool) or not isinstance(cost, (int, float)):
-        raise TypeError(f"{name}={cost!r}: must be a number")
-    if not 0 <= _finite(cost) < math.inf:
-        raise ValueError(f"{name}={shown(cost)}: must be finite and not negative")
-    return cost
-
-
-def _finite(number: float) -> float:
-    """Return a number as a float; one that is too large for that is infinite."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
-
-
-def shown(number: float) -> str:
-    """Return a number as it is read: 1000001 and not 1e+06."""
-    return f"{_finite(number):.12g}"
-
-
-def _check_burst(burst: object, rates: tuple[Rate, ...]) -> None:
+def _checked_burst(burst: object, rates: tuple[Rate, ...]) -> int:
     count = check_count("burst", burst, "burst=5")
     if not rates:
         raise ValueError(f"burst={count}: needs a rate, as in per_second=50, burst={count}")
     if count > max(rates[0].amount, 1):
         raise ValueError(f"burst={count}: must be no more than the rate, which is {rates[0]}")
+    return count
 
 
 class _Window:

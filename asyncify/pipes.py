@@ -18,8 +18,9 @@ from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequenc
 from langchain_core.runnables.config import RunnableConfig, ensure_config, patch_config
 from langchain_core.runnables.utils import AddableDict
 
+from asyncify.arguments import check_bound
 from asyncify.background import background
-from asyncify.batches import Batches, check_configs, checked_count
+from asyncify.batches import Batches, check_configs
 from asyncify.branches import amerge, merge
 from asyncify.bridge import ThreadPool
 from asyncify.fanout import until_ended
@@ -350,7 +351,7 @@ class _Branches(Joining):
 
 def _bound(config: RunnableConfig) -> int | None:
     """Return how many branches may run at once, None for all."""
-    return checked_count("max_concurrency", config.get("max_concurrency"))
+    return check_bound("max_concurrency", config.get("max_concurrency"))
 
 
 def _sum(limits: Iterable[int | None]) -> int | None:

@@ -22,12 +22,13 @@ from functools import partial
 from itertools import repeat
 
 from asyncify.adaptive import AdaptiveLimit
+from asyncify.arguments import check_cost, check_positive, shown
 from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork
 from asyncify.lookout import HeldUp, Lookout
-from asyncify.meter import Limits, Meter, check_cost, check_positive, shown
+from asyncify.meter import Limits, Meter
 from asyncify.permits import (
     Permit,
     Standstill,
@@ -133,7 +134,7 @@ class Turnstile:
         for the limiter's own.
         """
         if cost != 1 or slots != 1 or timeout is not None:
-            _check_call(cost, slots, timeout)
+            cost, timeout = _checked(cost, slots, timeout)
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
             ready = allocate_lock()
@@ -155,7 +156,7 @@ class Turnstile:
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this task for a slot and the rate; the caller must `leave()` the permit. As `enter`."""
         if cost != 1 or slots != 1 or timeout is not None:
-            _check_call(cost, slots, timeout)
+            cost, timeout = _checked(cost, slots, timeout)
         permit = Permit(self, cost, slots)
         permit.in_task = True
         if not self._admit(permit):
@@ -632,12 +633,10 @@ class Turnstile:
         )
 
 
-def _check_call(cost: float, slots: int, timeout: float | None) -> None:
-    check_cost("cost", cost)
+def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:
     if slots not in (0, 1):
         raise ValueError(f"slots={slots!r}: a call takes one slot, or with slots=0 the rate alone")
-    if timeout is not None:
-        check_positive("timeout", timeout, "timeout=30")
+    return check_cost("cost", cost), None if timeout is None else check_positive("timeout", timeout, "timeout=30")
 
 
 def check_affordable(cost: float, limits: Limits, what: str) -> None:

@@ -12,6 +12,7 @@ PACKAGE = "asyncify"
 # and may import it; the core imports nothing of the edge.
 LEVELS = {
     "errors": 0,
+    "arguments": 0,
     "blocks": 0,
     "forks": 0,
     "joins": 0,

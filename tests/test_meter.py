@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from numpy import float32, int64
 
 from asyncify.meter import CATCH_UP, PERIODS, Limits, Meter, Rate, _Window
 
@@ -833,6 +834,12 @@ class TestLimits:
         made = limits(limit=1, per_second=1, burst=1)
 
         assert made == Limits(limit=1, rates=(Rate(1, 1.0),), burst=1)
+
+    def test_numbers_of_numpy_are_numbers(self) -> None:
+        """They come out of a computation, and are counted in as plain ones, which are quick."""
+        made = limits(limit=int64(3), per_second=float32(5), burst=int64(2))  # type: ignore[arg-type]  # not in the types
+
+        assert [type(number) for number in (made.limit, made.rates[0].amount, made.burst)] == [int, float, int]
 
     def test_rates_are_sorted_by_their_period(self) -> None:
         """The shortest comes first, in whatever order they are written."""
