@@ -309,18 +309,18 @@ class _Source:
             except Exception as closing:  # noqa: BLE001  (it is raised, or noted)
                 tell_of_closing(closing, error)
 
-    def read(self) -> list[tuple[int, Any]]:
-        """Return the next input with its index, in a list of one; none at the end or after an error."""
+    def read(self) -> tuple[int, Any] | None:
+        """Return the next input after its index; None at the end or after an error."""
         try:
             value = next(self._values)
         except StopIteration:
             self.is_done = True
-            return []
+            return None
         except Exception as error:  # noqa: BLE001  (it is raised when its turn comes)
             self.fail(error)
-            return []
+            return None
         self._read += 1
-        return [(self._read - 1, value)]
+        return self._read - 1, value
 
     def fail(self, error: Exception) -> None:
         """End the source with an error, which is raised when its turn comes."""
@@ -350,16 +350,15 @@ def _drive(
         stack.enter_context(fan)
         source = stack.enter_context(_Source(inputs))
         while True:
-            if held < window() and not source.is_done:
-                for index, value in source.read():
-                    try:
-                        must_run = journal.must_run(index, value)
-                    except Exception as error:  # noqa: BLE001  (it is raised when its turn comes)
-                        source.fail(error)
-                        break
+            if held < window() and not source.is_done and (item := source.read()) is not None:
+                try:
+                    must_run = journal.must_run(*item)
+                except Exception as error:  # noqa: BLE001  (it is raised when its turn comes)
+                    source.fail(error)
+                else:
                     held += 1
                     if must_run:
-                        fan.run([(index, value)])
+                        fan.run([item])
             must_wait = not line.is_ready() and (held >= window() or source.is_done)
             line.put(*journal.settle(fan.take() if must_wait else fan.take_at_once()))
             source.is_done |= fan.is_over
