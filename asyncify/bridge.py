@@ -13,7 +13,7 @@ import weakref
 from _thread import allocate_lock
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from functools import partial
@@ -185,7 +185,7 @@ _inside: ContextVar[tuple[ThreadPool, ...]] = ContextVar("asyncify_pools", defau
 _END: Any = object()
 
 
-class ThreadPool(Executor):
+class ThreadPool:
     """At most `size` calls at once on threads that carry its name; more wait, first come, first served.
 
     A thread belongs to the pool for as long as it has work, and goes back to a stock that all pools draw from;
