@@ -13,7 +13,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from asyncify.adaptive import Adaptive, AdaptiveLimit
 from asyncify.arguments import check_cost, check_positive
 from asyncify.clock import Clock, monotonic_clock
-from asyncify.meter import PERIODS, Limits
+from asyncify.meter import Limits
 from asyncify.permits import Permit, get_innermost
 from asyncify.turnstile import RECENT, Turnstile
 
@@ -173,14 +173,12 @@ class Limiter(Turnstile, BaseRateLimiter):
         try:
             with self._lock:
                 old = self._meter.limits
-                amounts: dict[str, float | None] = dict.fromkeys(PERIODS)
-                amounts |= {name: rate.amount for rate in old.rates for name in PERIODS if PERIODS[name] == rate.period}
-                amounts |= {name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)}
+                named = {name: amount for name, amount in changes.items() if not isinstance(amount, EllipsisType)}
                 adaptive, slots = (
                     (self._adaptive, old.limit) if isinstance(limit, EllipsisType) else _adaptive_limit(limit)
                 )
                 new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
-                limits = Limits.of(limit=slots, burst=new_burst, **amounts)
+                limits = Limits.of(limit=slots, burst=new_burst, **(old.amounts | named))
                 self._adaptive = adaptive
                 self._meter.configure(limits)
                 for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:

@@ -69,6 +69,12 @@ class Limits:
         return cls(limit, rates, 1 if burst is None else _checked_burst(burst, rates))
 
     @property
+    def amounts(self) -> dict[str, float | None]:
+        """The amounts by the names of their arguments, None of a rate that there is not."""
+        by_period = {rate.period: rate.amount for rate in self.rates}
+        return {name: by_period.get(period) for name, period in PERIODS.items()}
+
+    @property
     def largest_cost(self) -> float:
         """The largest cost that can ever be admitted."""
         return min((max(rate.amount, 1) for rate in self.rates), default=math.inf)
