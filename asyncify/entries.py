@@ -145,7 +145,7 @@ class _Limited(Generator[Any, Any, Any]):
     def __init__(self, chunks: Generator[Any, Any, Any], permit: Pass) -> None:
         self._chunks = chunks
         self._permit = permit
-        permit.pause()
+        permit.step_out()
 
     def __next__(self) -> Any:
         return self._step(self._chunks.__next__)
@@ -164,7 +164,7 @@ class _Limited(Generator[Any, Any, Any]):
         try:
             return step(*given)
         finally:
-            self._permit.pause()
+            self._permit.step_out()
 
 
 def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
@@ -184,7 +184,7 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
             async with aclosing(fn(*args, **kwargs)) as chunks:
                 relay: Relay[Any] = Relay(chunks)
                 async for chunk in relay:
-                    permit.pause()
+                    permit.step_out()
                     try:
                         with relay:
                             relay.sent = yield chunk

@@ -143,9 +143,6 @@ class _FreePass:
     def step_out(self) -> None:
         """Do nothing."""
 
-    def pause(self) -> None:
-        """Do nothing."""
-
     def move_to_this_thread(self) -> None:
         """Do nothing."""
 
@@ -224,11 +221,7 @@ class Pass(Protocol):
         ...
 
     def step_out(self) -> None:
-        """Leave the context of the call, which goes on elsewhere and ends there."""
-        ...
-
-    def pause(self) -> None:
-        """Leave the context for a while, as a generator does at its yield."""
+        """Leave this context: the call goes on elsewhere, or is a generator at its yield."""
         ...
 
     def move_to_this_thread(self) -> None:

@@ -148,7 +148,7 @@ class Permit:
         try:
             innermost.reset(self.token)
         except (ValueError, RuntimeError):
-            self.step_out()
+            innermost.set(self.outer)
         if not self.ended:  # `end()`, without a call
             self.ended = True
             if self.outer is not None:
@@ -158,13 +158,10 @@ class Permit:
             self.place.give_back_other(error)
 
     def step_out(self) -> None:
-        """Leave the context of the call, which goes on elsewhere and ends there."""
-        self.thread = 0
-        if innermost.get() is self:
-            innermost.set(self.outer)
+        """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
 
-    def pause(self) -> None:
-        """Leave the context for a while, as a generator does at its yield: its reader may drop it, or be another."""
+        Who reads that on may be another, or nobody.
+        """
         self.thread = 0
         if innermost.get() is self:
             try:
