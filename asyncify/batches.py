@@ -21,7 +21,7 @@ from langchain_core.runnables.config import RunnableConfig, get_config_list
 from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.bridge import DEFAULT_THREADS
-from asyncify.fanout import aas_completed, agather, as_completed, gather
+from asyncify.fanout import Threads, aas_completed, agather, as_completed, gather, run_one
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
 
@@ -63,6 +63,11 @@ class Items:
         asked = [check_bound("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
+
+    def fan(self, *, return_exceptions: bool) -> Threads:
+        """Return the threads that run a batch."""
+        name = self._runnable.get_name()
+        return Threads(self.in_threads, self.threads, name=name, return_exceptions=return_exceptions)
 
     def in_threads(self, scope: CancelScope) -> Callable[[int, Any], Any]:
         """Return what runs one input in its caller's thread, in a copy of this context, with its waits in the scope."""
@@ -153,16 +158,10 @@ class Batches:
             error stops the batch: calls that run are waited for, those that have not started, or wait for a limiter,
             never do.
             """
-            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
-            scope = CancelScope()
-            return gather(
-                items.in_threads(scope),
-                inputs,
-                items.threads,
-                name=_name(self),
-                return_exceptions=return_exceptions,
-                scope=scope,
-            )
+            items = _items(self, inputs, config, kwargs)
+            if len(inputs) == 1:
+                return [run_one(items.in_threads, inputs[0], return_exceptions=return_exceptions)]
+            return gather(items.fan(return_exceptions=return_exceptions), inputs)
 
         async def abatch(
             self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
@@ -172,30 +171,26 @@ class Batches:
             `max_concurrency` tasks are alive at once, or else somewhat more than the limit admits calls, or else
             all. The first error cancels the others and is raised when they have ended.
             """
-            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            items = _items(self, inputs, config, kwargs)
             return await agather(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
 
         def batch_as_completed(
             self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
         ) -> Generator[tuple[int, Any]]:
             """Run as `batch` does and yield index and output as each input ends; leaving the loop stops the rest."""
-            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
-            scope = CancelScope()
-            return as_completed(
-                items.in_threads(scope),
-                inputs,
-                items.threads,
-                name=_name(self),
-                return_exceptions=return_exceptions,
-                scope=scope,
-            )
+            items = _items(self, inputs, config, kwargs)
+            return as_completed(items.fan(return_exceptions=return_exceptions), inputs)
 
         def abatch_as_completed(
             self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
         ) -> AsyncGenerator[tuple[int, Any]]:
             """Run as `abatch` does and yield index and output as each input ends; leaving the loop cancels the rest."""
-            items = Items(self, config, get_config_list(config, _count(config, inputs)), kwargs)
+            items = _items(self, inputs, config, kwargs)
             return aas_completed(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
+
+
+def _items(runnable: Any, inputs: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> Items:
+    return Items(runnable, config, get_config_list(config, _count(config, inputs)), kwargs)
 
 
 def layers(runnable: object) -> list[Any]:
@@ -223,8 +218,3 @@ def check_configs(config: object) -> None:
         raise TypeError(
             f'config={config!r}: must be one config, as in {{"tags": ["t"]}}, or a list of one for each input'
         )
-
-
-def _name(runnable: Any) -> str:
-    name: str = runnable.get_name()
-    return name

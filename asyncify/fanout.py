@@ -41,6 +41,7 @@ __all__ = [
     "gather",
     "is_raised",
     "outcome",
+    "run_one",
     "tell_of_closing",
     "until_ended",
 ]
@@ -328,7 +329,7 @@ class Blocking(ABC):
     """
 
     def __init__(self, *, return_exceptions: bool) -> None:
-        self._return_exceptions = return_exceptions
+        self.return_exceptions = return_exceptions
         self.is_over = False
         """Whether no more items start, for one of them has an error."""
         # Re-entrant: a garbage collector may end the fan-out in the middle of anything, in a thread that holds it.
@@ -386,28 +387,27 @@ class Threads(Blocking):
     """Items that run in threads; a thread takes item after item for as long as there are any.
 
     Args:
-        call: runs an item, given its index and its input.
+        call_in: returns what runs an item, given its index and its input, with its waits for a limiter in a scope: by
+            that they are called off at the end.
         width: threads.
         name: what the threads are called while they work.
         return_exceptions: go on after an error; otherwise no item starts after one.
-        scope: what the items run in, so that their waits for a limiter are called off at the end.
         ordered: after an error, items that came before are still wanted, and may go on to wait.
     """
 
     def __init__(
         self,
-        call: Callable[[int, Any], Any],
+        call_in: Callable[[CancelScope], Callable[[int, Any], Any]],
         width: Width,
         *,
         name: str,
         return_exceptions: bool,
-        scope: CancelScope,
         ordered: bool = False,
     ) -> None:
         super().__init__(return_exceptions=return_exceptions)
-        self._call = call
+        self._scope = CancelScope()
+        self._call = call_in(self._scope)
         self._width = width
-        self._scope = scope
         self._ordered = ordered
         self._pool = ThreadPool(None, name)
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
@@ -463,7 +463,7 @@ class Threads(Blocking):
     def _work(self) -> None:
         while (item := self._next()) is not None:
             ended = attempt(self._call, *item)
-            is_error = is_raised(ended, return_exceptions=self._return_exceptions)
+            is_error = is_raised(ended, return_exceptions=self.return_exceptions)
             if is_error:
                 with self._lock:
                     self.is_over = True
@@ -488,30 +488,25 @@ class Threads(Blocking):
             return None
 
 
-def gather(
-    call: Callable[[int, Any], Any],
-    inputs: Sequence[Any],
-    width: Width,
-    *,
-    name: str,
-    return_exceptions: bool,
-    scope: CancelScope,
-) -> list[Any]:
+def run_one(call_in: Callable[[CancelScope], Callable[[int, Any], Any]], value: Any, *, return_exceptions: bool) -> Any:
+    """Return the output of a single item, which needs no thread but this one."""
+    scope = CancelScope()
+    try:
+        return outcome(attempt(call_in(scope), 0, value), return_exceptions=return_exceptions)[1]
+    finally:
+        scope.end()
+
+
+def gather(fan: Threads, inputs: Sequence[Any]) -> list[Any]:
     """Return the outputs of all items, in order; the first error stops the rest."""
-    if len(inputs) == 1:  # it needs no thread
-        try:
-            return [outcome(attempt(call, 0, inputs[0]), return_exceptions=return_exceptions)[1]]
-        finally:
-            scope.end()
     outputs: list[Any] = [None] * len(inputs)
     # Not over `as_completed`, which is a generator: no StopIteration of an item gets through one.
-    fan = Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope)
     try:
         with fan:
             fan.run(enumerate(inputs))
             while group := fan.take():
                 while group:
-                    index, output = outcome(group.popleft(), return_exceptions=return_exceptions)
+                    index, output = outcome(group.popleft(), return_exceptions=fan.return_exceptions)
                     outputs[index] = output
     finally:
         fan.take_at_once()  # the traceback of an error that it keeps holds it
@@ -532,23 +527,14 @@ async def agather(
     return outputs
 
 
-def as_completed(
-    call: Callable[[int, Any], Any],
-    inputs: Sequence[Any],
-    width: Width,
-    *,
-    name: str,
-    return_exceptions: bool,
-    scope: CancelScope,
-) -> Iterator[tuple[int, Any]]:
+def as_completed(fan: Threads, inputs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
     """Yield index and output of each item as it ends; the first error, or closing this, stops the rest."""
-    fan = Threads(call, width, name=name, return_exceptions=return_exceptions, scope=scope)
     try:
         with fan:
             fan.run(enumerate(inputs))
             while group := fan.take():
                 while group:
-                    yield outcome(group.popleft(), return_exceptions=return_exceptions)
+                    yield outcome(group.popleft(), return_exceptions=fan.return_exceptions)
     finally:
         fan.take_at_once()  # the traceback of an error that it keeps holds it
 

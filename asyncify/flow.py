@@ -45,7 +45,6 @@ from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tel
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
-from asyncify.scopes import CancelScope
 from asyncify.signatures import is_async
 
 __all__ = ["aeach", "each"]
@@ -379,13 +378,11 @@ def _fan(via: str, items: Items, window: Width, name: str, *, ordered: bool, ret
             return_exceptions=return_exceptions,
             ordered=ordered,
         )
-    scope = CancelScope()
     return Threads(
-        items.in_threads(scope),
+        items.in_threads,
         lambda: min(window(), items.bound() or math.inf),
         name=name,
         return_exceptions=return_exceptions,
-        scope=scope,
         ordered=ordered,
     )
 

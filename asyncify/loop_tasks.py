@@ -92,7 +92,7 @@ class LoopTasks(Blocking):
         self._drain()
 
     def _end(self, ended: Ended) -> None:
-        if is_raised(ended, return_exceptions=self._return_exceptions):
+        if is_raised(ended, return_exceptions=self.return_exceptions):
             self.is_over = True
             self._alive.fail(ended[0])
         self._ended.append(ended)
