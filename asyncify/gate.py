@@ -102,9 +102,9 @@ class KeyedLimiter:
     def record(self, actual: float) -> None:
         """Correct, from inside a call, what it was estimated to cost."""
         for permit in permits():
-            place = permit.place
-            if isinstance(place, Limiter) and place.made_by is self._mark:
-                place.record(actual)
+            limiter = permit.issuer
+            if isinstance(limiter, Limiter) and limiter.made_by is self._mark:
+                limiter.record(actual)
                 return
         raise RuntimeError(f"{self.name or 'keyed limiter'}: this context is not inside a call that it has admitted")
 

@@ -86,7 +86,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
         permit = get_innermost()  # looked up here, as a call of another function is felt in each call that is limited
-        if permit is None or permit.place is not self or permit.ended:
+        if permit is None or permit.issuer is not self or permit.ended:
             self._leave_one(error)
         else:
             permit.taken = True
@@ -97,7 +97,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
         permit = get_innermost()
-        if permit is None or permit.place is not self or permit.ended:
+        if permit is None or permit.issuer is not self or permit.ended:
             self._leave_one(error)
         else:
             permit.taken = True

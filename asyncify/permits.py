@@ -18,9 +18,9 @@ from asyncify.clock import Timer
 from asyncify.wakeups import Wakeups
 
 __all__ = [
+    "Issuer",
     "Link",
     "Permit",
-    "Place",
     "Standstill",
     "Steps",
     "callbacks_of",
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 
-class Place(Protocol):
-    """What a permit gives itself back to."""
+class Issuer(Protocol):
+    """The limiter that has issued a permit, and that it gives its place back to."""
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended."""
@@ -75,8 +75,8 @@ class Permit:
         "cost",
         "ended",
         "in_task",
+        "issuer",
         "outer",
-        "place",
         "queue",
         "ready",
         "since",
@@ -108,8 +108,8 @@ class Permit:
     wakeups: Wakeups
     """Those of that loop."""
 
-    def __init__(self, place: Place, cost: float, slots: int) -> None:
-        self.place: Place = place
+    def __init__(self, issuer: Issuer, cost: float, slots: int) -> None:
+        self.issuer: Issuer = issuer
         self.cost: float = cost
         self.slots: int = slots
         self.in_task: bool = False  # one goes on and ends in its event loop's thread, unless it steps out
@@ -139,7 +139,7 @@ class Permit:
         if innermost.get() is self:
             self.leave_innermost(error)
         elif self.ended and self.taken:
-            self.place.give_back_other(error)
+            self.issuer.give_back_other(error)
         else:
             self.end(error)  # this context runs under another, which may end later
 
@@ -153,9 +153,9 @@ class Permit:
             self.ended = True
             if self.outer is not None:
                 self.skip_ended()
-            self.place.give_back(self, error)
+            self.issuer.give_back(self, error)
         elif self.taken:
-            self.place.give_back_other(error)
+            self.issuer.give_back_other(error)
 
     def step_out(self) -> None:
         """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
@@ -175,7 +175,7 @@ class Permit:
             self.ended = True
             if self.outer is not None:
                 self.skip_ended()
-            self.place.give_back(self, error)
+            self.issuer.give_back(self, error)
 
     def skip_ended(self) -> None:
         """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""
@@ -204,11 +204,11 @@ class Permit:
             self.timer.cancel()
         if not self.ended:
             self.ended = True
-            self.place.give_up(self)
+            self.issuer.give_up(self)
 
     def call_off(self) -> None:
         """Wake whoever waits with it, to give up; of no effect when it waits no longer."""
-        self.place.call_off(self)
+        self.issuer.call_off(self)
 
     def move_to_this_thread(self) -> None:
         """Note that the call now runs in this thread, in a context of its own."""
@@ -394,7 +394,7 @@ class Standstill(Permit):
     """Whether it stands for tasks of an event loop that somebody else holds up."""
 
     def __init__(self) -> None:
-        super().__init__(cast("Place", None), 0, 0)
+        super().__init__(cast("Issuer", None), 0, 0)
         self.thread = 0
 
     @abstractmethod

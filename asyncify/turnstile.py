@@ -118,7 +118,7 @@ class Turnstile:
         self._begin()
         self._meter.inside.clear()
         for permit in permits():
-            if permit.place is self and permit.slots:
+            if permit.issuer is self and permit.slots:
                 self._meter.inside.add(permit)
 
     @property
@@ -299,7 +299,7 @@ class Turnstile:
         if permit.slots and (permit.outer is not None or not permit.in_task):
             if (error := self._certain_end(permit, held(), timeout)) is not None:
                 raise error
-            inside = {other for other in permit.around() if other.place is self}
+            inside = {other for other in permit.around() if other.issuer is self}
             if permit.in_task and timeout is None and inside:
                 self._callers.update(inside)
                 loop = permit.ready.get_loop()
@@ -610,7 +610,7 @@ class Turnstile:
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
         permit = get_innermost()
-        while permit is not None and (permit.place is not self or permit.ended):
+        while permit is not None and (permit.issuer is not self or permit.ended):
             permit = permit.outer
         return permit
 

@@ -153,7 +153,7 @@ class TestMemory:
         depth = 0
         outer = permits[-1].outer
         while outer is not None:
-            depth, outer = depth + (outer.place is limiter), outer.outer
+            depth, outer = depth + (outer.issuer is limiter), outer.outer
         gc.collect()
 
         assert depth <= 2

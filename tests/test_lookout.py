@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from asyncify.lookout import HeldUp, Lookout
-from asyncify.permits import Permit, Place
+from asyncify.permits import Issuer, Permit
 
 
 class _Handle:
@@ -67,7 +67,7 @@ class _Watch:
         return self.tells >= 0
 
     def note(self) -> Permit:
-        permit = Permit(cast("Place", None), 1, 1)
+        permit = Permit(cast("Issuer", None), 1, 1)
         permit.queue_up(deque(), 0, 0)
         self.lookout.note(permit, self.loop)
         return permit

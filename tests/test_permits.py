@@ -23,7 +23,7 @@ from asyncify.permits import (
 )
 
 
-class Place:
+class Issuer:
     """Takes permits back and remembers how."""
 
     def __init__(self) -> None:
@@ -46,9 +46,9 @@ class Place:
 
 
 @pytest.fixture
-def place() -> Place:
-    """A place to give back to."""
-    return Place()
+def issuer() -> Issuer:
+    """Whom permits are given back to."""
+    return Issuer()
 
 
 @pytest.fixture(autouse=True)
@@ -59,24 +59,24 @@ def leave_nothing() -> Any:
     innermost.reset(token)
 
 
-def begun(place: Place) -> Permit:
+def begun(issuer: Issuer) -> Permit:
     """Return a permit under which this context runs."""
-    permit = Permit(place, 1, 1)
+    permit = Permit(issuer, 1, 1)
     permit.begin()
     return permit
 
 
-def test_permits_are_told_from_the_inside_out(place: Place) -> None:
+def test_permits_are_told_from_the_inside_out(issuer: Issuer) -> None:
     """Those that have ended are passed over."""
-    first, second, third = begun(place), begun(place), begun(place)
+    first, second, third = begun(issuer), begun(issuer), begun(issuer)
     second.end()
 
     assert list(permits()) == [third, first]
 
 
-def test_leaving_goes_back_to_the_permit_around(place: Place) -> None:
+def test_leaving_goes_back_to_the_permit_around(issuer: Issuer) -> None:
     """Each leaves its own context as it was."""
-    first, second = begun(place), begun(place)
+    first, second = begun(issuer), begun(issuer)
     second.leave()
     assert innermost.get() is first
     first.leave()
@@ -84,97 +84,97 @@ def test_leaving_goes_back_to_the_permit_around(place: Place) -> None:
     assert innermost.get() is None
 
 
-def test_only_the_first_end_counts(place: Place) -> None:
+def test_only_the_first_end_counts(issuer: Issuer) -> None:
     """However a call ends, and however often, its place is given back once, with the first error."""
-    permit = begun(place)
+    permit = begun(issuer)
     permit.queue_up(deque(), 0.0, 0)
     error = ValueError()
     permit.leave(error)
     permit.end()
     permit.give_up()
 
-    assert (place.taken, place.given_up) == ([(permit, error)], [])
+    assert (issuer.taken, issuer.given_up) == ([(permit, error)], [])
 
 
-def test_ending_in_another_context_leaves_that_one_alone(place: Place) -> None:
+def test_ending_in_another_context_leaves_that_one_alone(issuer: Issuer) -> None:
     """A call that began elsewhere gives its place back, and what this context runs under stays."""
-    elsewhere = contextvars.Context().run(lambda: begun(place))
-    mine = begun(place)
+    elsewhere = contextvars.Context().run(lambda: begun(issuer))
+    mine = begun(issuer)
     elsewhere.leave()
 
-    assert place.taken == [(elsewhere, None)]
+    assert issuer.taken == [(elsewhere, None)]
     assert innermost.get() is mine
 
 
-def test_stepping_out_goes_on_elsewhere(place: Place) -> None:
+def test_stepping_out_goes_on_elsewhere(issuer: Issuer) -> None:
     """The context is left, the place is not given back."""
-    outer, permit = begun(place), begun(place)
+    outer, permit = begun(issuer), begun(issuer)
     permit.step_out()
 
     assert innermost.get() is outer
-    assert place.taken == []
+    assert issuer.taken == []
 
 
-def test_an_error_is_told_from_elsewhere_too(place: Place) -> None:
+def test_an_error_is_told_from_elsewhere_too(issuer: Issuer) -> None:
     """The limiter learns from a call that ends in another thread, as from one that leaves."""
-    permit, error = begun(place), ValueError()
+    permit, error = begun(issuer), ValueError()
     permit.step_out()
     permit.end(error)
 
-    assert place.taken == [(permit, error)]
+    assert issuer.taken == [(permit, error)]
 
 
-def test_an_error_is_told_of_a_call_that_is_left_elsewhere(place: Place) -> None:
+def test_an_error_is_told_of_a_call_that_is_left_elsewhere(issuer: Issuer) -> None:
     """The limiter learns from it whatever this context runs under."""
-    elsewhere = contextvars.Context().run(lambda: begun(place))
+    elsewhere = contextvars.Context().run(lambda: begun(issuer))
     error = ValueError()
     elsewhere.leave(error)
 
-    assert place.taken == [(elsewhere, error)]
+    assert issuer.taken == [(elsewhere, error)]
 
 
-def test_to_leave_after_the_end_takes_no_place_of_another(place: Place) -> None:
+def test_to_leave_after_the_end_takes_no_place_of_another(issuer: Issuer) -> None:
     """Neither in the context that entered nor in another."""
-    permit = begun(place)
+    permit = begun(issuer)
     permit.end()
     contextvars.Context().run(permit.leave)
     permit.leave()
 
-    assert (place.taken, place.others) == ([(permit, None)], [])
+    assert (issuer.taken, issuer.others) == ([(permit, None)], [])
 
 
-def test_a_call_whose_place_was_taken_tells_its_error(place: Place) -> None:
+def test_a_call_whose_place_was_taken_tells_its_error(issuer: Issuer) -> None:
     """The place that it gives back is another's; the error is its own."""
-    permit, error = begun(place), ValueError()
+    permit, error = begun(issuer), ValueError()
     permit.taken = permit.ended = True
     contextvars.Context().run(permit.leave, error)
     permit.leave(error)
 
-    assert (place.taken, place.others) == ([], [error, error])
+    assert (issuer.taken, issuer.others) == ([], [error, error])
 
 
-def test_giving_up_is_told(place: Place) -> None:
+def test_giving_up_is_told(issuer: Issuer) -> None:
     """The limiter learns that the call never started, once."""
-    permit = begun(place)
+    permit = begun(issuer)
     permit.queue_up(deque(), 0.0, 0)
     permit.give_up()
     permit.give_up()
     permit.end()
 
-    assert (place.taken, place.given_up) == ([], [permit])
+    assert (issuer.taken, issuer.given_up) == ([], [permit])
 
 
-def test_a_new_permit_keeps_none_that_has_ended(place: Place) -> None:
+def test_a_new_permit_keeps_none_that_has_ended(issuer: Issuer) -> None:
     """What is around it is the next that still runs."""
-    first, second = begun(place), begun(place)
+    first, second = begun(issuer), begun(issuer)
     second.end()
 
-    assert Permit(place, 1, 1).outer is first
+    assert Permit(issuer, 1, 1).outer is first
 
 
-def test_an_ended_permit_lets_go_of_those_that_ended_before(place: Place) -> None:
+def test_an_ended_permit_lets_go_of_those_that_ended_before(issuer: Issuer) -> None:
     """A chain of calls does not keep all of its links."""
-    first, second = begun(place), begun(place)
+    first, second = begun(issuer), begun(issuer)
     first.end()
     assert second.outer is first
     second.end()
@@ -182,9 +182,9 @@ def test_an_ended_permit_lets_go_of_those_that_ended_before(place: Place) -> Non
     assert second.outer is None
 
 
-def test_an_ended_permit_keeps_those_around_it_that_run(place: Place) -> None:
+def test_an_ended_permit_keeps_those_around_it_that_run(issuer: Issuer) -> None:
     """Only what has ended is let go of."""
-    first, second, third = begun(place), begun(place), begun(place)
+    first, second, third = begun(issuer), begun(issuer), begun(issuer)
     second.end()
     third.end()
 
@@ -193,15 +193,15 @@ def test_an_ended_permit_keeps_those_around_it_that_run(place: Place) -> None:
 
 
 class TestThread:
-    def test_a_thread_holds_what_it_has_entered(self, place: Place) -> None:
+    def test_a_thread_holds_what_it_has_entered(self, issuer: Issuer) -> None:
         """All of it, the innermost first."""
-        first, second = begun(place), begun(place)
+        first, second = begun(issuer), begun(issuer)
 
         assert held_by_this_thread() == [second, first]
 
-    def test_a_thread_holds_nothing_that_it_inherited(self, place: Place) -> None:
+    def test_a_thread_holds_nothing_that_it_inherited(self, issuer: Issuer) -> None:
         """A copy of the context in another thread is no proof."""
-        begun(place)
+        begun(issuer)
         held: list[list[Permit]] = []
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(lambda: held.append(held_by_this_thread()),))
@@ -210,9 +210,9 @@ class TestThread:
 
         assert held == [[]]
 
-    def test_a_thread_holds_what_has_moved_to_it(self, place: Place) -> None:
+    def test_a_thread_holds_what_has_moved_to_it(self, issuer: Issuer) -> None:
         """A call that was handed to a thread is held by that, and no more by the one that it came from."""
-        permit = begun(place)
+        permit = begun(issuer)
         held: list[list[Permit]] = []
 
         def run() -> None:
@@ -228,9 +228,9 @@ class TestThread:
 
 
 class TestTask:
-    async def test_a_task_holds_what_it_has_entered(self, place: Place) -> None:
+    async def test_a_task_holds_what_it_has_entered(self, issuer: Issuer) -> None:
         """All of it, the innermost first, and asking changes nothing."""
-        first, second = begun(place), begun(place)
+        first, second = begun(issuer), begun(issuer)
 
         for _ in range(2):
             assert held_by_this_task() == [second, first]
@@ -240,13 +240,13 @@ class TestTask:
         assert held_by_this_task() == []
         assert innermost.get() is None
 
-    async def test_a_task_holds_nothing_that_it_inherited(self, place: Place) -> None:
+    async def test_a_task_holds_nothing_that_it_inherited(self, issuer: Issuer) -> None:
         """A background task may outlive the call that started it."""
-        permit = begun(place)
+        permit = begun(issuer)
 
         async def inside() -> tuple[list[Permit], list[Permit]]:
             inherited = held_by_this_task()
-            mine = begun(place)
+            mine = begun(issuer)
             assert held_by_this_task() == [mine]
             return inherited, list(permits())
 
@@ -257,15 +257,15 @@ class TestTask:
         assert held == []
         assert around[1:] == [permit]
 
-    async def test_a_task_holds_what_those_hold_who_await_it(self, place: Place) -> None:
+    async def test_a_task_holds_what_those_hold_who_await_it(self, issuer: Issuer) -> None:
         """They await it and nothing else, through however many tasks; asking changes nothing for them."""
-        outer = begun(place)
+        outer = begun(issuer)
 
         async def innermost_task() -> list[list[Permit]]:
             return [held_by_this_task() for _ in range(2)]
 
         async def between() -> tuple[list[list[Permit]], Permit]:
-            mine = begun(place)
+            mine = begun(issuer)
             held = await asyncio.create_task(innermost_task())
             assert held_by_this_task() == [mine, outer]
             return held, mine
@@ -275,16 +275,16 @@ class TestTask:
         assert held == [[mine, outer]] * 2
         assert held_by_this_task() == [outer]
 
-    async def test_a_task_holds_what_is_held_in_a_context_that_it_shares(self, place: Place) -> None:
+    async def test_a_task_holds_what_is_held_in_a_context_that_it_shares(self, issuer: Issuer) -> None:
         """Two tasks may run in one context."""
-        permit = begun(place)
+        permit = begun(issuer)
         context = contextvars.copy_context()
 
         async def ask() -> list[Permit]:
             return held_by_this_task()
 
         async def share() -> tuple[list[Permit], Permit]:
-            mine = begun(place)
+            mine = begun(issuer)
             held: list[Permit] = await asyncio.get_running_loop().create_task(ask(), context=context)
             return held, mine
 
@@ -292,9 +292,9 @@ class TestTask:
 
         assert held == [mine, permit]
 
-    async def test_a_task_does_not_hold_what_those_hold_whom_it_only_tells_of_its_end(self, place: Place) -> None:
+    async def test_a_task_does_not_hold_what_those_hold_whom_it_only_tells_of_its_end(self, issuer: Issuer) -> None:
         """A method of a task may be called back as well, by which it does not wait."""
-        begun(place)
+        begun(issuer)
         here: Any = asyncio.current_task()
 
         async def inside() -> list[Permit]:
@@ -306,11 +306,11 @@ class TestTask:
 
         assert task.result() == []
 
-    async def test_a_task_holds_what_is_held_in_the_context_of_a_step(self, place: Place) -> None:
+    async def test_a_task_holds_what_is_held_in_the_context_of_a_step(self, issuer: Issuer) -> None:
         """Who awaits it takes a step of a stream; asking changes nothing."""
         context = contextvars.copy_context()
         steps = Steps(context)
-        permit = context.run(begun, place)
+        permit = context.run(begun, issuer)
 
         async def inside() -> list[list[Permit]]:
             return [held_by_this_task() for _ in range(2)]
@@ -323,7 +323,7 @@ class TestTask:
         assert held == [[permit]] * 2
         assert held_by_this_task() == []
 
-    async def test_a_task_does_not_hold_what_those_hold_who_have_left_it(self, place: Place) -> None:
+    async def test_a_task_does_not_hold_what_those_hold_who_have_left_it(self, issuer: Issuer) -> None:
         """Whoever was cancelled as it awaited a task behind a shield goes on without it."""
         go_on = asyncio.Event()
 
@@ -332,7 +332,7 @@ class TestTask:
             return held_by_this_task()
 
         async def leave() -> asyncio.Task[list[Permit]]:
-            begun(place)
+            begun(issuer)
             task = asyncio.create_task(inside())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0):
@@ -344,7 +344,7 @@ class TestTask:
 
         assert await task == []
 
-    def test_many_tasks_in_a_row(self, place: Place) -> None:
+    def test_many_tasks_in_a_row(self, issuer: Issuer) -> None:
         """However many await each other."""
 
         async def descend(depth: int) -> list[Permit]:
@@ -353,19 +353,19 @@ class TestTask:
             return held_by_this_task()
 
         async def main() -> None:
-            permit = begun(place)
+            permit = begun(issuer)
             assert await descend(5000) == [permit]
 
         asyncio.run(main())
 
-    async def test_a_task_holds_what_was_handed_over_to_it(self, place: Place) -> None:
+    async def test_a_task_holds_what_was_handed_over_to_it(self, issuer: Issuer) -> None:
         """Whoever holds them waits for this context and for nothing else."""
-        permit = begun(place)
+        permit = begun(issuer)
         context = contextvars.Context()
         Link(held_by_this_task()).lead_to(context)
 
         async def inside() -> list[list[Permit]]:
-            mine = begun(place)
+            mine = begun(issuer)
             first = held_by_this_task()
             permit.end()
             return [first, held_by_this_task(), [mine]]
@@ -375,9 +375,9 @@ class TestTask:
         assert first == [*mine, permit]
         assert then == mine
 
-    async def test_what_was_handed_over_is_not_inherited(self, place: Place) -> None:
+    async def test_what_was_handed_over_is_not_inherited(self, issuer: Issuer) -> None:
         """A task that this context starts is not what the holder waits for."""
-        permit = begun(place)
+        permit = begun(issuer)
         context = contextvars.Context()
         Link([permit]).lead_to(context)
 
@@ -391,9 +391,9 @@ class TestTask:
 
         assert await asyncio.get_running_loop().create_task(inside(), context=context) == []
 
-    async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self, place: Place) -> None:
+    async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self, issuer: Issuer) -> None:
         """One permit stands for theirs, as long as it waits."""
-        here, elsewhere, in_a_thread = (Permit(place, 1, 1) for _ in range(3))
+        here, elsewhere, in_a_thread = (Permit(issuer, 1, 1) for _ in range(3))
         here.in_task = elsewhere.in_task = True
         elsewhere.thread = 0
         link = Link()
@@ -405,9 +405,9 @@ class TestTask:
         link.leave()
         assert standstill.among([here, elsewhere, in_a_thread]) == set()
 
-    def test_a_thread_that_runs_an_event_loop_holds_until_that_ends(self, place: Place) -> None:
+    def test_a_thread_that_runs_an_event_loop_holds_until_that_ends(self, issuer: Issuer) -> None:
         """One permit stands for what it holds, until the loop's first task has ended or the loop is stopped."""
-        permit, other = begun(place), Permit(place, 1, 1)
+        permit, other = begun(issuer), Permit(issuer, 1, 1)
         standstills: list[Permit] = []
 
         async def stay() -> None:
@@ -432,9 +432,9 @@ class TestTask:
             with pytest.raises(asyncio.CancelledError):
                 loop.run_until_complete(task)
 
-    def test_a_thread_holds_what_was_handed_over_to_it(self, place: Place) -> None:
+    def test_a_thread_holds_what_was_handed_over_to_it(self, issuer: Issuer) -> None:
         """Whatever context it is in, for as long as it is waited for."""
-        permit = begun(place)
+        permit = begun(issuer)
         context = contextvars.Context()
         link = Link([permit]).lead_to(context)
         assert link is not None
