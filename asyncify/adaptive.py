@@ -72,7 +72,7 @@ class Adaptive:
 class AdaptiveLimit:
     """The state of one adaptive limit. Time, in seconds, is an argument."""
 
-    __slots__ = ("_ceiling", "_changed_at", "_epoch", "_hold", "_run", "_shrunk_at", "_successes", "config", "limit")
+    __slots__ = ("_ceiling", "_changed_at", "_epoch", "_hold", "_shrunk_at", "_streak", "_successes", "config", "limit")
 
     def __init__(self, config: Adaptive) -> None:
         self.config: Adaptive = config
@@ -82,7 +82,7 @@ class AdaptiveLimit:
         self._changed_at = -math.inf
         self._hold = _HOLD_SECONDS  # from the shrinking to the next try above the ceiling
         self._epoch = -math.inf  # where the curve begins: the shrinking, moved on while it is held at the ceiling
-        self._run = 0  # successes in a row, since the limit last changed
+        self._streak = 0  # successes in a row, since the limit last changed
         self._successes = 0  # since the limit last shrank
 
     def succeeded(self, now: float, in_flight: int) -> bool:
@@ -94,10 +94,10 @@ class AdaptiveLimit:
         """
         if 2 * in_flight < self.limit:
             return False
-        self._run += 1
+        self._streak += 1
         self._successes += 1
         gap = self._target(now) - self.limit
-        if gap <= 0 or self._run * gap < self.limit:
+        if gap <= 0 or self._streak * gap < self.limit:
             return False
         return self._set(self.limit + 1, now)
 
@@ -107,7 +107,7 @@ class AdaptiveLimit:
         `pause` is for how many seconds it pauses all calls.
         Calls that were admitted before the last shrinking belong to the same burst, and shrink it no further.
         """
-        self._run = 0
+        self._streak = 0
         if admitted_at <= self._shrunk_at:
             return False
         self._shrunk_at = self._epoch = now
@@ -132,7 +132,7 @@ class AdaptiveLimit:
         return self._ceiling * (1 + _STEEPNESS * (now - self._epoch - climb) ** 3)
 
     def _set(self, limit: int, now: float) -> bool:
-        self._run = 0
+        self._streak = 0
         before, self.limit = self.limit, min(max(limit, self.config.min), self.config.max)
         if self.limit == before:
             return False

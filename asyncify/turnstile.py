@@ -56,7 +56,7 @@ _UNUSED = object()
 _CALLED_OFF = object()
 """That of a call that is to give up if it waits still."""
 
-_END = "what this call is part of has ended while it waited for a limiter"
+_OUTER_ENDED = "what this call is part of has ended while it waited for a limiter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +142,14 @@ class Turnstile:
             permit.ready = ready  # only now, as it may be released from this moment on
             try:
                 self._drop_closed_loops()
-                self._look_after(permit, held_by_this_thread, timeout)
+                self._guard_wait(permit, held_by_this_thread, timeout)
                 if permit.queue is not None:
                     ready.acquire()
             except BaseException:
                 permit.give_up()
                 raise
             if permit.timer is not None or permit.at is None:
-                self._check_in_time(permit)
+                self._check_admitted(permit)
         permit.token = set_innermost(permit)  # `begin()`, without a call
         return permit
 
@@ -170,14 +170,14 @@ class Turnstile:
                 permit.wakeups = wakeups
                 permit.ready = ready
                 if permit.outer or timeout is not None or self.timeout is not None or get_scope():
-                    self._look_after(permit, held_by_this_task, timeout)
+                    self._guard_wait(permit, held_by_this_task, timeout)
                 if permit.queue is not None:  # asked last: who lets it in looks last whether it can be woken
                     await ready
             except BaseException:
                 permit.give_up()
                 raise
             if permit.timer is not None or permit.at is None:
-                self._check_in_time(permit)
+                self._check_admitted(permit)
         permit.token = set_innermost(permit)  # `begin()`, without a call
         return permit
 
@@ -238,8 +238,11 @@ class Turnstile:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
         return not self._rate_only and self._meter.is_full
 
-    def _certain_end(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> DeadlockError | None:
-        """Note which calls inside wait for `permit`; if they are all that are inside, it is doomed: return its error.
+    def _find_deadlock(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> DeadlockError | None:
+        """Note which calls inside this waiter blocks: those that can't end before its wait does.
+
+        Returns:
+            the error of a wait that can never end, as all calls inside are blocked by this waiter or by others.
 
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others. Nor is what
         a standstill stops, as that may be over before the wait is.
@@ -293,11 +296,11 @@ class Turnstile:
         inside = tuple(self._meter.inside)
         return {other for other in inside if other.thread == permit.thread and other.in_task}
 
-    def _look_after(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
+    def _guard_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
         timeout = self.timeout if timeout is None else timeout
         if permit.slots and (permit.outer is not None or not permit.in_task):
-            if (error := self._certain_end(permit, held(), timeout)) is not None:
+            if (error := self._find_deadlock(permit, held(), timeout)) is not None:
                 raise error
             inside = {other for other in permit.around() if other.issuer is self}
             if permit.in_task and timeout is None and inside:
@@ -307,7 +310,7 @@ class Turnstile:
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         if (scope := get_scope()) is not None and not scope.watch(permit):
-            raise asyncio.CancelledError(_END)
+            raise asyncio.CancelledError(_OUTER_ENDED)
 
     def _look(self, loop: asyncio.AbstractEventLoop, waiting: Iterable[Permit]) -> bool:
         """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
@@ -339,14 +342,14 @@ class Turnstile:
                 self._turn_away(permit)
         self._settle()
 
-    def _check_in_time(self, permit: Permit) -> None:
+    def _check_admitted(self, permit: Permit) -> None:
         if permit.timer is not None:
             permit.timer.cancel()
         waits = permit.queue is not None  # asked first: who is admitted has its time before it leaves the queue
         if permit.at is None:
             if waits or permit.ended:
                 permit.give_up()
-                raise asyncio.CancelledError(_END)
+                raise asyncio.CancelledError(_OUTER_ENDED)
             check_affordable(permit.cost, self._meter.limits, self._title())
             paused = self._paused_for()
             raise LimitTimeout(
@@ -400,7 +403,7 @@ class Turnstile:
         if permit.in_task:
             wakeups = permit.wakeups
             wakeups.woken.append(permit)
-            pending = wakeups.pending  # `look()`, without a call
+            pending = wakeups.pending  # `ask_for_round()`, without a call
             if pending() is None:
                 wakeups.schedule()
         else:

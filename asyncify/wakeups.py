@@ -44,7 +44,8 @@ class Wakeups:
     the loop goes on with it, that an interrupt comes as it does, or that it drops it, as it has been closed.
 
     Attributes:
-        woken: those with whose tasks no round has gone on yet, in the order of waking. Who adds one has to `look()`.
+        woken: those with whose tasks no round has gone on yet, in the order of waking. Who adds one has to call
+            `ask_for_round()`.
         pending: gives the round that the loop has been asked for, None once that has begun or is gone.
     """
 
@@ -59,7 +60,7 @@ class Wakeups:
         """Tell whether the loop is closed, or gone."""
         return (loop := self.loop()) is None or loop.is_closed()
 
-    def look(self) -> None:
+    def ask_for_round(self) -> None:
         """See to it that a round comes, after an addition to `woken`; from any thread."""
         pending = self.pending
         if pending() is None:
@@ -99,7 +100,7 @@ class Wakeups:
             if self.pending is not _nothing:  # else the loop has not taken it
                 self.pending = _nothing
                 if woken:
-                    self.look()
+                    self.ask_for_round()
             raise
         try:
             self.pending = _nothing
@@ -109,7 +110,7 @@ class Wakeups:
                 left -= 1
                 sleeper = woken.popleft()
                 if woken:
-                    self.look()
+                    self.ask_for_round()
                 future, sleeper.ready = sleeper.ready, None
                 callbacks = future._callbacks
                 if callbacks and len(callbacks) == 1:
@@ -126,7 +127,7 @@ class Wakeups:
                         future.set_result(None)
         finally:
             if woken:
-                self.look()
+                self.ask_for_round()
 
 
 def wakeups_of(loop: AbstractEventLoop) -> Wakeups:

@@ -600,7 +600,7 @@ class TestGivingUp:
         def interrupt(*_: object) -> bool:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(limiter, "_look_after", interrupt)
+        monkeypatch.setattr(limiter, "_guard_wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             contextvars.Context().run(limiter.enter)
         permit.leave()

@@ -44,7 +44,7 @@ def rouse(wakeups: Wakeups, *sleepers: Sleeper) -> None:
     """Wake them in a loop, from any thread."""
     for sleeper in sleepers:
         wakeups.woken.append(sleeper)
-        wakeups.look()
+        wakeups.ask_for_round()
 
 
 def wake(*awaited: Future) -> None:
