@@ -28,7 +28,7 @@ from asyncify.scopes import CancelScope
 
 __all__ = [
     "Alive",
-    "Blocking",
+    "BlockingFan",
     "Ended",
     "Tasks",
     "Threads",
@@ -41,8 +41,8 @@ __all__ = [
     "gather",
     "is_raised",
     "outcome",
+    "raise_or_note",
     "run_one",
-    "tell_of_closing",
     "until_ended",
 ]
 
@@ -89,7 +89,7 @@ def is_raised(ended: Ended, *, return_exceptions: bool) -> bool:
     return ended[2] is not None and not (return_exceptions and isinstance(ended[2], Exception))
 
 
-def tell_of_closing(closing: BaseException, error: BaseException | None) -> None:
+def raise_or_note(closing: BaseException, error: BaseException | None) -> None:
     """Raise what a source has raised as it was closed, or note it on the error that it was closed for."""
     if error is None or isinstance(error, GeneratorExit):
         raise closing
@@ -212,7 +212,7 @@ class Tasks(Joining):
         interrupted = await until_ended([feeder, *self._alive.items])
         del self._start, self._feeder  # what the one calls may hold this object, and the other's frame does
         if not is_closed and not feeder.cancelled() and (closing := feeder.exception()) is not None:
-            tell_of_closing(closing, interrupted or error)
+            raise_or_note(closing, interrupted or error)
         if interrupted is not None:
             raise interrupted
 
@@ -321,7 +321,7 @@ def ended_task(index: int, task: asyncio.Task[Any]) -> Ended:
     return (index, task.result(), None) if error is None else (index, None, error)
 
 
-class Blocking(ABC):
+class BlockingFan(ABC):
     """Items that run elsewhere, for a caller who blocks until they end.
 
     Args:
@@ -383,7 +383,7 @@ class Blocking(ABC):
                 self._changed.notify()
 
 
-class Threads(Blocking):
+class Threads(BlockingFan):
     """Items that run in threads; a thread takes item after item for as long as there are any.
 
     Args:

@@ -41,7 +41,7 @@ from asyncify.background import background
 from asyncify.batches import Items, layers
 from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec, fingerprint
-from asyncify.fanout import Blocking, Ended, Tasks, Threads, Width, outcome, tell_of_closing
+from asyncify.fanout import BlockingFan, Ended, Tasks, Threads, Width, outcome, raise_or_note
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
@@ -306,7 +306,7 @@ class _Source:
             try:
                 self._close()
             except Exception as closing:  # noqa: BLE001  (it is raised, or noted)
-                tell_of_closing(closing, error)
+                raise_or_note(closing, error)
 
     def read(self) -> tuple[int, Any] | None:
         """Return the next input after its index; None at the end or after an error."""
@@ -370,7 +370,7 @@ def _drive(
                 return
 
 
-def _fan(via: str, items: Items, window: Width, name: str, *, ordered: bool, return_exceptions: bool) -> Blocking:
+def _fan(via: str, items: Items, window: Width, name: str, *, ordered: bool, return_exceptions: bool) -> BlockingFan:
     if via == "async":
         return LoopTasks(
             items.start,

@@ -26,13 +26,13 @@ class Journal:
     Args:
         checkpoint: the file, or None to remember nothing.
         key: what to know an input by, or None for its fingerprint.
-        known: told of an input that has ended without a call.
+        on_known: called with an input that has ended without a call, as the checkpoint has it.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, key: Key | None, known: Callable[[Ended], None]) -> None:
+    def __init__(self, checkpoint: Checkpoint | None, key: Key | None, on_known: Callable[[Ended], None]) -> None:
         self._checkpoint = checkpoint
         self._key = key
-        self._known = known
+        self._on_known = on_known
         self._keys: dict[int, str] = {}
         self._in_flight: set[str] = set()
         self._waiting: dict[str, list[int]] = {}
@@ -75,7 +75,7 @@ class Journal:
             return False
         found = self._checkpoint.find(key)
         if found is not None:
-            self._known((index, found[0], None))
+            self._on_known((index, found[0], None))
             return False
         self._in_flight.add(key)
         self._keys[index] = key

@@ -8,12 +8,12 @@ from contextvars import copy_context
 from typing import Any, Self
 
 from asyncify.background import background
-from asyncify.fanout import Alive, Blocking, Ended, Width, ended_task, is_raised
+from asyncify.fanout import Alive, BlockingFan, Ended, Width, ended_task, is_raised
 
 __all__ = ["LoopTasks"]
 
 
-class LoopTasks(Blocking):
+class LoopTasks(BlockingFan):
     """Items that run as tasks of the background loop, used by another thread as `Threads` is.
 
     Args:

@@ -40,7 +40,7 @@ class Piped(Batches):
     """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
 
     @abstractmethod
-    def beware(self, calls: int, *, bounded: bool) -> None:
+    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that an async batch of so many calls runs into; `bounded` if not all run at once."""
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
@@ -59,12 +59,12 @@ class Piped(Batches):
 
         async def abatch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `Runnable` does, and tell of the traps that so many calls run into."""
-            self.beware(len(inputs), bounded=is_bounded(config))
+            self.warn_of_traps(len(inputs), bounded=is_bounded(config))
             return await super().abatch(inputs, config, **options)
 
         def abatch_as_completed(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `Runnable` does, and tell of the traps that so many calls run into."""
-            self.beware(len(inputs), bounded=is_bounded(config))
+            self.warn_of_traps(len(inputs), bounded=is_bounded(config))
             return super().abatch_as_completed(inputs, config, **options)
 
         # What follows makes a stream of `_transform` and `_atransform`, which LangChain has too.
@@ -173,10 +173,10 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
                 with chunks:
                     yield chunk
 
-    def beware(self, calls: int, *, bounded: bool) -> None:
+    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that a step runs into."""
         for step in _pairs(self.steps):
-            step.beware(calls, bounded=bounded)
+            step.warn_of_traps(calls, bounded=bounded)
 
     def admits(self) -> int | None:
         """Return how many inputs can be within the limits of the steps, all together."""
@@ -197,10 +197,10 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 class DualParallel(Piped, RunnableParallel[Input]):
     """A dict in a pipe that holds pairs, or pipes of pairs, alone."""
 
-    def beware(self, calls: int, *, bounded: bool) -> None:
+    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that a branch runs into."""
         for branch in _pairs(self.steps__.values()):
-            branch.beware(calls, bounded=bounded)
+            branch.warn_of_traps(calls, bounded=bounded)
 
     def admits(self) -> int | None:
         """Return how many inputs can be within the limits of the branches, all together."""

@@ -459,7 +459,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         limiter = None if self._fakes else self.limiter
         return limiter.limits.limit if isinstance(limiter, Limiter) else None
 
-    def beware(self, calls: int, *, bounded: bool) -> None:
+    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell, once each, of the traps that an async batch of so many calls runs into."""
         if not self._warn or self._fakes:
             return
@@ -693,9 +693,9 @@ class _Bound(Dual[Any, Any]):
             Entry(functools.partial(async_.run, self._receiver), async_.fn, _bound_shape(async_.shape), async_.kind),
         )
 
-    def beware(self, calls: int, *, bounded: bool) -> None:
+    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell what the pair tells, once for all its instances."""
-        self._pair.beware(calls, bounded=bounded)
+        self._pair.warn_of_traps(calls, bounded=bounded)
 
     def furnish(self, **given: Any) -> None:
         """Refuse: what a method is made of is said in its class."""
