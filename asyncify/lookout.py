@@ -8,7 +8,7 @@ looked at again: in the next turn of the event loop, and then whenever as much t
 from __future__ import annotations
 
 import weakref
-from asyncio import AbstractEventLoop, Handle, Timeout
+from asyncio import AbstractEventLoop, Timeout, get_running_loop
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
@@ -26,52 +26,53 @@ _SHARE = 20
 """A look is followed by as many times its length in which there is none."""
 
 
+Look = Callable[[AbstractEventLoop, list[Permit]], bool]
+"""Looks at those that wait, in the order in which they came; returns whether it has told one."""
+
+
 class Lookout:
-    """Has those looked at who wait in the tasks of one event loop; used in its thread.
+    """Those who wait in the tasks of one event loop, and when they are looked at; used in its thread."""
 
-    Args:
-        look: given those that wait, in the order in which they came; returns whether it has told one.
-    """
-
-    def __init__(self, look: Callable[[list[Permit]], bool]) -> None:
-        self._look = look
+    def __init__(self) -> None:
         self._waiting: list[weakref.ref[Permit]] = []
         self._last_came = 0.0
-        self._next: Handle | None = None
         self._next_at = inf
         self._not_before = 0.0
 
-    def note(self, permit: Permit, loop: AbstractEventLoop) -> None:
+    def note(self, permit: Permit, loop: AbstractEventLoop, look: Look) -> None:
         """Have one looked at that has come to wait."""
         self._waiting.append(weakref.ref(permit))
         self._last_came = loop.time()
-        self._look_at(max(self._last_came, self._not_before), loop)
+        self._look_at(max(self._last_came, self._not_before), loop, look)
 
     def waiting(self) -> list[Permit]:
         """Return those that wait still."""
         return [permit for known in self._waiting if (permit := known()) is not None and permit.queue is not None]
 
-    def _look_at(self, at: float, loop: AbstractEventLoop) -> None:
+    def _look_at(self, at: float, loop: AbstractEventLoop, look: Look) -> None:
         if at >= self._next_at:
             return
-        if self._next is not None:
-            self._next.cancel()
-        is_due = at <= loop.time()
-        self._next = loop.call_soon(self._turn, loop) if is_due else loop.call_at(at, self._turn, loop)
-        self._next_at = at
+        self._next_at = at  # and one that was to come later finds that it is not that; a handle would keep the loop
+        if at <= loop.time():
+            loop.call_soon(self._turn, at, look)
+        else:
+            loop.call_at(at, self._turn, at, look)
 
-    def _turn(self, loop: AbstractEventLoop) -> None:
-        self._next, self._next_at = None, inf
+    def _turn(self, at: float, look: Look) -> None:
+        if at != self._next_at:
+            return
+        self._next_at = inf
+        loop = get_running_loop()
         start = loop.time()
         waiting = self.waiting()
         self._waiting = [weakref.ref(permit) for permit in waiting]
         if not waiting:
             return
-        has_told = self._look(waiting)
+        has_told = look(loop, waiting)
         end = loop.time()
         self._not_before = end + _SHARE * (end - start)
         pause = 0 if has_told else max(_PAUSE, end - self._last_came)
-        self._look_at(max(end + pause, self._not_before), loop)
+        self._look_at(max(end + pause, self._not_before), loop, look)
 
 
 class HeldUp:

@@ -306,7 +306,7 @@ class Turnstile:
             if permit.in_task and timeout is None and inside:
                 self._callers.update(inside)
                 loop = permit.ready.get_loop()
-                self._lookouts.setdefault(loop, Lookout(partial(self._look, loop))).note(permit, loop)
+                self._lookouts.setdefault(loop, Lookout()).note(permit, loop, self._look)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
         if (scope := get_scope()) is not None and not scope.watch(permit):

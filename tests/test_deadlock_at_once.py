@@ -1,8 +1,10 @@
 """Calls at once, or awaited only later, that wait for their own caller: told when none of them can go on."""
 
 import asyncio
+import gc
 import operator
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -432,3 +434,24 @@ def test_calls_at_once_on_an_event_loop_that_is_run_within_their_caller_are_told
     assert not thread.is_alive()
     assert all(map(_told, errors))
     assert limiter.stats().rejected >= 1
+
+
+def test_calls_that_have_waited_within_others_keep_neither_their_loop_nor_their_limiter() -> None:
+    """Be it that they were told, or admitted in the end."""
+    limiter = Limiter(limit=3)
+    loop = asyncio.new_event_loop()
+    tree = _tree("gather", limiter)
+    assert loop.run_until_complete(tree.ainvoke(1)) == 2
+    with pytest.raises(DeadlockError):
+        loop.run_until_complete(tree.ainvoke(3))
+    loop.run_until_complete(until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0))
+    loop.close()
+    gone = [weakref.ref(loop), weakref.ref(limiter)]
+    del loop
+    gc.collect()
+
+    assert gone[0]() is None
+    del limiter, tree
+    gc.collect()
+
+    assert gone[1]() is None

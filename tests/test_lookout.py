@@ -14,10 +14,7 @@ from asyncify.permits import Issuer, Permit
 
 class _Handle:
     def __init__(self, at: float, run: Callable[[], None]) -> None:
-        self.at, self.run, self.is_cancelled = at, run, False
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
+        self.at, self.run = at, run
 
     def __lt__(self, other: "_Handle") -> bool:
         return self.at < other.at
@@ -45,8 +42,9 @@ class _Loop:
         while self.handles and self.handles[0].at <= end:
             handle = heapq.heappop(self.handles)
             self.now = max(self.now, handle.at)
-            if not handle.is_cancelled:
-                handle.run()
+            asyncio._set_running_loop(cast("asyncio.AbstractEventLoop", self))
+            handle.run()
+            asyncio._set_running_loop(None)
         self.now = max(self.now, end)
 
 
@@ -58,9 +56,10 @@ class _Watch:
         self.seen: list[tuple[float, list[Permit]]] = []
         self.takes = takes
         self.tells = 0
-        self.lookout = Lookout(self.look)
+        self.lookout = Lookout()
 
-    def look(self, waiting: list[Permit]) -> bool:
+    def look(self, loop: Any, waiting: list[Permit]) -> bool:
+        assert loop is self.loop
         self.seen.append((round(self.loop.now - 100, 6), waiting))
         self.loop.now += self.takes
         self.tells -= 1
@@ -69,7 +68,7 @@ class _Watch:
     def note(self) -> Permit:
         permit = Permit(cast("Issuer", None), 1, 1)
         permit.queue_up(deque(), 0, 0)
-        self.lookout.note(permit, self.loop)
+        self.lookout.note(permit, self.loop, self.look)
         return permit
 
     @property
