@@ -22,7 +22,7 @@ from asyncify.drive import timed
 from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import FREE_PASS, Gate, Pass
-from asyncify.permits import Link, held_by_this_task
+from asyncify.holds import Link, held_by_this_task
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held

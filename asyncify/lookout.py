@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from typing import Any
 
+from asyncify.holds import callbacks_of, waiting_for
 from asyncify.joins import join_of
-from asyncify.permits import Permit, callbacks_of, waiting_for
+from asyncify.permits import Permit
 
 __all__ = ["HeldUp", "Lookout"]
 

@@ -22,7 +22,8 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
-from asyncify.permits import Link, Steps, get_innermost, held_by_this_thread
+from asyncify.holds import Link, Steps, held_by_this_thread
+from asyncify.permits import get_innermost
 from asyncify.relay import Relay
 from asyncify.runs import context_of
 

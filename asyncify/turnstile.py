@@ -27,18 +27,10 @@ from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork
+from asyncify.holds import Standstill, held_by_this_task, held_by_this_thread, loose
 from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter
-from asyncify.permits import (
-    Permit,
-    Standstill,
-    get_innermost,
-    held_by_this_task,
-    held_by_this_thread,
-    loose,
-    permits,
-    set_innermost,
-)
+from asyncify.permits import Permit, get_innermost, permits, set_innermost
 from asyncify.scopes import get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 

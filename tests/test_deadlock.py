@@ -19,7 +19,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, dual
-from asyncify.permits import Link
+from asyncify.holds import Link
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, until, wait_until
 

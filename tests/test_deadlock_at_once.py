@@ -438,20 +438,25 @@ def test_calls_at_once_on_an_event_loop_that_is_run_within_their_caller_are_told
 
 def test_calls_that_have_waited_within_others_keep_neither_their_loop_nor_their_limiter() -> None:
     """Be it that they were told, or admitted in the end."""
-    limiter = Limiter(limit=3)
-    loop = asyncio.new_event_loop()
-    tree = _tree("gather", limiter)
-    assert loop.run_until_complete(tree.ainvoke(1)) == 2
-    with pytest.raises(DeadlockError):
-        loop.run_until_complete(tree.ainvoke(3))
-    loop.run_until_complete(until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0))
-    loop.close()
-    gone = [weakref.ref(loop), weakref.ref(limiter)]
-    del loop
+
+    def run() -> tuple[Limiter, weakref.ref[Any]]:
+        limiter = Limiter(limit=3)
+        tree = _tree("gather", limiter)
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(tree.ainvoke(1)) == 2
+        with pytest.raises(DeadlockError):
+            loop.run_until_complete(tree.ainvoke(3))
+        loop.run_until_complete(until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0))
+        loop.close()
+        return limiter, weakref.ref(loop)
+
+    limiter, loop = run()
     gc.collect()
 
-    assert gone[0]() is None
-    del limiter, tree
+    assert loop() is None
+
+    gone = weakref.ref(limiter)
+    del limiter
     gc.collect()
 
-    assert gone[1]() is None
+    assert gone() is None

@@ -10,8 +10,9 @@ import pytest
 
 from asyncify import turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
+from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
-from asyncify.permits import Permit, held_by_this_task
+from asyncify.permits import Permit
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, until, wait_until
 

@@ -10,17 +10,8 @@ from typing import Any
 
 import pytest
 
-from asyncify.permits import (
-    Link,
-    Permit,
-    Standstill,
-    Steps,
-    held_by_this_task,
-    held_by_this_thread,
-    held_by_waiters_for,
-    innermost,
-    permits,
-)
+from asyncify.holds import Link, Standstill, Steps, held_by_this_task, held_by_this_thread, held_by_waiters_for
+from asyncify.permits import Permit, innermost, permits
 
 
 class Issuer:
