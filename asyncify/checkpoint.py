@@ -276,14 +276,14 @@ def _only(db: sqlite3.Connection, query: str) -> Any:
 
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Generator[None]:
-    db.execute("BEGIN IMMEDIATE")
     try:
+        db.execute("BEGIN IMMEDIATE")  # in here, as it may wait, and an interrupt come with it
         yield
+        db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:  # not after a full disk: SQLite has rolled back itself
             db.execute("ROLLBACK")
         raise
-    db.execute("COMMIT")
 
 
 class _Ids:

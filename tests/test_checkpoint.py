@@ -1336,3 +1336,31 @@ def test_the_text_of_a_model_is_kept_as_a_string(tmp_path: Path) -> None:
         assert outputs == [{"answer": "about tides"}, {"answer": "about moons"}]
     assert list(each(chain, ["tides"], checkpoint=tmp_path / "run.sqlite")) == [{"answer": "about tides"}]
     assert calls == ["tides", "moons"]
+
+
+class _Interrupted(sqlite3.Connection):
+    """A connection on which an interrupt comes as a statement has been executed."""
+
+    at = ""
+
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        done = super().execute(sql, *arguments)
+        if self.at and sql.startswith(self.at):
+            self.at = ""
+            raise KeyboardInterrupt
+        return done
+
+
+@pytest.mark.parametrize("statement", ["BEGIN", "INSERT", "COMMIT"])
+def test_an_interrupt_of_a_transaction_leaves_none_open(statement: str) -> None:
+    """To begin one takes as long as another process writes; and what is tried again then begins one anew."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None, factory=_Interrupted)) as db:
+        db.execute("CREATE TABLE items (key)")
+        db.at = statement
+        with pytest.raises(KeyboardInterrupt), checkpoint_module._transaction(db):
+            db.execute("INSERT INTO items VALUES (1)")
+
+        assert not db.in_transaction
+        with checkpoint_module._transaction(db):
+            db.execute("INSERT INTO items VALUES (2)")
+        assert db.execute("SELECT max(key) FROM items").fetchone() == (2,)
