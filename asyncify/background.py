@@ -34,8 +34,9 @@ class _Visit(Generic[T]):
         self._call = call
         self._context = context
         self._begun = False
+        self._is_interrupted = False
         self._task: asyncio.Task[T] | None = None
-        self.ended: Future[T] = Future()
+        self.ended: Future[Any] = Future()
 
     def _start(self) -> None:
         self._task = self._loop.create_task(_awaited(self._call), context=self._context)
@@ -43,17 +44,24 @@ class _Visit(Generic[T]):
 
     def _end(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
-            self.ended.set_exception(asyncio.CancelledError())
+            self._set_cancelled()
         elif (error := task.exception()) is not None:
             self.ended.set_exception(error)
         else:
             self.ended.set_result(task.result())
 
-    def _cancel(self) -> None:
+    def _set_cancelled(self) -> None:
+        if self._is_interrupted:
+            self.ended.set_result(None)  # an error would take the place of the interrupt
+        else:
+            self.ended.set_exception(asyncio.CancelledError())
+
+    def _interrupt(self) -> None:
+        self._is_interrupted = True
         if self._task is not None:
             self._task.cancel()
-        elif not self.ended.done():  # interrupted before it was started
-            self.ended.set_exception(asyncio.CancelledError())
+        elif not self.ended.done():  # before it was started
+            self._set_cancelled()
 
     def forsake(self) -> None:
         """Let go of a task that goes no further, for this process was forked from that of its loop."""
@@ -73,7 +81,7 @@ class _Visit(Generic[T]):
             return answer.result()
         except BaseException:
             if not answer.done():
-                self._loop.call_soon_threadsafe(self._cancel)
+                self._loop.call_soon_threadsafe(self._interrupt)
                 self.ended.exception()
             raise
         finally:
@@ -94,6 +102,7 @@ class Source:
         self._relay = Relay(chunks)
         self._questions: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._made: tuple[Any, BaseException | None] | None = None
+        self._is_at_end = False
         self._over = False
 
     def ask(self, answer: Answer | None) -> None:
@@ -109,6 +118,7 @@ class Source:
             async with aclosing(self._chunks):
                 while (answer := await self._next_question()) is not None:
                     made, self._made = self._made or await _attempt(anext(self._relay)), None
+                    self._is_at_end = made[0] is END or made[1] is not None
                     _answer(answer, *made)
                     over = isinstance(made[1], asyncio.CancelledError)
                     del made  # the error's traceback may hold this frame
@@ -125,6 +135,8 @@ class Source:
             try:
                 return await self._questions.get()
             except asyncio.CancelledError as error:
+                if self._is_at_end:
+                    raise
                 # A timeout or a task group in the generator has cancelled the task: it hears of it at its yield.
                 self._made = await _attempt(self._chunks.athrow(error))
                 if isinstance(self._made[1], asyncio.CancelledError):

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from asyncify import Dual, Limiter, bridge, concurrency
-from asyncify.background import BackgroundLoop
+from asyncify.background import BackgroundLoop, Source
 from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool
 from tests.crowd import until
 
@@ -1391,6 +1392,42 @@ def test_an_interrupt_cancels_the_async_generator(loop):
         next(seen)
 
     assert events == ["cleaned up"]
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("at_end", [False, True])
+def test_an_interrupt_during_a_step_that_computes_is_an_interrupt(loop, *, at_end):
+    """The generator hears of it behind that step, or not any more, and no other error takes its place."""
+
+    async def chunks() -> AsyncIterator[int]:
+        if at_end:
+            yield 1
+        interrupt()
+        time.sleep(0.1)  # noqa: ASYNC251  (this is what computes)
+        if not at_end:
+            yield 1
+
+    with pytest.raises(KeyboardInterrupt), stream(loop, chunks()) as seen:
+        list(seen)
+
+
+def test_a_source_that_has_come_to_its_end_can_be_cancelled(loop):
+    """There is no generator any more that could hear of it."""
+
+    async def chunks() -> AsyncGenerator[int]:
+        yield 1
+
+    async def serve() -> bool:
+        source = Source(chunks())
+        serving = asyncio.ensure_future(source.serve())
+        for _ in range(2):
+            source.ask(answer := asyncio.get_running_loop().create_future())
+            await answer
+        serving.cancel()
+        await asyncio.wait([serving], timeout=SECONDS)
+        return serving.cancelled()
+
+    assert run(loop, serve)
 
 
 def test_an_error_of_the_consumer_that_looks_like_the_end(loop):
