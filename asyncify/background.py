@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from asyncify.forks import at_fork
+from asyncify.forks import at_fork, check_not_ending
 from asyncify.relay import Relay
 from asyncify.scopes import CancelScope
 
@@ -217,7 +217,7 @@ class BackgroundLoop:
         """
         visit = _Visit(self._free(), call, context)
         try:
-            return visit.wait(visit.ended)
+            return cast("T", visit.wait(visit.ended))
         finally:
             del visit  # the error's traceback holds this frame
 
@@ -289,6 +289,7 @@ class BackgroundLoop:
         return self._loop or self._started()
 
     def _started(self) -> asyncio.AbstractEventLoop:
+        check_not_ending()
         with self._lock:
             if self._loop is None:
                 started: Future[asyncio.AbstractEventLoop] = Future()

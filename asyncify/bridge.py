@@ -21,7 +21,7 @@ from inspect import iscoroutine
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from asyncify.forks import at_fork
+from asyncify.forks import at_fork, check_not_ending, in_worker
 
 __all__ = ["DEFAULT_THREADS", "Ended", "ThreadPool", "call_guarded"]
 
@@ -67,6 +67,7 @@ class _Stock:
 
     def start(self, job: Callable[[], None]) -> None:
         """Run `job`, which must not raise, on an idle thread, or on a new one."""
+        check_not_ending()
         with self._lock:
             worker = self._idle.pop() if self._idle else None
         if worker is not None:
@@ -311,6 +312,13 @@ def _forget_calls() -> None:
 
 
 at_fork(after_in_child=_forget_calls)
+
+
+def _forget_pools() -> None:
+    _inside.set(())
+
+
+in_worker(_forget_pools)
 
 
 def _nothing(error: BaseException | None) -> None:

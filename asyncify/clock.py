@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from asyncify.forks import at_fork
+from asyncify.forks import at_fork, check_not_ending
 
 __all__ = ["Clock", "MonotonicClock", "Timer", "monotonic_clock"]
 
@@ -76,6 +76,7 @@ class MonotonicClock:
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
         """Run `callback` on the timer thread at `when`; it must be short and must not raise."""
+        check_not_ending()
         timer = Timer(when, callback)
         with self._lock:
             if len(self._timers) >= self._sweep_at:

@@ -1,15 +1,42 @@
-"""What a forked child has to make anew; where no process forks, as on Windows, there is nothing to do."""
+"""The beginning of a forked process and the end of any: what has to be made anew, and what can't be made any more."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from multiprocessing import util
 
-__all__ = ["at_fork"]
+__all__ = ["at_fork", "check_not_ending", "in_worker"]
 
 
 def at_fork(**callbacks: Callable[[], object]) -> None:
-    """Do what `os.register_at_fork` does, where there is one: `before`, `after_in_parent`, `after_in_child`."""
+    """Do what `os.register_at_fork` does, where there is one (not on Windows).
+
+    The callbacks are `before`, `after_in_parent` and `after_in_child`.
+    """
     register: Callable[..., None] | None = getattr(os, "register_at_fork", None)
     if register is not None:
         register(**callbacks)
+
+
+def in_worker(callback: Callable[[], object]) -> None:
+    """Do this in each process that `multiprocessing` forks, a pool's workers among others, after what `at_fork` does.
+
+    Unlike a child of `os.fork` it never comes back to what the forking thread is in the middle of.
+    """
+    util.register_after_fork(callback, _call)  # which keeps it only as long as somebody else does
+
+
+def _call(callback: Callable[[], object]) -> None:
+    callback()
+
+
+def check_not_ending() -> None:
+    """Check that a thread can do something still, in a finalizer say.
+
+    Raises:
+        RuntimeError: the interpreter ends, and its threads are frozen. Python says the same from 3.12 on.
+    """
+    if sys.is_finalizing():
+        raise RuntimeError("can't create new thread at interpreter shutdown")

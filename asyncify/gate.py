@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import BoundArguments, Parameter, Signature
@@ -53,7 +54,7 @@ class KeyedLimiter:
 
     def after_fork(self) -> None:
         """Make a lock that no thread of the parent holds."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may come here in the middle of what is done under it
 
     def enter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
         """Wait in this thread at the limiter of a key."""
@@ -90,10 +91,12 @@ class KeyedLimiter:
         """Look at the two that were used longest ago: so a call pays little, and idle ones do not pile up."""
         for _ in range(2):
             key, limiter = next(iter(self._recent.items()))
-            if len(self._recent) > 1 and limiter.is_idle():
-                del self._recent[key]
-            else:
-                self._recent.move_to_end(key)  # or a busy one would keep all others from being looked at
+            is_idle = len(self._recent) > 1 and limiter.is_idle()
+            with suppress(KeyError):  # a finalizer has had it forgotten meanwhile
+                if is_idle:
+                    del self._recent[key]
+                else:
+                    self._recent.move_to_end(key)  # or a busy one would keep all others from being looked at
 
     def __len__(self) -> int:
         """Return how many keys are remembered."""

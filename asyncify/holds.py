@@ -25,6 +25,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar, Token
 from typing import Any, ClassVar, Self, cast
 
+from asyncify.forks import in_worker
 from asyncify.permits import Issuer, Permit, get_innermost, innermost, permits
 
 __all__ = [
@@ -61,7 +62,8 @@ def _held_by_this_context() -> list[Permit]:
     """Return the permits that were entered in this very context or handed over to it."""
     held: list[Permit] = []
     for permit in permits():
-        if isinstance(permit, Standstill) or not _is_own(innermost, permit.token):
+        token = getattr(permit, "token", None)  # an interrupt may have come before it was kept
+        if isinstance(permit, Standstill) or token is None or not _is_own(innermost, token):
             break
         held.append(permit)
     for permit in reversed(held):
@@ -336,3 +338,11 @@ def _is_own(variable: ContextVar[Any], token: Token[Any]) -> bool:
     except (ValueError, RuntimeError):
         return False
     return True
+
+
+def _forget_waits() -> None:
+    _link.set(None)
+    _steps.set(None)
+
+
+in_worker(_forget_waits)

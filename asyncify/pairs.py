@@ -20,6 +20,7 @@ from typing import Any
 from asyncify.blocks import Block
 from asyncify.entries import Entries, Kind, make_entries
 from asyncify.errors import NameTakenError, PairNotFoundError
+from asyncify.forks import at_fork
 from asyncify.relay import Relay
 from asyncify.runnable import AnyDual, in_its_class, is_pair
 from asyncify.signatures import Shape, code_of, describe, is_async, is_generator, signature_of, without_partials
@@ -419,3 +420,6 @@ def _is_named(fn: Function) -> bool:
 
 registry: Registry = Registry()
 """The registry that `dual` and `concurrency` register with."""
+
+# Whatever thread it is that changes it: a child has no thread that could let go of the lock.
+at_fork(before=registry._lock.acquire, after_in_parent=registry._lock.release, after_in_child=registry._lock.release)

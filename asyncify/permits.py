@@ -125,7 +125,7 @@ class Permit:
         """Do the same, where this context is known to run under it."""
         try:
             innermost.reset(self.token)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, AttributeError):  # the last if an interrupt came before it was kept
             innermost.set(self.outer)
         if not self.ended:  # `end()`, without a call
             self.ended = True
@@ -144,7 +144,7 @@ class Permit:
         if innermost.get() is self:
             try:
                 innermost.reset(self.token)
-            except (ValueError, RuntimeError):
+            except (ValueError, RuntimeError, AttributeError):
                 innermost.set(self.outer)
 
     def end(self, error: BaseException | None = None) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
+from asyncify.forks import in_worker
+
 __all__ = ["CancelScope", "get_scope"]
 
 
@@ -76,3 +78,10 @@ current_scope: ContextVar[CancelScope | None] = ContextVar("asyncify_scope", def
 """The innermost scope that this context runs in."""
 
 get_scope: Callable[[], CancelScope | None] = current_scope.get
+
+
+def _forget_scopes() -> None:
+    current_scope.set(None)
+
+
+in_worker(_forget_scopes)

@@ -26,7 +26,7 @@ from asyncify.arguments import check_cost, check_positive, shown
 from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
 from asyncify.errors import DeadlockError, LimitTimeout
-from asyncify.forks import at_fork
+from asyncify.forks import at_fork, in_worker
 from asyncify.holds import Standstill, held_by_this_task, held_by_this_thread, loose
 from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter
@@ -653,3 +653,11 @@ def _after_fork() -> None:
 
 
 at_fork(after_in_child=_after_fork)
+
+
+def _forget_calls() -> None:
+    set_innermost(None)
+    _after_fork()
+
+
+in_worker(_forget_calls)

@@ -65,6 +65,21 @@ class TestKeys:
         held.leave()
         await pass_through(gate, path, "a2")
 
+    def test_a_finalizer_may_look_up_a_key_in_the_middle_of_a_look_up(self) -> None:
+        """It runs in the thread that does so, which does not wait for itself."""
+        keyed = KeyedLimiter(lambda key: key, limit=1)
+        found: list[Limiter] = []
+
+        def look_up_twice() -> None:
+            with keyed._lock:
+                found.append(keyed["a"])
+
+        thread = threading.Thread(target=look_up_twice, daemon=True)
+        thread.start()
+        thread.join(10)
+
+        assert found == [keyed["a"]]
+
     def test_idle_keys_are_forgotten(self) -> None:
         """A hundred thousand keys leave a handful in memory."""
         keyed = KeyedLimiter(lambda key: key, limit=1)

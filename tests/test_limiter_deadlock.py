@@ -12,7 +12,7 @@ from asyncify import turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
-from asyncify.permits import Permit
+from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
 from tests.crowd import SAFETY_NET, until, wait_until
 
@@ -384,3 +384,21 @@ class TestDeadlock:
         clock.advance(0.1)
 
         (await waiting).leave()
+
+
+async def test_an_interrupt_before_a_call_is_known_by_its_context_costs_no_other_limiter() -> None:
+    """A call without a token is no proof of anything, and leaves its context as any does."""
+    limiter, other = Limiter(limit=1), Limiter(limit=1)
+    permit = limiter.enter()
+    del permit.token  # as if the interrupt had come just before it was kept
+
+    async def wait() -> None:
+        async with other:
+            await asyncio.sleep(0)
+
+    async with asyncio.timeout(SAFETY_NET):
+        await asyncio.gather(wait(), wait(), wait())
+    permit.leave()
+
+    assert get_innermost() is None
+    assert limiter.stats().in_flight == other.stats().in_flight == 0

@@ -146,6 +146,26 @@ in_child(check)
 """
         assert run_program(FORK + program) == "child 0\n"
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+    def test_a_worker_forked_within_a_call_is_outside_of_it(self) -> None:
+        """A pool forks its workers at its first call, often within another; they never come back to that one."""
+        program = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+from asyncify import Limiter, concurrency
+api = Limiter(limit=1)
+@concurrency(limiter=api)
+def fetch(value): return 2 * value
+@concurrency(limiter=api)
+async def afetch(value): return 2 * value
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as workers:
+        with api:
+            first = workers.submit(abs, -1)
+        print(first.result(), [workers.submit(pair.batch, [1, 2]).result(20) for pair in (fetch, afetch)], api)
+"""
+        assert run_program(program) == "1 [[2, 4], [2, 4]] <Limiter 0/1 in flight, 0 waiting>\n"
+
 
 class TestLoops:
     def test_run_again_and_again(self) -> None:
@@ -309,6 +329,28 @@ while limiter.stats().waiting < 2:
 print("end")
 """
         assert run_program(program) == "end\n"
+
+    @pytest.mark.parametrize("way", ["close.batch([1, 2])", "bridged.invoke(1)", "[paced.acquire() for _ in range(3)]"])
+    def test_a_finalizer_at_the_very_end_is_told_that_no_thread_runs_any_more(self, way: str) -> None:
+        """And does not wait for one for ever, be it a new thread or one that was there."""
+        program = f"""
+from asyncify import Limiter, dual
+close = dual(lambda value: value, name="close")
+async def abridged(value): return value
+bridged = dual(abridged)
+paced = Limiter(per_second=100)
+close.batch([1, 2])
+bridged.invoke(1)
+paced.acquire()
+class Client:
+    def __del__(self):
+        try:
+            {way}
+        except RuntimeError as error:
+            print(error)
+client = Client()
+"""
+        assert run_program(program) == "can't create new thread at interpreter shutdown\n"
 
 
 def finalize_at_line(number: int, act: Callable[[], Any], finalizer: Callable[[], Any]) -> bool:

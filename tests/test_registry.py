@@ -4,9 +4,12 @@ import functools
 import gc
 import importlib
 import linecache
+import os
 import runpy
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -334,3 +337,26 @@ def test_what_is_no_name_is_told(name: Any) -> None:
     """A pair above all, which a registry is not asked for by itself."""
     with pytest.raises(TypeError, match=r"^a pair is found by its name, a string, and not by "):
         registry[name]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+def test_a_forked_child_finds_the_registry_free() -> None:
+    """Whatever another thread was in the middle of: the fork waits for that."""
+    is_held = threading.Event()
+
+    def change() -> None:
+        with registry._lock:
+            is_held.set()
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # which ends it
+        os._exit("nobody" in registry)
+    _, status = os.waitpid(child, 0)
+    thread.join()
+
+    assert os.waitstatus_to_exitcode(status) == 0
