@@ -6,34 +6,40 @@ ended, which for a thread may be after its caller has given up.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Executor
 from contextlib import aclosing, closing
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from inspect import iscoroutine
 from typing import Any, Literal, cast
 
 from asyncify.background import END, background
-from asyncify.bridge import DEFAULT_THREADS, ThreadPool, call_guarded
+from asyncify.bridge import DEFAULT_THREADS, ThreadPool
+from asyncify.delegated import delegated
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
-from asyncify.executors import Outcome, Parcel, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import FREE_PASS, Gate, Pass
-from asyncify.holds import Link, held_by_this_task
+from asyncify.handover import (
+    aasked,
+    achunks_linked,
+    asked,
+    call_linked,
+    chunks_linked,
+    run_in_background,
+    waited_for_by_task,
+)
+from asyncify.holds import Link
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held
 
-__all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries", "run_in_background"]
+__all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
 
 Bridge = Literal["thread", "error"] | Executor
 Kind = Literal["native", "bridged", "missing"]
 Function = Callable[..., Any]
-Submit = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Future[Any], Link | None]]
-"""Has a call made, and returns its future and the link to it of what the waiting task holds, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +213,7 @@ def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
         context, link = background.context_of_waiter(), Link()
         context.run(link.begin)
-        return _asked(link, background.stream(_achunks_linked(link, side.run(*args, **kwargs)), context))
+        return asked(link, background.stream(achunks_linked(link, side.run(*args, **kwargs)), context))
 
     if bridge == "error":
         return replace(side, run=_refuse(side.fn), kind="missing")
@@ -220,7 +226,7 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
     if bridge == "error":
         return replace(side, run=_arefuse(side.fn, side.shape), kind="missing")
     if isinstance(bridge, Executor):
-        return replace(side, run=_delegated(side.fn, side.shape, gate, bridge), kind="bridged")
+        return replace(side, run=delegated(side.fn, side.shape, gate, bridge), kind="bridged")
 
     def threads() -> int | None:
         return None if gate is not None and gate.limiter.bounds_calls else DEFAULT_THREADS  # a limit may be resized
@@ -234,11 +240,11 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
         permit: Pass = FREE_PASS if gate is None else await gate.aenter(args, kwargs)
         permit.step_out()
         work = partial(_under, permit, partial(fn, *args, **kwargs))
-        context, link = _waited_for_by_task()
+        context, link = waited_for_by_task()
         if link is None:
             return await pool.call(work, permit.end, context)
         try:
-            return await pool.call(partial(_call_linked, link, work), permit.end, context)
+            return await pool.call(partial(call_linked, link, work), permit.end, context)
         finally:
             link.leave()
 
@@ -248,109 +254,16 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
         permit.step_out()
         context, link = copy_context(), Link()
         context.run(link.begin)
-        threaded = pool.stream(_chunks_linked(link, _chunks_under(permit, chunks)), permit.end, context)
+        threaded = pool.stream(chunks_linked(link, _chunks_under(permit, chunks)), permit.end, context)
         relay: Relay[Any] = Relay(threaded)
         try:
-            while (chunk := await _aasked(link, anext(relay, END))) is not END:
+            while (chunk := await aasked(link, anext(relay, END))) is not END:
                 with relay:
                     yield chunk
         finally:
-            await _aasked(link, threaded.aclose())
+            await aasked(link, threaded.aclose())
 
     return stream if shape.is_generator else run
-
-
-def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
-    """Await what `call` makes on the background loop, and wait for it in this thread."""
-    context, link = _waited_for_by_thread()
-    return background.run(call if link is None else partial(_acall_linked, link, call), context)
-
-
-def _waited_for_by_thread() -> tuple[Context, Link | None]:
-    """Return the context for a coroutine that this thread waits for, and the link to it of what this thread holds."""
-    context, link = background.context_of_waiter(), Link()
-    link.hold_up_this_thread()
-    return context, link.lead_to(context)
-
-
-def _waited_for_by_task() -> tuple[Context, Link | None]:
-    """Return the context for a thread that this task waits for, and the link to it of what this task holds."""
-    context = copy_context()
-    return context, Link(held_by_this_task()).lead_to(context)
-
-
-def _call_linked(link: Link, work: Callable[[], Any]) -> Any:
-    try:
-        with link:
-            return work()
-    finally:
-        link.end()
-
-
-async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
-    try:
-        with link:
-            return await call()
-    finally:
-        link.end()
-
-
-def _chunks_linked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Yield the chunks; the reader may wait while one is made, and while they are closed, and not in between."""
-    try:
-        while True:
-            with link:
-                chunk = next(chunks, END)
-            if chunk is END:
-                return
-            yield chunk
-    finally:
-        with link:
-            chunks.close()
-        link.end()
-
-
-async def _achunks_linked(link: Link, chunks: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-    """Yield the chunks; the reader may wait while one is made, and while they are closed, and not in between."""
-    relay: Relay[Any] = Relay(chunks)
-    try:
-        while True:
-            with link:
-                chunk = await anext(relay, END)
-            if chunk is END:
-                return
-            with relay:
-                yield chunk
-    finally:
-        with link:
-            await chunks.aclose()
-        link.end()
-
-
-def _asked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Yield the chunks that another thread makes; whoever asks for one waits with what it holds."""
-
-    def ask(step: Callable[[], Any]) -> Any:
-        link.hold_up_this_thread()
-        try:
-            return step()
-        finally:
-            link.leave()
-
-    try:
-        while (chunk := ask(partial(next, chunks, END))) is not END:
-            yield chunk
-    finally:
-        ask(chunks.close)
-
-
-async def _aasked(link: Link, step: Awaitable[Any]) -> Any:
-    """Await what another thread does; this task waits with what it holds."""
-    link.held = held_by_this_task()
-    try:
-        return await step
-    finally:
-        link.leave()
 
 
 def _under(permit: Pass, work: Callable[[], Any]) -> Any:
@@ -364,129 +277,6 @@ def _under(permit: Pass, work: Callable[[], Any]) -> Any:
 def _chunks_under(permit: Pass, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
     permit.move_to_this_thread()
     return (yield from chunks)
-
-
-def _delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor) -> Function:
-    """Run a function by somebody's executor; one of threads gets the caller's context, no other can."""
-    if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
-        return _submitting(partial(_submit_to_threads, executor, fn), partial(_receive, fn, executor), gate)
-    check_sendable(fn, shape, executor)
-    return _submitting(_sender(fn, shape, executor), partial(_unpack, fn, executor), gate)
-
-
-def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]], gate: Gate | None) -> Function:
-    async def run(*args: Any, **kwargs: Any) -> Any:
-        permit: Pass = FREE_PASS if gate is None else await gate.aenter(args, kwargs)
-        try:
-            future, link = submit(args, kwargs)
-        except BaseException as error:
-            permit.leave(error)
-            raise
-        permit.step_out()
-        future.add_done_callback(partial(_end, permit))
-        try:
-            result = await receive(future)
-        except BaseException as error:
-            # A call that still runs keeps another error than this one, whose traceback holds what it was called with.
-            kept = error if future.done() else asyncio.CancelledError()
-            future.add_done_callback(partial(_end_with, permit, kept))
-            raise
-        finally:
-            if link is not None:
-                link.leave()
-        permit.end()
-        return result
-
-    return run
-
-
-def _submit_to_threads(
-    executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Future[Any], Link | None]:
-    context, link = _waited_for_by_task()
-    work: Callable[[], Any] = partial(fn, *args, **kwargs)
-    if link is not None:
-        work = partial(_call_linked, link, work)
-    try:
-        return executor.submit(context.run, call_guarded, work), link
-    except Exception as error:
-        raise refusal(fn, executor, error) from error
-
-
-async def _receive(fn: Function, executor: Executor, future: Future[Any]) -> Any:
-    try:
-        result = await _of_executor(fn, executor, future)
-    except BaseException:
-        future.add_done_callback(_close_unawaited)
-        raise
-    return await result if iscoroutine(result) else result
-
-
-def _close_unawaited(future: Future[Any]) -> None:
-    """Close the coroutine that a thread has given to a call which was given up meanwhile."""
-    if not future.cancelled() and future.exception() is None and iscoroutine(made := future.result()):
-        made.close()
-
-
-async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) -> Any:
-    """Wait for a future; if it was cancelled and this task was not, the executor has dropped the call."""
-    try:
-        return await asyncio.wrap_future(future)
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if future.cancelled() and task is not None and not task.cancelling():
-            raise refusal(fn, executor, CancelledError("it was dropped")) from error
-        raise
-
-
-def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
-    """Return what sends a call of a function to another process."""
-    ticket = cache(partial(ticket_for, fn, executor))  # asked by a call, when the pair's name leads to its function
-    by_code = not isinstance(executor, ProcessPoolExecutor)  # which pickles a function by its name
-
-    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], None]:
-        if shape.takes_config and "config" in kwargs:
-            kwargs = {**kwargs, "config": portable_config(kwargs["config"])}
-        try:
-            return executor.submit(Parcel(ticket() or fn, args, kwargs, by_code=by_code)), None
-        except Exception as error:
-            raise refusal(fn, executor, error) from error
-
-    return submit
-
-
-async def _unpack(fn: Function, executor: Executor, future: Future[Outcome]) -> Any:
-    try:
-        outcome = await _of_executor(fn, executor, future)
-    except BridgeError:  # it was dropped, and says so itself
-        raise
-    except Exception as error:
-        raise refusal(fn, executor, error) from error
-    if (failure := outcome.error) is not None:
-        raise failure
-    try:
-        return outcome.result
-    except Exception as error:
-        raise BridgeError(
-            f"{describe(fn)}: what it returned in its process can't be read here ({type(error).__name__}: {error}); "
-            "let it return plain data"
-        ) from error
-
-
-def _end(permit: Pass, future: Future[Any]) -> None:
-    if future.cancelled():
-        permit.end()
-    elif (error := future.exception()) is not None:
-        permit.end(error)
-    else:
-        outcome = future.result()
-        if not iscoroutine(outcome):  # it is awaited as part of the call
-            permit.end(outcome.error if isinstance(outcome, Outcome) else None)
-
-
-def _end_with(permit: Pass, error: BaseException, _: Future[Any]) -> None:
-    """End a call that has failed, or that its caller has left, once nothing of it runs."""
-    permit.end(error)
 
 
 def _refuse(fn: Function) -> Function:

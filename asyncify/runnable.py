@@ -25,10 +25,11 @@ from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.drive import subscribe
-from asyncify.entries import Bridge, Entries, Entry, make_entries, run_in_background
+from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.executors import SIDE, goes_as_code
 from asyncify.gate import Gate
+from asyncify.handover import run_in_background
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
 from asyncify.pipes import is_bounded

@@ -40,6 +40,7 @@ LEVELS = {
     "journal": 3,
     "loop_tasks": 3,
     "flow": 4,
+    "handover": 4,
     "lookout": 4,
     "streams": 4,
     "branches": 5,
@@ -47,22 +48,23 @@ LEVELS = {
     "limiter": 6,
     "pipes": 6,
     "gate": 7,
-    "entries": 8,
-    "paths": 9,
-    "runnable": 10,
-    "methods": 11,
-    "pairs": 11,
-    "decorators": 12,
-    "patch": 13,
-    "__init__": 14,
+    "delegated": 8,
+    "entries": 9,
+    "paths": 10,
+    "runnable": 11,
+    "methods": 12,
+    "pairs": 12,
+    "decorators": 13,
+    "patch": 14,
+    "__init__": 15,
     # the edge
-    "testing": 15,
-    "http": 15,
-    "shared": 15,
-    "metrics": 15,
-    "check": 15,
-    "pytest_plugin": 16,  # offers `testing` as fixtures
-    "cli": 16,  # offers `check` as a command
+    "testing": 16,
+    "http": 16,
+    "shared": 16,
+    "metrics": 16,
+    "check": 16,
+    "pytest_plugin": 17,  # offers `testing` as fixtures
+    "cli": 17,  # offers `check` as a command
 }
 
 
