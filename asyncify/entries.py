@@ -20,7 +20,7 @@ from asyncify.bridge import DEFAULT_THREADS, ThreadPool
 from asyncify.delegated import delegated
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
-from asyncify.gate import FREE_PASS, Gate, Pass
+from asyncify.gate import Gate
 from asyncify.handover import (
     aasked,
     achunks_linked,
@@ -31,6 +31,7 @@ from asyncify.handover import (
     waited_for_by_task,
 )
 from asyncify.holds import Link
+from asyncify.permits import FREE_PASS, Pass
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held

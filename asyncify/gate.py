@@ -2,234 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import BoundArguments, Parameter, Signature
-from typing import Any, Protocol
+from typing import Any
 
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.arguments import check_cost, check_positive
-from asyncify.background import BackgroundLoop
-from asyncify.forks import at_fork
+from asyncify.foreign import ForeignLimiter
+from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
-from asyncify.meter import Limits
-from asyncify.permits import Permit, permits
+from asyncify.permits import Pass
 from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input
 from asyncify.turnstile import check_affordable
 
-__all__ = ["FREE_PASS", "ForeignLimiter", "Gate", "KeyedLimiter", "Pass", "make_gate"]
+__all__ = ["Gate", "make_gate"]
 
 Function = Callable[..., Any]
-
-
-class KeyedLimiter:
-    """A limiter for each key: made on first use, forgotten when it is idle.
-
-    `keyed["tenant"]` is the limiter of one key, `len(keyed)` how many are remembered.
-    """
-
-    def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
-        self.limits: Limits = Limiter(**limits, name=name).limits  # bad arguments are told now, not at the first call
-        self.key = key
-        self.name = name
-        self._arguments = limits
-        self._mark = object()  # by which it knows its own, without a cycle
-        self.after_fork()
-        _keyed.add(self)
-        # Whoever is inside or waits keeps a limiter alive; `_recent` keeps those whose admissions still count.
-        self._alive: weakref.WeakValueDictionary[Hashable, Limiter] = weakref.WeakValueDictionary()
-        self._recent: OrderedDict[Hashable, Limiter] = OrderedDict()
-
-    bounds_calls = False
-    """There is a limit on the calls of a key, but none on their sum over all keys."""
-
-    def after_fork(self) -> None:
-        """Make a lock that no thread of the parent holds."""
-        self._lock = threading.RLock()  # a finalizer may come here in the middle of what is done under it
-
-    def enter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
-        """Wait in this thread at the limiter of a key."""
-        limiter = self[key]
-        permit = limiter.enter(cost, 1, timeout)
-        self._remember(key, limiter)
-        return permit
-
-    async def aenter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
-        """Wait in this task at the limiter of a key."""
-        limiter = self[key]
-        permit = await limiter.aenter(cost, 1, timeout)
-        self._remember(key, limiter)
-        return permit
-
-    def _remember(self, key: Hashable, limiter: Limiter) -> None:
-        """Keep a limiter that was forgotten as idle between being looked up and admitting."""
-        with self._lock:
-            self._recent.setdefault(key, limiter)
-
-    def __getitem__(self, key: Hashable) -> Limiter:
-        """Return the limiter of a key; make it if there is none."""
-        with self._lock:
-            limiter = self._alive.get(key)
-            if limiter is None:
-                limiter = self._alive[key] = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
-                limiter.made_by = self._mark
-            self._recent[key] = limiter
-            self._recent.move_to_end(key)
-            self._forget_idle()
-        return limiter
-
-    def _forget_idle(self) -> None:
-        """Look at the two that were used longest ago: so a call pays little, and idle ones do not pile up."""
-        for _ in range(2):
-            key, limiter = next(iter(self._recent.items()))
-            is_idle = len(self._recent) > 1 and limiter.is_idle()
-            with suppress(KeyError):  # a finalizer has had it forgotten meanwhile
-                if is_idle:
-                    del self._recent[key]
-                else:
-                    self._recent.move_to_end(key)  # or a busy one would keep all others from being looked at
-
-    def __len__(self) -> int:
-        """Return how many keys are remembered."""
-        return len(self._alive)
-
-    def record(self, actual: float) -> None:
-        """Correct, from inside a call, what it was estimated to cost."""
-        for permit in permits():
-            limiter = permit.issuer
-            if isinstance(limiter, Limiter) and limiter.made_by is self._mark:
-                limiter.record(actual)
-                return
-        raise RuntimeError(f"{self.name or 'keyed limiter'}: this context is not inside a call that it has admitted")
-
-    def state(self) -> str:
-        """Say how many keys are remembered."""
-        return f"{len(self)} keys"
-
-    def __repr__(self) -> str:
-        """Show how many keys are remembered: `<KeyedLimiter quotes 12 keys>`."""
-        name = f"{self.name} " if self.name else ""
-        return f"<KeyedLimiter {name}{self.state()}>"
-
-
-_keyed: weakref.WeakSet[KeyedLimiter] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for limiter in list(_keyed):
-        limiter.after_fork()
-
-
-at_fork(after_in_child=_after_fork)
-
-
-class _FreePass:
-    """What a foreign limiter grants, or none at all: there are no slots, so there is nothing to give back."""
-
-    __slots__ = ()
-
-    def leave(self, error: BaseException | None = None) -> None:
-        """Do nothing."""
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Do nothing."""
-
-    def step_out(self) -> None:
-        """Do nothing."""
-
-    def move_to_this_thread(self) -> None:
-        """Do nothing."""
-
-
-FREE_PASS = _FreePass()
-
-_waiting_loop = BackgroundLoop()
-"""Where the waiting for an `AsyncLimiter` is done. No call runs on it, so none can wait there for itself."""
-
-
-class ForeignLimiter:
-    """Somebody else's rate limiter, made to serve both paths and every event loop.
-
-    A LangChain `BaseRateLimiter` has both paths itself. An `aiolimiter.AsyncLimiter` belongs to the first event
-    loop that uses it, so all its waiting is done on one loop in the background.
-    """
-
-    bounds_calls = False
-
-    def __init__(self, limiter: AsyncLimiter | BaseRateLimiter) -> None:
-        if not isinstance(limiter, (AsyncLimiter, BaseRateLimiter)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"limiter={limiter!r} is no limiter; write limiter=Limiter(limit=10), or give an "
-                "aiolimiter.AsyncLimiter or a LangChain BaseRateLimiter"
-            )
-        self._limiter = limiter
-
-    def enter(self) -> _FreePass:
-        """Wait in this thread for the rate."""
-        if isinstance(self._limiter, AsyncLimiter):
-            acquired = asyncio.run_coroutine_threadsafe(self._limiter.acquire(), _waiting_loop.loop())
-            try:
-                acquired.result()
-            except BaseException:
-                acquired.cancel()
-                raise
-        else:
-            self._limiter.acquire()
-        return FREE_PASS
-
-    async def aenter(self) -> _FreePass:
-        """Wait in this task for the rate."""
-        if isinstance(self._limiter, AsyncLimiter):
-            acquired = asyncio.run_coroutine_threadsafe(self._limiter.acquire(), _waiting_loop.loop())
-            await asyncio.wrap_future(acquired)
-        else:
-            await self._limiter.aacquire()
-        return FREE_PASS
-
-    def __eq__(self, other: object) -> bool:
-        """Compare by whose it is: both sides of a pair may bring the same one along."""
-        return isinstance(other, ForeignLimiter) and other._limiter is self._limiter
-
-    def __hash__(self) -> int:
-        """Hash by whose it is."""
-        return id(self._limiter)
-
-    def state(self) -> str:
-        """Say whose it is."""
-        return f"limited by {type(self._limiter).__name__}"
-
-    def __repr__(self) -> str:
-        """Show whose it is: `<ForeignLimiter limited by AsyncLimiter>`."""
-        return f"<ForeignLimiter {self.state()}>"
-
-
-class Pass(Protocol):
-    """What a gate grants a call."""
-
-    def leave(self, error: BaseException | None = None) -> None:
-        """End the call, in the context that entered; `error` is what it raised."""
-        ...
-
-    def end(self, error: BaseException | None = None) -> None:
-        """End the call, from any thread and any context."""
-        ...
-
-    def step_out(self) -> None:
-        """Leave this context: the call goes on elsewhere, or is a generator at its yield."""
-        ...
-
-    def move_to_this_thread(self) -> None:
-        """Note that the call now runs in this thread and in this context."""
-        ...
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

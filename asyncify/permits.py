@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from asyncify.clock import Timer
 from asyncify.wakeups import Wakeups
 
-__all__ = ["Issuer", "Permit", "get_innermost", "innermost", "permits", "set_innermost"]
+__all__ = ["FREE_PASS", "Issuer", "Pass", "Permit", "get_innermost", "innermost", "permits", "set_innermost"]
 
 
 class Issuer(Protocol):
@@ -192,6 +192,47 @@ class Permit:
         """Note that the call now runs in this thread, in a context of its own."""
         self.thread = get_ident()
         self.begin()
+
+
+class Pass(Protocol):
+    """What a gate grants a call."""
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """End the call, in the context that entered; `error` is what it raised."""
+        ...
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the call, from any thread and any context."""
+        ...
+
+    def step_out(self) -> None:
+        """Leave this context: the call goes on elsewhere, or is a generator at its yield."""
+        ...
+
+    def move_to_this_thread(self) -> None:
+        """Note that the call now runs in this thread and in this context."""
+        ...
+
+
+class _FreePass:
+    """What a foreign limiter grants, or none at all: there are no slots, so there is nothing to give back."""
+
+    __slots__ = ()
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Do nothing."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Do nothing."""
+
+    def step_out(self) -> None:
+        """Do nothing."""
+
+    def move_to_this_thread(self) -> None:
+        """Do nothing."""
+
+
+FREE_PASS = _FreePass()
 
 
 def permits() -> Iterator[Permit]:

@@ -17,7 +17,9 @@ from asyncify import Dual, PairError, concurrency, dual
 from asyncify.adaptive import Adaptive
 from asyncify.background import background
 from asyncify.errors import LimitTimeout
-from asyncify.gate import ForeignLimiter, Gate, KeyedLimiter, make_gate
+from asyncify.foreign import ForeignLimiter
+from asyncify.gate import Gate, make_gate
+from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
 

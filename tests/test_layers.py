@@ -36,6 +36,7 @@ LEVELS = {
     "schemas": 2,
     "traps": 2,
     "batches": 3,
+    "foreign": 3,
     "holds": 3,
     "journal": 3,
     "loop_tasks": 3,
@@ -47,24 +48,25 @@ LEVELS = {
     "turnstile": 5,
     "limiter": 6,
     "pipes": 6,
-    "gate": 7,
-    "delegated": 8,
-    "entries": 9,
-    "paths": 10,
-    "runnable": 11,
-    "methods": 12,
-    "pairs": 12,
-    "decorators": 13,
-    "patch": 14,
-    "__init__": 15,
+    "keyed": 7,
+    "gate": 8,
+    "delegated": 9,
+    "entries": 10,
+    "paths": 11,
+    "runnable": 12,
+    "methods": 13,
+    "pairs": 13,
+    "decorators": 14,
+    "patch": 15,
+    "__init__": 16,
     # the edge
-    "testing": 16,
-    "http": 16,
-    "shared": 16,
-    "metrics": 16,
-    "check": 16,
-    "pytest_plugin": 17,  # offers `testing` as fixtures
-    "cli": 17,  # offers `check` as a command
+    "testing": 17,
+    "http": 17,
+    "shared": 17,
+    "metrics": 17,
+    "check": 17,
+    "pytest_plugin": 18,  # offers `testing` as fixtures
+    "cli": 18,  # offers `check` as a command
 }
 
 

@@ -37,7 +37,7 @@ def run_program(program: str) -> str:
 
 FORK = """
 import contextvars, os, threading, time
-from asyncify.gate import KeyedLimiter
+from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 
 def apart(call):
