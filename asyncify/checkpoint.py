@@ -11,7 +11,6 @@ thousand rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import sqlite3
@@ -30,7 +29,7 @@ from langchain_core.messages.base import TextAccessor
 
 from asyncify.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Codec", "Row", "fingerprint"]
+__all__ = ["Checkpoint", "Codec", "Row"]
 
 Codec = Literal["json", "pickle"]
 
@@ -50,8 +49,6 @@ _INSERTED_AT_ONCE = 100
 
 _LARGEST = 200_000_000
 """Characters or bytes of an output: SQLite keeps 1,000,000,000 bytes in a row, and a character may take four."""
-
-_DIGEST_LENGTH = 32
 
 _WAL_PAGES = 16_000
 """Pages of the write-ahead log before it is worked into the file: with SQLite's own 1,000 it waits for the disk
@@ -401,23 +398,15 @@ def _require_plain(value: object) -> None:
     """
     kind = type(value)
     if kind is list:
-        for item in _as_list(value):
+        for item in cast("list[object]", value):
             _require_plain(item)
     elif kind is dict:
-        for key, item in _as_dict(value).items():
+        for key, item in cast("dict[object, object]", value).items():
             if type(key) is not str:
                 raise TypeError(f"JSON has no key {key!r}")
             _require_plain(item)
     elif value is not None and kind not in (str, int, float, bool, TextAccessor):
         raise TypeError(f"JSON has no {kind.__name__}")
-
-
-def _as_list(value: Any) -> list[object]:
-    return value  # type: ignore[no-any-return]
-
-
-def _as_dict(value: Any) -> dict[object, object]:
-    return value  # type: ignore[no-any-return]
 
 
 def _to_pickle(output: object) -> bytes:
@@ -432,43 +421,3 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any], str
     "pickle": (_to_pickle, pickle.loads, "return what pickle gives back, such as plain data"),
 }
 """What writes an output, what reads it, and what to do where the former can't."""
-
-
-# LangChain's text of a message, which is what StrOutputParser returns, is a string that says so when it is called.
-_WRITTEN_AS_THEY_ARE = frozenset((str, TextAccessor, float, bool, bytes, type(None)))
-_LONG_BITS = 2000  # Python may refuse to write longer ones in decimal digits
-_SHORT_INT = 10**18
-
-
-def fingerprint(value: object) -> str:
-    """Return a text that is the same for equal inputs, in every process: a short input as it is written, or a digest.
-
-    Raises:
-        TypeError: the input is not made of strings, numbers, bools, None, bytes, lists, tuples and dicts.
-    """
-    if type(value) is int and -_SHORT_INT < value < _SHORT_INT:  # what `_canonical` would do, without a call
-        return repr(value)
-    written = _canonical(value)
-    if len(written) < _DIGEST_LENGTH:
-        return written
-    return hashlib.blake2b(written.encode(), digest_size=_DIGEST_LENGTH // 2).hexdigest()
-
-
-def _canonical(value: object) -> str:
-    """Write a value so that two of different type or content never look alike."""
-    kind = type(value)
-    if kind is int:
-        number = cast("int", value)
-        return repr(number) if number.bit_length() < _LONG_BITS else hex(number)
-    if kind in _WRITTEN_AS_THEY_ARE:
-        return ascii(value)  # `repr` depends on the characters that a version of Python knows
-    if kind is list or kind is tuple:
-        parts = ",".join(map(_canonical, _as_list(value)))
-        return f"[{parts}]" if kind is list else f"({parts})"
-    if kind is dict:
-        parts = ",".join(sorted(f"{_canonical(key)}:{_canonical(item)}" for key, item in _as_dict(value).items()))
-        return f"{{{parts}}}"
-    raise TypeError(
-        f"an input of type {kind.__name__} has no digest that is the same in every process; give key=, a function "
-        "that returns a string for an input, as in key=lambda document: document.id"
-    )

@@ -7,41 +7,24 @@ those that a checkpoint has and records the others, and a line gives the results
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import fields, is_dataclass
 from functools import partial
 from os import PathLike, fspath
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
-from langchain_core.runnables.base import (
-    Runnable,
-    RunnableBindingBase,
-    RunnableLambda,
-    RunnableParallel,
-    RunnableSequence,
-)
+from langchain_core.runnables.base import Runnable
 from langchain_core.runnables.config import RunnableConfig, get_config_list
-from pydantic import BaseModel
 
 from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.batches import Items, layers
 from asyncify.bridge import ThreadPool
-from asyncify.checkpoint import Checkpoint, Codec, fingerprint
+from asyncify.checkpoint import Checkpoint, Codec
 from asyncify.fanout import BlockingFan, Ended, Tasks, Threads, Width, outcome, raise_or_note
+from asyncify.fingerprints import work_of
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Report, reporting
@@ -262,7 +245,7 @@ class _Options:
         self.key = key
         self.open_checkpoint: Callable[[], Checkpoint] | None = None
         if checkpoint is not None:
-            self.open_checkpoint = partial(Checkpoint, checkpoint, _work_of(runnable), codec, has_key=key is not None)
+            self.open_checkpoint = partial(Checkpoint, checkpoint, work_of(runnable), codec, has_key=key is not None)
         self._inputs: Any = inputs
         self._asked_window = check_bound("window", window)
         config = _bounded(config, runnable)
@@ -485,78 +468,3 @@ def _bounded(config: RunnableConfig | None, runnable: object) -> RunnableConfig 
     configs: list[RunnableConfig] = [config or {}, *(binding.config for binding in layers(runnable)[:-1])]
     asked = next((bound for one in configs if (bound := one.get("max_concurrency")) is not None), None)
     return config if asked is None else {**(config or {}), "max_concurrency": asked}
-
-
-def _work_of(runnable: object) -> str:
-    """Name the work that a runnable does, so that a checkpoint can tell it from other work: all its parts, by name.
-
-    A binding looks like what it binds, whose attributes it hands on: so its class is asked, not its attributes.
-    """
-    its: Any = runnable
-    if isinstance(runnable, RunnableBindingBase):
-        return _work_of(its.bound) + _digests({**its.config.get("configurable", {}), **its.kwargs})
-    if isinstance(runnable, RunnableSequence):
-        return " | ".join(map(_work_of, its.steps))
-    if isinstance(runnable, RunnableParallel):
-        return "{" + ", ".join(f"{name}: {_work_of(branch)}" for name, branch in its.steps__.items()) + "}"
-    name: str = its.get_name()
-    if isinstance(runnable, RunnableLambda):
-        name += _digests(_fixed_in(its.func if hasattr(its, "func") else its.afunc))
-    parts = ", ".join(map(_work_of, _parts_of(its)))
-    return f"{name}({parts})" if parts else name
-
-
-def _fixed_in(fn: object) -> dict[str, object]:
-    """Return what a function has been given already: the arguments of a `partial`, the fields of a method's instance.
-
-    Other instances than of dataclasses and pydantic models do not say which of their attributes they are known by.
-    """
-    if isinstance(fn, partial):
-        given = {**{str(place): value for place, value in enumerate(fn.args)}, **fn.keywords}
-        return {**_fixed_in(fn.func), **given}
-    instance = getattr(fn, "__self__", None)
-    if isinstance(instance, BaseModel):
-        return dict(instance)
-    if is_dataclass(instance) and not isinstance(instance, type):
-        return {known.name: getattr(instance, known.name, None) for known in fields(instance)}
-    return {}
-
-
-def _digests(given: Mapping[str, object]) -> str:
-    """Write arguments by their digests."""
-    written = ", ".join(f"{name}={_digest(value)}" for name, value in sorted(given.items()))
-    return f"({written})" if written else ""
-
-
-def _parts_of(runnable: object) -> Iterator[Any]:
-    """Yield the runnables in the fields of another one: what is mapped, the fallbacks, the branches."""
-    kind: Any = type(runnable)
-    found: list[Any] = [getattr(runnable, field, None) for field in getattr(kind, "model_fields", ())]
-    found.reverse()  # the next is the last
-    seen: set[int] = set()  # containers: one may hold itself
-    while found:
-        value = found.pop()
-        if isinstance(value, Runnable):
-            yield value
-        elif (inside := _inside(value)) and id(value) not in seen:
-            seen.add(id(value))
-            found.extend(reversed(inside))
-
-
-def _inside(value: Any) -> list[Any]:
-    """Return what a container holds; of anything else nothing."""
-    held: list[Any] = []
-    if isinstance(value, dict):
-        held[:] = value.values()
-    elif isinstance(value, (list, tuple)):
-        held[:] = cast("Sequence[Any]", value)
-    return held
-
-
-def _digest(value: object) -> str:
-    """Return a digest of an argument, which may be a secret and is not to stand in a file; or else its type."""
-    try:
-        written = fingerprint(value)
-    except (TypeError, RecursionError):
-        return type(value).__name__
-    return hashlib.blake2b(written.encode(), digest_size=8).hexdigest()

@@ -11,9 +11,10 @@ from contextvars import Context
 from typing import Any, Self
 
 from asyncify.bridge import ThreadPool
-from asyncify.checkpoint import Checkpoint, Row, fingerprint
+from asyncify.checkpoint import Checkpoint, Row
 from asyncify.errors import CheckpointError
 from asyncify.fanout import Ended, until_ended
+from asyncify.fingerprints import fingerprint
 
 __all__ = ["Journal", "Key"]
 

@@ -32,7 +32,8 @@ from pydantic import BaseModel, ConfigDict
 from asyncify import CheckpointError, Dual, aeach, dual, each, flow
 from asyncify import checkpoint as checkpoint_module
 from asyncify.bridge import ThreadPool
-from asyncify.checkpoint import Checkpoint, fingerprint
+from asyncify.checkpoint import Checkpoint
+from asyncify.fingerprints import fingerprint, work_of
 from asyncify.journal import Journal
 from tests.crowd import until
 
@@ -944,11 +945,11 @@ theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
 )
 def test_a_file_of_work_with_other_parts_is_refused(path: Path, one: Any, other: Any) -> None:
     """Whatever a runnable is made of, its parts tell it from another of the same kind."""
-    Checkpoint(path, flow._work_of(one), "json").__exit__()
-    Checkpoint(path, flow._work_of(one), "json").__exit__()
+    Checkpoint(path, work_of(one), "json").__exit__()
+    Checkpoint(path, work_of(one), "json").__exit__()
 
     with pytest.raises(CheckpointError, match="this is"):
-        Checkpoint(path, flow._work_of(other), "json")
+        Checkpoint(path, work_of(other), "json")
 
 
 def test_a_file_of_another_codec_is_refused(path: Path) -> None:
@@ -1284,7 +1285,7 @@ def test_the_work_is_named_for_a_checkpoint_alone(tmp_path: Path, monkeypatch: p
     load = _Loader(data).load
 
     assert list(each(load, [0], checkpoint=tmp_path / "run.sqlite")) == [1]
-    monkeypatch.setattr(flow, "_work_of", None)
+    monkeypatch.setattr(flow, "work_of", None)
     assert list(each(load, [0])) == [1]
 
 
