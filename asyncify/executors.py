@@ -21,10 +21,10 @@ from functools import cached_property
 from typing import Any, cast
 
 from asyncify.errors import BridgeError, PairError
+from asyncify.sides import SYNC_SIDE
 from asyncify.signatures import Shape, describe
 
 __all__ = [
-    "SIDE",
     "Outcome",
     "Parcel",
     "Ticket",
@@ -39,10 +39,7 @@ Function = Callable[..., Any]
 
 _PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurrency")
 
-SIDE = "_asyncify_func"
-"""Where a pair keeps its sync side."""
-
-_WAYS = ("", f".{SIDE}", ".__wrapped__")
+_WAYS = ("", f".{SYNC_SIDE}", ".__wrapped__")
 """From what a name means to the function itself: it, the side of a pair, what a wrapper wraps."""
 
 

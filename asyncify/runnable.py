@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import copyreg
@@ -27,7 +26,7 @@ from typing_extensions import ParamSpec, TypeVar
 from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
-from asyncify.executors import SIDE, goes_as_code
+from asyncify.executors import goes_as_code
 from asyncify.gate import Gate
 from asyncify.handover import run_in_background
 from asyncify.limiter import Limiter
@@ -44,9 +43,13 @@ from asyncify.schemas import (
     tool_of,
     tool_schema,
 )
+from asyncify.sides import ASYNC_SIDE, SYNC_SIDE, Side
 from asyncify.signatures import (
+    MARKS,
     Shape,
     check_pair,
+    code_marks,
+    coroutine_marks,
     describe,
     has_empty_body,
     is_async,
@@ -81,56 +84,9 @@ Function = Callable[..., Any]
 Binding = Literal["instance", "class", "nothing"]
 
 
-def _coroutine_marks(fn: Function) -> dict[str, object]:
-    """Return the attributes by which frameworks tell a coroutine function, by `asyncio` or by `inspect`.
-
-    Before Python 3.12 the latter takes no mark, but looks at the code.
-    """
-    marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
-    if sys.version_info >= (3, 12):
-        return marks | vars(inspect.markcoroutinefunction(lambda: None))
-    return marks | _code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
-
-
-def _code_marks(written: Function) -> dict[str, object]:
-    """Return the attributes by which `inspect` takes an object for a function, and looks at its code."""
-    return {name: getattr(written, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")}
-
-
-_MARKS = frozenset(_coroutine_marks(lambda: None) | _code_marks(lambda: None))
-
-
 @final
 class Nothing:
     """To a checker, what no function returns: only `Any` passes for it, and the result of what never returns."""
-
-
-class _Side:
-    """A side of a pair, kept on it under a name that nobody else uses.
-
-    A class that decorates functions keeps its own in `func`, say, as LangGraph's `task` does, and then copies all that
-    the function keeps by `functools.update_wrapper`: it would run the side, without its limit.
-    """
-
-    def __init__(self, kept: str, colour: str) -> None:
-        self._kept = kept
-        self._missing = f"this pair has no {colour} function of its own"  # made once, as `hasattr` asks often
-
-    def __get__(self, pair: object, owner: type) -> Function:
-        try:
-            return cast("Function", vars(pair)[self._kept])
-        except (KeyError, TypeError):
-            raise AttributeError(self._missing) from None
-
-    def __set__(self, pair: object, side: Function) -> None:
-        vars(pair)[self._kept] = side
-
-    def __delete__(self, pair: object) -> None:
-        self.__get__(pair, type(pair))
-        del vars(pair)[self._kept]
-
-
-_ASYNC_SIDE = "_asyncify_afunc"
 
 
 class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
@@ -195,8 +151,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             ...
 
     if not TYPE_CHECKING:
-        func = _Side(SIDE, "sync")
-        afunc = _Side(_ASYNC_SIDE, "async")
+        func = Side(SYNC_SIDE, "sync")
+        afunc = Side(ASYNC_SIDE, "async")
 
         def __class_getitem__(cls, given: Any) -> Any:
             """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
@@ -303,12 +259,12 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             called_like=self.__wrapped__,
             warn=self._warn,
         )
-        for name in _MARKS:
+        for name in MARKS:
             vars(self).pop(name, None)
         called = self._entries.async_ if self._is_async_def else self._entries.sync
         yields = called.shape.is_generator
         if yields or self._is_async_def:
-            vars(self).update(_code_marks(plain(called.fn)) if yields else _coroutine_marks(self.__wrapped__))
+            vars(self).update(code_marks(plain(called.fn)) if yields else coroutine_marks(self.__wrapped__))
             vars(self).setdefault("__name__", self.get_name())  # of a partial: a function has a name
         self.set_fakes(self._fakes)
 
@@ -640,15 +596,15 @@ class _Bound(Dual[Any, Any]):
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
         self.__qualname__ = pair.__qualname__
         kept = vars(pair)
-        if SIDE in kept:
-            setattr(self, SIDE, MethodType(kept[SIDE], receiver))
-        if _ASYNC_SIDE in kept:
-            setattr(self, _ASYNC_SIDE, MethodType(kept[_ASYNC_SIDE], receiver))
+        if SYNC_SIDE in kept:
+            setattr(self, SYNC_SIDE, MethodType(kept[SYNC_SIDE], receiver))
+        if ASYNC_SIDE in kept:
+            setattr(self, ASYNC_SIDE, MethodType(kept[ASYNC_SIDE], receiver))
 
     def __getattr__(self, name: str) -> Any:
         """Find what is kept on the pair, by a subclass too; sides and most dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
-        is_own = name in (SIDE, _ASYNC_SIDE) or (name.startswith("__") and name not in _MARKS)
+        is_own = name in (SYNC_SIDE, ASYNC_SIDE) or (name.startswith("__") and name not in MARKS)
         if name in kept and not is_own:
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
@@ -763,10 +719,10 @@ def _bound_shape(shape: Shape) -> Shape:
     )
 
 
-_MADE_LATE = {"_entries", "_live", *_MARKS}
+_MADE_LATE = {"_entries", "_live", *MARKS}
 """Attributes of a pair that it has when it has been put together."""
 
-_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *_MARKS}
+_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *MARKS}
 """Attributes of a pair that are not pickled with it."""
 
 

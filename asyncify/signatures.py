@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import dis
 import functools
 import inspect
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
@@ -18,10 +20,13 @@ from asyncify.errors import PairError
 
 __all__ = [
     "INJECTED",
+    "MARKS",
     "Shape",
     "check_pair",
     "check_side",
+    "code_marks",
     "code_of",
+    "coroutine_marks",
     "describe",
     "has_empty_body",
     "is_async",
@@ -99,6 +104,26 @@ def describe(fn: Callable[..., Any]) -> str:
     name = f"{written.__module__}.{written.__qualname__}" if named else repr(fn)
     code = code_of(fn)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
+
+
+def coroutine_marks(fn: Callable[..., Any]) -> dict[str, object]:
+    """Return the attributes by which frameworks tell a coroutine function, by `asyncio` or by `inspect`.
+
+    Before Python 3.12 the latter takes no mark, but looks at the code.
+    """
+    marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
+    if sys.version_info >= (3, 12):
+        return marks | vars(inspect.markcoroutinefunction(lambda: None))
+    return marks | code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
+
+
+def code_marks(written: Callable[..., Any]) -> dict[str, object]:
+    """Return the attributes by which `inspect` takes an object for a function, and looks at its code."""
+    return {name: getattr(written, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")}
+
+
+MARKS = frozenset(coroutine_marks(lambda: None) | code_marks(lambda: None))
+"""The names of all of these."""
 
 
 def sole_input(fn: Callable[..., Any]) -> Parameter | None:

@@ -20,6 +20,7 @@ LEVELS = {
     "progress": 0,
     "relay": 0,
     "runs": 0,
+    "sides": 0,
     "wakeups": 0,
     "bridge": 1,
     "checkpoint": 1,
