@@ -20,8 +20,8 @@ from langchain_core.runnables.config import RunnableConfig, get_config_list
 
 from asyncify.arguments import check_bound
 from asyncify.background import background
-from asyncify.bridge import DEFAULT_THREADS
 from asyncify.fanout import Threads, aas_completed, agather, as_completed, gather, run_one
+from asyncify.pools import DEFAULT_THREADS
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
 

@@ -16,8 +16,8 @@ from typing import Any
 from langchain_core.utils.iter import safetee
 
 from asyncify.background import END, Source, background
-from asyncify.bridge import ThreadPool
 from asyncify.fanout import until_ended
+from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
 from asyncify.streams import closable
 

@@ -16,7 +16,6 @@ from inspect import iscoroutine
 from typing import Any, Literal, cast
 
 from asyncify.background import END, background
-from asyncify.bridge import DEFAULT_THREADS, ThreadPool
 from asyncify.delegated import delegated
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
@@ -32,6 +31,7 @@ from asyncify.handover import (
 )
 from asyncify.holds import Link
 from asyncify.permits import FREE_PASS, Pass
+from asyncify.pools import DEFAULT_THREADS, ThreadPool
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
 from asyncify.traps import telling_if_held

@@ -22,8 +22,8 @@ from itertools import islice
 from time import monotonic
 from typing import Any, Self
 
-from asyncify.bridge import ThreadPool
 from asyncify.joins import Join, Joining
+from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
 
 __all__ = [

@@ -21,12 +21,12 @@ from langchain_core.runnables.config import RunnableConfig, get_config_list
 from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.batches import Items, layers
-from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Codec
 from asyncify.fanout import BlockingFan, Ended, Tasks, Threads, Width, outcome, raise_or_note
 from asyncify.fingerprints import work_of
 from asyncify.journal import Journal, Key
 from asyncify.loop_tasks import LoopTasks
+from asyncify.pools import ThreadPool
 from asyncify.progress import Report, reporting
 from asyncify.signatures import is_async
 

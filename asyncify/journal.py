@@ -10,11 +10,11 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any, Self
 
-from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint, Row
 from asyncify.errors import CheckpointError
 from asyncify.fanout import Ended, until_ended
 from asyncify.fingerprints import fingerprint
+from asyncify.pools import ThreadPool
 
 __all__ = ["Journal", "Key"]
 

@@ -22,9 +22,9 @@ from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.batches import Batches, check_configs
 from asyncify.branches import amerge, merge
-from asyncify.bridge import ThreadPool
 from asyncify.fanout import until_ended
 from asyncify.joins import Join, Joining
+from asyncify.pools import ThreadPool
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed
 from asyncify.scopes import CancelScope

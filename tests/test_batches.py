@@ -23,7 +23,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
 
 from asyncify import Dual, UnboundedWarning, concurrency, dual, each, fanout, registry
-from asyncify.bridge import ThreadPool
+from asyncify.pools import ThreadPool
 from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
 
 PATHS = ["sync", "async"]

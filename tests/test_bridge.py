@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from asyncify import Dual, Limiter, bridge, concurrency
+from asyncify import Dual, Limiter, concurrency, pools
 from asyncify.background import BackgroundLoop, Source
-from asyncify.bridge import DEFAULT_THREADS, Ended, ThreadPool
+from asyncify.pools import DEFAULT_THREADS, OnEnd, ThreadPool
 from tests.crowd import until
 
 SECONDS = 30  # a safety net, never the measure of anything
@@ -50,12 +50,12 @@ def unnoticed(error: BaseException | None) -> None:
     """Take no note of an end."""
 
 
-async def acall(pool: ThreadPool, work: Callable[[], Any], ended: Ended = unnoticed) -> Any:
+async def acall(pool: ThreadPool, work: Callable[[], Any], ended: OnEnd = unnoticed) -> Any:
     """Call as an entry does."""
     return await pool.call(work, ended, copy_context())
 
 
-def astream(pool: ThreadPool, chunks: Any, ended: Ended = unnoticed) -> Any:
+def astream(pool: ThreadPool, chunks: Any, ended: OnEnd = unnoticed) -> Any:
     """Stream as an entry does."""
     return aclosing(pool.stream(chunks, ended, copy_context()))
 
@@ -436,7 +436,7 @@ async def test_when_the_system_has_no_thread_left_the_call_says_so(pool, monkeyp
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patched:
-        patched.setattr(bridge._stock, "start", refuse)
+        patched.setattr(pools._stock, "start", refuse)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 await acall(pool, nothing, lambda _: ended.append("ended"))
@@ -465,7 +465,7 @@ def test_submit_is_that_of_an_executor(pool):
 
 async def test_idle_threads_are_let_go(monkeypatch):
     """After a rush, the number of threads returns to where it was."""
-    monkeypatch.setattr(bridge, "_IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(pools, "_IDLE_SECONDS", 0.01)
     blocker = Blocker()
     rush = ThreadPool(None, "rush")
     calls = [asyncio.create_task(acall(rush, blocker)) for _ in range(50)]
@@ -485,7 +485,7 @@ async def test_a_thousand_pools_share_one_thread():
     threads = set()
     for number in range(1000):
         threads.add(await acall(ThreadPool(8, f"pair {number}"), threading.get_ident))
-        await until(lambda: bool(bridge._stock._idle))  # an answer may overtake its thread on the way back
+        await until(lambda: bool(pools._stock._idle))  # an answer may overtake its thread on the way back
 
     assert len(threads) < 100  # one; others where the stock held some of earlier tests
 
@@ -548,7 +548,7 @@ def test_a_forked_child_has_threads_of_its_own():
     printed = run_program("""
 import asyncio, os, threading
 from contextvars import copy_context
-from asyncify.bridge import Ended, ThreadPool
+from asyncify.pools import OnEnd, ThreadPool
 
 pool = ThreadPool(1, "pair")
 started, go = threading.Event(), threading.Event()
@@ -722,7 +722,7 @@ async def test_when_the_system_has_no_thread_left_a_stream_says_so(pool, monkeyp
     def refuse(job: Callable[[], None]) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(bridge._stock, "start", refuse)
+    monkeypatch.setattr(pools._stock, "start", refuse)
     async with astream(pool, count([]), lambda _: ended.append("ended")) as stream:
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await anext(stream)

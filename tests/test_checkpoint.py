@@ -31,10 +31,10 @@ from pydantic import BaseModel, ConfigDict
 
 from asyncify import CheckpointError, Dual, aeach, dual, each, flow
 from asyncify import checkpoint as checkpoint_module
-from asyncify.bridge import ThreadPool
 from asyncify.checkpoint import Checkpoint
 from asyncify.fingerprints import fingerprint, work_of
 from asyncify.journal import Journal
+from asyncify.pools import ThreadPool
 from tests.crowd import until
 
 Pair = Dual[Any, Any]

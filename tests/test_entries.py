@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from asyncify import BridgeError, DeadlockError, Limiter, bridge
-from asyncify.bridge import DEFAULT_THREADS
+from asyncify import BridgeError, DeadlockError, Limiter, pools
 from asyncify.entries import Bridge, Entries, make_entries
 from asyncify.gate import Gate
+from asyncify.pools import DEFAULT_THREADS
 from tests.crowd import until
 
 SECONDS = 30  # a safety net, never the measure of anything
@@ -321,7 +321,7 @@ async def test_full_bridges_leave_the_loops_own_threads_alone(stuck):
 
 async def test_a_thousand_bridged_pairs_leave_no_threads(monkeypatch):
     """1,000 pairs that were called all at once mean no thread when they have been idle: as many as there were."""
-    monkeypatch.setattr(bridge, "_IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(pools, "_IDLE_SECONDS", 0.01)
     before = set(threading.enumerate())
     runs = [entries((fetch, None)).async_.run for _ in range(1000)]
 

@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 from asyncify.forks import at_fork, check_not_ending, in_worker
 
-__all__ = ["DEFAULT_THREADS", "Ended", "ThreadPool", "call_guarded"]
+__all__ = ["DEFAULT_THREADS", "OnEnd", "ThreadPool", "call_guarded"]
 
 T = TypeVar("T")
 
-Ended = Callable[[BaseException | None], None]
-"""Is told that a call has ended, and with which error; told again, it does nothing."""
+OnEnd = Callable[[BaseException | None], None]
+"""What is called when a call has ended, with the error if it failed; called again, it does nothing."""
 
 DEFAULT_THREADS = 64
 """Threads for the calls of a pair that has no limit on its calls in flight."""
@@ -112,15 +112,15 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
 class _Call:
     """Work on a thread, and the task that waits for it.
 
-    `ended` is told when nothing of the work runs any more, nor ever will. After a cancellation that may be much later,
-    for a thread can't be stopped.
+    `on_end` is called when nothing of the work runs any more, nor ever will. After a cancellation that may be much
+    later, for a thread can't be stopped.
     """
 
-    __slots__ = ("_ended", "_loop", "_outcome", "_work")
+    __slots__ = ("_loop", "_on_end", "_outcome", "_work")
 
-    def __init__(self, work: Callable[[], Any], ended: Ended) -> None:
+    def __init__(self, work: Callable[[], Any], on_end: OnEnd) -> None:
         self._work = [work]  # taken by the thread, or by the task that gives up: whoever comes first
-        self._ended = ended
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Any] = self._loop.create_future()
 
@@ -136,13 +136,13 @@ class _Call:
 
     def _report(self, result: Any, error: BaseException | None) -> BaseException | None:
         if not iscoroutine(result):
-            self._ended(error)
+            self._on_end(error)
         try:
             self._loop.call_soon_threadsafe(self._settle, result, error)
         except RuntimeError:  # the loop is closed: nobody waits any more
             if iscoroutine(result):
                 result.close()
-            self._ended(error)
+            self._on_end(error)
         return error
 
     def _take(self) -> Callable[[], Any] | None:
@@ -155,7 +155,7 @@ class _Call:
         if self._outcome.cancelled():
             if iscoroutine(result):
                 result.close()  # nobody awaits it any more
-            self._ended(error)
+            self._on_end(error)
         elif error is not None:
             self._outcome.set_exception(error)
         else:
@@ -171,10 +171,10 @@ class _Call:
             with suppress(RuntimeError):  # of a loop that is closed; the outcome is cancelled all the same
                 self._outcome.cancel()  # whatever has ended the wait: a coroutine may also be closed
             if self._take() is not None or not self._outcome.cancelled():
-                self._ended(error)
+                self._on_end(error)
             raise
         else:
-            self._ended(None)
+            self._on_end(None)
             return result
         finally:
             del self  # the error's traceback holds this frame
@@ -222,33 +222,33 @@ class ThreadPool:
         self._start(partial(_fulfil, future, partial(fn, *args, **kwargs)))
         return future
 
-    async def call(self, work: Callable[[], Any], ended: Ended, context: Context) -> Any:
+    async def call(self, work: Callable[[], Any], on_end: OnEnd, context: Context) -> Any:
         """Run `work` on a thread, in this context, and wait for it in this task.
 
-        `ended` is told as soon as the work has ended, and in any case, whatever happens here.
+        `on_end` is called as soon as the work has ended, and in any case, whatever happens here.
         """
-        call = _Call(lambda: context.run(self._within, work), ended)
+        call = _Call(lambda: context.run(self._within, work), on_end)
         try:
             self._start(call.run)
         except BaseException as error:
-            ended(error)
+            on_end(error)
             raise
         try:
             return await call.wait()
         finally:
             del call  # the error's traceback holds this frame
 
-    async def stream(self, chunks: Generator[T, Any, Any], ended: Ended, context: Context) -> AsyncGenerator[T]:
+    async def stream(self, chunks: Generator[T, Any, Any], on_end: OnEnd, context: Context) -> AsyncGenerator[T]:
         """Yield what a generator yields, which lives in one thread from its first chunk to its end.
 
         Closed early, it closes the generator first; cancelled, it leaves that to the thread.
         """
         requests: SimpleQueue[_Call | None] = SimpleQueue()
-        source = _Source(chunks, ended)
+        source = _Source(chunks, on_end)
         try:
             self._start(partial(_serve, requests, source))
         except BaseException as error:
-            ended(error)
+            on_end(error)
             raise
 
         def ask(work: Callable[[], Any]) -> Awaitable[Any]:
@@ -328,11 +328,11 @@ def _nothing(error: BaseException | None) -> None:
 class _Source:
     """A generator that tells of its end once, and before its reader can know of it."""
 
-    __slots__ = ("_chunks", "_ended")
+    __slots__ = ("_chunks", "_on_end")
 
-    def __init__(self, chunks: Generator[Any, Any, Any], ended: Ended) -> None:
+    def __init__(self, chunks: Generator[Any, Any, Any], on_end: OnEnd) -> None:
         self._chunks = chunks
-        self._ended = ended
+        self._on_end = on_end
 
     def next(self) -> Any:
         try:
@@ -351,8 +351,8 @@ class _Source:
             self.tell(None)
 
     def tell(self, error: BaseException | None) -> None:
-        ended, self._ended = self._ended, _nothing
-        ended(error)
+        on_end, self._on_end = self._on_end, _nothing
+        on_end(error)
 
 
 def _serve(requests: SimpleQueue[_Call | None], source: _Source) -> None:
