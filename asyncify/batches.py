@@ -53,11 +53,12 @@ class Items:
         self._runnable = runnable
         self._configs = configs
         self._kwargs = kwargs
-        self._shared = configs[0] if config and configs else None
+        self._shared = configs[0] if config and configs else None  # None where there is no config at all
         self._ours = runnable if isinstance(runnable, Batches) and not is_reserved(kwargs) else None
         self._is_one_for_all = not isinstance(config, Sequence)
         unobserved = self._is_one_for_all and not observed(self._shared)
-        self._limited = layers(runnable)[-1]
+        self._limited = layers(runnable)[-1]  # under its bindings: what has the limit, if anything has
+        # The runnable, if it is ours and known now to need no run of LangChain's: on the sync path, on the async one.
         self._quiet = self._ours if unobserved and not self._needs_a_run(is_async=False) else None
         self._aquiet = self._ours if unobserved and not self._needs_a_run(is_async=True) else None
         asked = [check_bound("max_concurrency", each.get("max_concurrency")) for each in configs]
@@ -200,9 +201,10 @@ def layers(runnable: object) -> list[Any]:
 
 
 def _count(config: Configs, inputs: Sequence[Any]) -> int:
-    """Return how many configs a batch needs: a config for all differs only in its first, which has the run id.
+    """Return how many configs to ask LangChain for, which makes one for each input.
 
-    Of a list all are: it is as long as the inputs, or there are none.
+    Where one config serves all, two of them do for any number: the first, which alone keeps the run id, and another.
+    A list of configs is taken whole; without inputs it has no length to agree with but its own.
     """
     check_configs(config)
     return len(inputs) or len(config) if isinstance(config, Sequence) else min(max(len(inputs), 1), 2)

@@ -308,7 +308,7 @@ class Meter:
         return now
 
     def _longer_free_at(self, now: float, cost: float) -> float:
-        """Return when the windows that set no pace have room; waiting for them is no lateness of the pace."""
+        """Return when the windows that set no pace have room, and note it: no wait for them makes the pace late."""
         at = max(window.free_at(now, cost) for window in self._longer)
         if at > now:
             self._open_since = max(self._open_since, at)

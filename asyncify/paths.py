@@ -273,7 +273,8 @@ _RUN_BY: dict[str, tuple[str, Function]] = {
     "invoke": ("run_unobserved", _run_by_invoke),
     "ainvoke": ("start_unobserved", _start_by_ainvoke),
 }
-"""Methods, what a pipe and a batch call in their stead where nobody watches, and what that is when they are others."""
+"""By what a pipe and a batch go past `invoke` and `ainvoke` where nobody watches, and what takes its place once these
+are overridden, so that nobody goes past the override."""
 
 
 def _needs_a_run(entry: Entry) -> bool:

@@ -94,7 +94,9 @@ class Permit:
         self.outer = outer = innermost.get()
         self.thread: int = get_ident()  # in which it goes on; 0 if that is not known
         self.ended: bool = False
-        self.taken: bool = False  # by the end of a `with`, which may be somebody else's
+        # Whether a `with limiter` has ended it. That goes by the context, and may have been another call's: then this
+        # call, at its own end, gives the other's place back.
+        self.taken: bool = False
         if outer is not None:
             self.skip_ended()
 

@@ -296,6 +296,8 @@ def context_of(config: RunnableConfig) -> Context:
 
 
 class _Signed:
+    """A method that binds to an instance as a `_Bound`."""
+
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
         signature = inspect.signature(method)
@@ -306,6 +308,8 @@ class _Signed:
 
 
 class _Bound:
+    """A method of an instance with a `__signature__`, which a bound method of Python's own has to make each time."""
+
     __slots__ = ("__signature__", "_instance", "_method")
 
     def __init__(self, method: Callable[..., Any], instance: object, signature: inspect.Signature) -> None:
