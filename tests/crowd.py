@@ -3,31 +3,13 @@
 import asyncio
 import contextvars
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
-
-SAFETY_NET = 30  # seconds after which a wait that should have ended is a failure
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds that other threads or tasks bring about."""
-    async with asyncio.timeout(SAFETY_NET):
-        while not holds():  # noqa: ASYNC110  (other threads bring it about, which can't set an asyncio.Event)
-            await asyncio.sleep(0.0005)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds that other threads bring about."""
-    deadline = time.monotonic() + SAFETY_NET
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.waiting import SAFETY_NET, until
 
 
 class Call:

@@ -25,10 +25,10 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, e
 from asyncify import Dual, UnboundedWarning, concurrency, dual, each, fanout, registry
 from asyncify.pools import ThreadPool
 from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
+from tests.waiting import SAFETY_NET
 
 PATHS = ["sync", "async"]
 Pair = Dual[Any, Any]
-SAFETY_NET = 30  # seconds, for what must never be waited for
 
 
 def times_ten(value: int) -> int:

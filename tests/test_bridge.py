@@ -5,8 +5,6 @@ import contextlib
 import gc
 import inspect
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -21,9 +19,7 @@ import pytest
 from asyncify import Dual, Limiter, concurrency, pools
 from asyncify.background import BackgroundLoop, Source
 from asyncify.pools import DEFAULT_THREADS, OnEnd, ThreadPool
-from tests.crowd import until
-
-SECONDS = 30  # a safety net, never the measure of anything
+from tests.waiting import SAFETY_NET, run_program, until
 
 colour = ContextVar("colour", default="none")
 
@@ -60,19 +56,6 @@ def astream(pool: ThreadPool, chunks: Any, ended: OnEnd = unnoticed) -> Any:
     return aclosing(pool.stream(chunks, ended, copy_context()))
 
 
-def run_program(source: str, *arguments: str) -> str:
-    """Run a program of its own and return what it has printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
 @pytest.fixture
 def pool() -> ThreadPool:
     """Return a pool of two threads."""
@@ -104,14 +87,14 @@ class Blocker:
             self.inside += 1
             self.most = max(self.most, self.inside)
         self.started.release()
-        assert self.go.wait(SECONDS)
+        assert self.go.wait(SAFETY_NET)
         with self.lock:
             self.inside -= 1
         return "done"
 
     async def until_started(self, calls: int = 1) -> None:
         for _ in range(calls):
-            assert await asyncio.to_thread(self.started.acquire, timeout=SECONDS)
+            assert await asyncio.to_thread(self.started.acquire, timeout=SAFETY_NET)
 
 
 @pytest.fixture
@@ -314,7 +297,7 @@ def test_a_wait_that_is_dropped_leaves_the_thread_running(pool, blocker, is_loop
     blocker.go.set()
 
     assert still_running
-    assert ended.wait(SECONDS)
+    assert ended.wait(SAFETY_NET)
 
 
 async def test_a_call_cancelled_in_the_queue_never_runs(pool, blocker):
@@ -370,7 +353,7 @@ def test_a_loop_that_is_closed_while_the_thread_runs(pool, blocker):
     before = ended.is_set()
     blocker.go.set()
 
-    assert ended.wait(SECONDS)
+    assert ended.wait(SAFETY_NET)
     assert not before
 
 
@@ -392,7 +375,7 @@ def test_a_coroutine_that_comes_when_the_loop_is_closed_is_closed_too(pool, bloc
     asyncio.run(abandon())
     blocker.go.set()
 
-    assert ended.wait(SECONDS)
+    assert ended.wait(SAFETY_NET)
     assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
 
@@ -403,7 +386,7 @@ async def test_a_call_within_a_call_never_waits_for_a_thread():
     def outer() -> Any:
         return asyncio.run(acall(one, lambda: "inner"))
 
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(SAFETY_NET):
         assert await asyncio.gather(*(acall(one, outer) for _ in range(3))) == ["inner"] * 3
 
 
@@ -454,8 +437,8 @@ def test_submit_is_that_of_an_executor(pool):
     failed = pool.submit(lambda: 1 / 0)
     blocker.go.set()
 
-    assert [future.result(SECONDS) for future in busy] == ["done", "done"]
-    assert isinstance(failed.exception(SECONDS), ZeroDivisionError)
+    assert [future.result(SAFETY_NET) for future in busy] == ["done", "done"]
+    assert isinstance(failed.exception(SAFETY_NET), ZeroDivisionError)
     assert was_cancelled
     assert blocker.calls == 2
 
@@ -474,7 +457,7 @@ async def test_idle_threads_are_let_go(monkeypatch):
     blocker.go.set()
     await asyncio.gather(*calls)
     for thread in threads:
-        await asyncio.to_thread(thread.join, SECONDS)
+        await asyncio.to_thread(thread.join, SAFETY_NET)
 
     assert len(threads) == 51
     assert not any(thread.is_alive() for thread in threads)
@@ -511,7 +494,7 @@ async def test_the_default_pool_of_the_loop_is_left_alone(blocker):
     calls = [asyncio.create_task(acall(pool, blocker)) for pool in pools for _ in range(20)]
     await blocker.until_started(100)
 
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(SAFETY_NET):
         assert await asyncio.to_thread(lambda: "at once") == "at once"
     assert blocker.calls == 100
     blocker.go.set()
@@ -650,7 +633,7 @@ async def test_a_cancelled_stream_leaves_the_generator_to_its_thread(pool, block
     before = (closed.is_set(), ended.is_set())
     blocker.go.set()
 
-    assert await asyncio.to_thread(ended.wait, SECONDS)
+    assert await asyncio.to_thread(ended.wait, SAFETY_NET)
     assert closed.is_set()
     assert before == (False, False)
 
@@ -711,7 +694,7 @@ async def test_a_stream_cancelled_in_the_queue_takes_no_thread(blocker):
     blocker.go.set()
     await busy
 
-    assert await asyncio.to_thread(ended.wait, SECONDS)
+    assert await asyncio.to_thread(ended.wait, SAFETY_NET)
     assert events == []
 
 
@@ -822,7 +805,7 @@ def test_a_coroutine_that_cancels_itself(loop):
         task = asyncio.current_task()
         assert task is not None
         task.cancel()
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(SAFETY_NET)
 
     with pytest.raises(asyncio.CancelledError):
         run(loop, cancel)
@@ -860,11 +843,11 @@ def test_an_exit_in_a_coroutine_does_not_end_the_loop_of_all_others(loop, error,
 
     thread = threading.Thread(target=lambda: outcomes.append(run(loop, other)))
     thread.start()
-    assert started.wait(SECONDS)
+    assert started.wait(SAFETY_NET)
     with pytest.raises(type(error)) as caught:
         list(loop.stream(chunks(), copy_context())) if where == "stream" else run(loop, leave)
     run(loop, let_go)
-    thread.join(SECONDS)
+    thread.join(SAFETY_NET)
 
     assert caught.value is error
     assert outcomes == ["goes on"]
@@ -893,7 +876,7 @@ def test_an_interrupt_cancels_the_coroutine_and_waits_for_its_end(loop):
     async def wait() -> None:
         interrupt()
         try:
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(SAFETY_NET)
         finally:
             await asyncio.sleep(0)
             events.append("cleaned up")
@@ -924,7 +907,7 @@ def test_calls_on_the_loops_thread_go_as_deep_as_they_like(loop):
     depths: list[int] = []
     thread = threading.Thread(target=lambda: depths.append(run(loop, partial(call, 5))), daemon=True)
     thread.start()
-    thread.join(SECONDS)
+    thread.join(SAFETY_NET)
 
     assert depths == [5]
 
@@ -1009,7 +992,7 @@ def test_closing_the_loop_cancels_what_runs_and_closes_its_generators():
     async def leave_behind() -> threading.Thread:
         async def linger() -> None:
             try:
-                await asyncio.sleep(SECONDS)
+                await asyncio.sleep(SAFETY_NET)
             finally:
                 events.append("task cancelled")
 
@@ -1033,7 +1016,7 @@ def test_closing_the_loop_cancels_the_calls_of_other_threads():
 
     async def wait() -> None:
         started.set()
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(SAFETY_NET)
 
     def caller() -> None:
         try:
@@ -1043,9 +1026,9 @@ def test_closing_the_loop_cancels_the_calls_of_other_threads():
 
     thread = threading.Thread(target=caller)
     thread.start()
-    assert started.wait(SECONDS)
+    assert started.wait(SAFETY_NET)
     loop.close()
-    thread.join(SECONDS)
+    thread.join(SAFETY_NET)
 
     assert outcomes == [asyncio.CancelledError]
 
@@ -1266,14 +1249,14 @@ def test_a_timeout_around_a_yield_fires(loop):
         try:
             async with asyncio.timeout(0):
                 yield 1
-                await asyncio.sleep(SECONDS)
+                await asyncio.sleep(SAFETY_NET)
         finally:
             fired.set()
 
     fired = threading.Event()
     with stream(loop, chunks(fired)) as seen:
         first = next(seen)
-        fired_early = fired.wait(SECONDS)
+        fired_early = fired.wait(SAFETY_NET)
         with pytest.raises(TimeoutError):
             next(seen)
 
@@ -1287,7 +1270,7 @@ def test_a_task_group_within_an_async_generator(loop):
         async with asyncio.TaskGroup() as group:
             group.create_task(afail())
             yield 1
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(SAFETY_NET)
 
     with stream(loop, chunks()) as seen:
         first = next(seen)
@@ -1383,7 +1366,7 @@ def test_an_interrupt_cancels_the_async_generator(loop):
     async def chunks() -> AsyncIterator[int]:
         try:
             interrupt()
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(SAFETY_NET)
             yield 1
         finally:
             events.append("cleaned up")
@@ -1424,7 +1407,7 @@ def test_a_source_that_has_come_to_its_end_can_be_cancelled(loop):
             source.ask(answer := asyncio.get_running_loop().create_future())
             await answer
         serving.cancel()
-        await asyncio.wait([serving], timeout=SECONDS)
+        await asyncio.wait([serving], timeout=SAFETY_NET)
         return serving.cancelled()
 
     assert run(loop, serve)
@@ -1458,6 +1441,6 @@ def test_a_stream_that_is_dropped_on_the_loop_does_not_block_it(loop):
 
     run(loop, drop)
 
-    assert closed.wait(SECONDS)
+    assert closed.wait(SAFETY_NET)
     with contextlib.suppress(IndexError):
         held.pop()

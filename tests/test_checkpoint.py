@@ -35,7 +35,7 @@ from asyncify.checkpoint import Checkpoint
 from asyncify.fingerprints import fingerprint, work_of
 from asyncify.journal import Journal
 from asyncify.pools import ThreadPool
-from tests.crowd import until
+from tests.waiting import until
 
 Pair = Dual[Any, Any]
 SAFETY_NET = 60  # seconds, for what must never be waited for

@@ -10,7 +10,7 @@ import pytest
 
 from asyncify import clock as clock_module
 from asyncify.clock import MonotonicClock
-from tests.crowd import SAFETY_NET, wait_until
+from tests.waiting import SAFETY_NET, wait_until
 
 
 def timer_threads() -> list[threading.Thread]:

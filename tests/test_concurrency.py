@@ -12,8 +12,8 @@ from unittest.mock import Mock
 import pytest
 
 from asyncify import Dual, Limiter, LimitTimeout, concurrency, dual, registry
+from tests.waiting import SAFETY_NET
 
-SAFETY_NET = 30
 """Seconds after which a test that hangs fails."""
 
 

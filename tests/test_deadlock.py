@@ -21,7 +21,7 @@ from langchain_core.runnables import RunnableLambda
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, dual
 from asyncify.holds import Link
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, until, wait_until
+from tests.waiting import SAFETY_NET, until, wait_until
 
 LIMIT = 2
 """Calls at once; a call nested more deeply than that waits for itself."""

@@ -15,7 +15,7 @@ from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, until
+from tests.waiting import SAFETY_NET, until
 
 
 async def _identity(value: int) -> int:

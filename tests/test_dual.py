@@ -16,7 +16,7 @@ import pytest
 from langgraph.func import entrypoint, task
 
 from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
-from tests.crowd import wait_until
+from tests.waiting import wait_until
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")

@@ -21,9 +21,9 @@ from asyncify import Dual, aeach, concurrency, each
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Progress
 from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
+from tests.waiting import SAFETY_NET
 
 Pair = Dual[Any, Any]
-SAFETY_NET = 30  # seconds, for what must never be waited for
 
 THREADS, LOOP, TASKS, SOURCE = WAYS = ["each in threads", "each via async", "aeach", "aeach over an async source"]
 SYNC_WAYS = [THREADS, LOOP]

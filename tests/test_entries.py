@@ -12,9 +12,7 @@ from asyncify import BridgeError, DeadlockError, Limiter, pools
 from asyncify.entries import Bridge, Entries, make_entries
 from asyncify.gate import Gate
 from asyncify.pools import DEFAULT_THREADS
-from tests.crowd import until
-
-SECONDS = 30  # a safety net, never the measure of anything
+from tests.waiting import SAFETY_NET, until
 
 
 def fetch(query: str) -> str:
@@ -201,11 +199,11 @@ class Stuck:
     def __call__(self, query: str) -> str:
         self.calls += 1
         self.started.release()
-        assert self.go.wait(SECONDS)
+        assert self.go.wait(SAFETY_NET)
         return query
 
     async def until_started(self) -> None:
-        assert await asyncio.to_thread(self.started.acquire, timeout=SECONDS)
+        assert await asyncio.to_thread(self.started.acquire, timeout=SAFETY_NET)
 
 
 @pytest.fixture
@@ -309,7 +307,7 @@ async def test_full_bridges_leave_the_loops_own_threads_alone(stuck):
     calls += [asyncio.create_task(consume())]
     await until(lambda: stuck.calls == DEFAULT_THREADS + 5 + 1)
     before = executor.given
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(SAFETY_NET):
         answer = await asyncio.to_thread(lambda: "at once")
     still_full = stuck.calls
     stuck.go.set()

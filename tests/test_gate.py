@@ -22,8 +22,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
-
-SAFETY_NET = 30
+from tests.waiting import SAFETY_NET
 
 
 def gate_of(limiter: Any = None, fn: Callable[..., Any] = lambda query: query, **arguments: Any) -> Gate:

@@ -19,7 +19,7 @@ from langchain_core.runnables import (
 )
 
 from asyncify import Dual, Limiter, PairError, concurrency, registry
-from tests.crowd import until
+from tests.waiting import until
 
 
 def _double(x: int) -> int:

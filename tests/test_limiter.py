@@ -16,7 +16,8 @@ from asyncify.limiter import Limiter
 from asyncify.meter import Meter
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, Crowd, ServerError, TaskCall, ThreadCall, start_times, until
+from tests.crowd import Crowd, ServerError, TaskCall, ThreadCall, start_times
+from tests.waiting import SAFETY_NET, until
 
 
 class TestSlots:

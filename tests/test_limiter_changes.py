@@ -14,7 +14,8 @@ from asyncify.clock import Timer
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, Crowd, ServerError, until
+from tests.crowd import Crowd, ServerError
+from tests.waiting import SAFETY_NET, until
 
 
 class TestPause:

@@ -9,7 +9,7 @@ from langchain_core.messages import AIMessage
 
 from asyncify.limiter import Limiter, LimiterStats
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, until
+from tests.waiting import SAFETY_NET, until
 
 
 def replies() -> Iterator[AIMessage]:

@@ -14,7 +14,7 @@ from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, until, wait_until
+from tests.waiting import SAFETY_NET, until, wait_until
 
 
 class _Ending:

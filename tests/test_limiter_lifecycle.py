@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import gc
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +21,8 @@ from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, wait_until
 from tests.interrupts import At, interrupt
-
-
-def run_program(program: str) -> str:
-    """Run a program in an interpreter of its own and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=SAFETY_NET, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
+from tests.waiting import SAFETY_NET, run_program, wait_until
 
 FORK = """
 import contextvars, os, threading, time
@@ -86,7 +75,7 @@ for thread in threads:
     thread.join()
 print(limiter)
 """
-        assert run_program(FORK + program) == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
+        assert run_program(FORK + program, warnings="error") == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
 
     def test_a_child_keeps_the_calls_that_it_is_inside_of(self) -> None:
         """A fork inside a call runs on inside it, and gives the slot back in its own process."""
@@ -105,7 +94,7 @@ with limiter:
 other.end()
 print(limiter)
 """
-        assert run_program(FORK + program) == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
+        assert run_program(FORK + program, warnings="error") == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
 
     def test_a_lock_held_by_another_thread_is_free_in_the_child(self) -> None:
         """A fork in the middle of somebody else's admission leaves the child a limiter that works."""
@@ -129,7 +118,7 @@ def check():
 
 in_child(check)
 """
-        assert run_program(FORK + program) == "child 0\n"
+        assert run_program(FORK + program, warnings="error") == "child 0\n"
 
     def test_timers_run_in_the_child(self) -> None:
         """The timer thread stays in the parent; the child starts its own."""
@@ -144,7 +133,7 @@ def check():
 
 in_child(check)
 """
-        assert run_program(FORK + program) == "child 0\n"
+        assert run_program(FORK + program, warnings="error") == "child 0\n"
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
     def test_a_worker_forked_within_a_call_is_outside_of_it(self) -> None:
@@ -328,7 +317,7 @@ while limiter.stats().waiting < 2:
     time.sleep(0.001)
 print("end")
 """
-        assert run_program(program) == "end\n"
+        assert run_program(program, warnings="error") == "end\n"
 
     @pytest.mark.parametrize("way", ["close.batch([1, 2])", "bridged.invoke(1)", "[paced.acquire() for _ in range(3)]"])
     def test_a_finalizer_at_the_very_end_is_told_that_no_thread_runs_any_more(self, way: str) -> None:

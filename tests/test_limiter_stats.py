@@ -10,7 +10,8 @@ from typing import Any
 from asyncify.limiter import Limiter, LimiterStats
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET, Crowd, TaskCall, until
+from tests.crowd import Crowd, TaskCall
+from tests.waiting import SAFETY_NET, until
 
 
 class TestStats:

@@ -16,8 +16,7 @@ import pytest
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import Dual, PairError, concurrency, dual_patch, registry
-
-SAFETY_NET = 30  # seconds after which a test that hangs fails
+from tests.waiting import SAFETY_NET
 
 SOURCE = '''
 def fetch(query):

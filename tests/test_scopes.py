@@ -15,7 +15,7 @@ from asyncify import Dual, Limiter, concurrency, dual, each
 from asyncify.permits import Permit
 from asyncify.scopes import CancelScope, get_scope
 from asyncify.testing import FakeClock
-from tests.crowd import SAFETY_NET
+from tests.waiting import SAFETY_NET
 
 
 class RefusalError(Exception):

@@ -15,9 +15,8 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
 from asyncify import BridgeError, Dual, concurrency, dual, watch
-from tests.crowd import until
+from tests.waiting import SAFETY_NET, until
 
-SAFETY_NET = 30
 """Seconds after which a test that hangs fails."""
 
 desk: ContextVar[str] = ContextVar("desk", default="nobody")

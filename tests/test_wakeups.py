@@ -17,8 +17,8 @@ import uvloop
 
 from asyncify import Limiter
 from asyncify.wakeups import Wakeups, wakeups_of
-from tests.crowd import SAFETY_NET, until
 from tests.interrupts import At, interrupt
+from tests.waiting import SAFETY_NET, until
 
 Future = asyncio.Future[None]
 MakeTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]

@@ -21,8 +21,7 @@ import pytest
 
 from asyncify import BlockingWarning, Dual, concurrency, drive, dual, registry, watch
 from asyncify.runnable import AnyDual
-
-SECONDS = 30  # a safety net, never the measure of anything
+from tests.waiting import SAFETY_NET, run_program
 
 
 class Clock:
@@ -252,7 +251,7 @@ async def test_cancellation_reaches_a_watched_coroutine():
     @dual
     async def fetch(query: str) -> None:
         try:
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(SAFETY_NET)
         except asyncio.CancelledError:
             await asyncio.sleep(0)
             events.append("cleaned up")
@@ -295,7 +294,7 @@ def test_a_timeout_over_a_yield_of_a_watched_generator_fires(watched):
         try:
             async with asyncio.timeout(0.01):
                 yield query
-                await asyncio.sleep(SECONDS)
+                await asyncio.sleep(SAFETY_NET)
         except TimeoutError:
             yield "late"
 
@@ -314,7 +313,7 @@ async def test_an_abandoned_watched_coroutine_is_closed():
     @dual
     async def fetch(query: str) -> None:
         try:
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(SAFETY_NET)
         finally:
             events.append("closed")
 
@@ -354,7 +353,7 @@ async def test_as_an_error_the_warning_is_raised_where_the_pair_is_awaited(clock
     async def fetch(query: str) -> None:
         try:
             clock.pass_by(0.12)
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(SAFETY_NET)
         finally:
             events.append("closed")
 
@@ -428,7 +427,7 @@ async def test_the_blocking_line_itself_is_found(looked):
     """`time.sleep` in an async side is seen while it sleeps: file, line and function of the call."""
 
     def hold() -> None:
-        time.sleep(THRESHOLD * looked.wait(SECONDS))
+        time.sleep(THRESHOLD * looked.wait(SAFETY_NET))
 
     @dual
     async def fetch(query: str) -> None:
@@ -467,7 +466,7 @@ def slow_server(wait: Callable[[], Any]) -> Iterator[str]:
 
 def read(url: str) -> int:
     """Read over HTTP, and block for as long as that takes."""
-    with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: S310  (the test's own server)
+    with urllib.request.urlopen(url, timeout=SAFETY_NET) as response:  # noqa: S310  (the test's own server)
         return int(response.status)
 
 
@@ -477,11 +476,11 @@ async def test_a_blocking_http_read_is_found_at_the_users_line(looked):
 
     @dual
     async def fetch(url: str) -> int:
-        with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: ASYNC210, S310  (the trap itself)
+        with urllib.request.urlopen(url, timeout=SAFETY_NET) as response:  # noqa: ASYNC210, S310  (the trap itself)
             return int(response.status)
 
     def wait() -> None:
-        time.sleep(THRESHOLD * looked.wait(SECONDS))
+        time.sleep(THRESHOLD * looked.wait(SAFETY_NET))
 
     with slow_server(wait) as url, watch(threshold=THRESHOLD) as watching:
         status = await fetch.ainvoke(url)
@@ -496,7 +495,7 @@ async def test_a_sleep_in_a_thread_holds_nothing(clock):
     step_is_over = threading.Event()
 
     def sleep() -> None:
-        assert step_is_over.wait(SECONDS)
+        assert step_is_over.wait(SAFETY_NET)
         clock.pass_by(0.12)
 
     @dual
@@ -516,7 +515,7 @@ async def test_an_http_read_in_a_thread_holds_nothing(clock):
     step_is_over = threading.Event()
 
     def wait() -> None:
-        assert step_is_over.wait(SECONDS)
+        assert step_is_over.wait(SAFETY_NET)
         clock.pass_by(0.12)
 
     @dual
@@ -744,9 +743,9 @@ def test_a_pair_made_while_another_thread_begins_a_watch_follows_it():
     slow = Slow()
     making = threading.Thread(target=drive.subscribe, args=(slow,))
     making.start()
-    assert first.wait(SECONDS)
+    assert first.wait(SAFETY_NET)
     with watch():
-        making.join(SECONDS)
+        making.join(SAFETY_NET)
         during = list(told)
 
     assert during == [False, True]
@@ -894,15 +893,7 @@ print(agree())
 
 def test_a_process_that_is_forked_while_a_watch_begins():
     """A child can make pairs, and all its pairs agree on whether there is a watch."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-
-    assert (done.stdout, done.stderr) == ("0 " * 30 + "True\n", "")
+    assert run_program(FORKING) == "0 " * 30 + "True\n"
 
 
 IN_A_STEP = """
@@ -922,15 +913,7 @@ with watch(threshold=1000):
 
 def test_a_process_that_is_forked_in_a_watched_step():
     """The step that forked goes on in the child, and those of other threads are not there."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", IN_A_STEP],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-
-    assert (done.stdout, done.stderr) == ("child\nparent 0\n", "")
+    assert run_program(IN_A_STEP) == "child\nparent 0\n"
 
 
 PROGRAM = """
@@ -969,7 +952,7 @@ def test_the_environment_switches_a_watch_on(value, printed):
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM],
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=SAFETY_NET,
         check=False,
         env={**os.environ, "ASYNCIFY_WATCH": value},
     )
