@@ -13,7 +13,7 @@ from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar, cast
 
-from asyncify.forks import at_fork, check_not_ending
+from asyncify.forks import at_fork, check_not_ending, left_behind
 from asyncify.relay import Relay
 from asyncify.scopes import CancelScope
 
@@ -229,6 +229,8 @@ class BackgroundLoop:
         try:
             while (chunk := _ask(loop, source, visit)) is not END:
                 yield chunk
+                if os.getpid() != process:
+                    raise left_behind("this stream")
         finally:
             if os.getpid() != process:
                 visit.forsake()

@@ -101,7 +101,7 @@ class Watch(Block):
     """
 
     def __init__(self, threshold: float = 0.05) -> None:
-        self.threshold = check_positive("threshold", threshold, "watch(threshold=0.05)")
+        self.threshold: float = check_positive("threshold", threshold, "watch(threshold=0.05)")
         self.held: deque[Held] = deque(maxlen=_KEPT)
         self._entered = 0
 

@@ -22,6 +22,7 @@ from itertools import islice
 from time import monotonic
 from typing import Any, Self
 
+from asyncify.forks import left_behind
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
@@ -244,11 +245,13 @@ class Tasks(Joining):
         self._held -= 1
         self._room_made.set()
 
-    def join(self) -> Join | None:
-        """Return the wait for the items, None if nobody waits, or more of them may start."""
-        waiter = self._news.waiter
-        is_fed = self._feeder.done() or self._room_made.waiter is not None
-        return Join(waiter, len(self._alive.items)) if is_fed and waiter is not None else None
+    def join(self) -> Join:
+        """Return the wait for the items, whose reader may be busy, or their feeder about to start more."""
+        waiter, room = self._news.waiter, self._room_made.waiter
+        is_fed = self._feeder.done() or (room is not None and not room.done())
+        if waiter is None or not is_fed:
+            return Join(self, math.inf, fails_at_once=True)
+        return Join(waiter, len(self._alive.items), fails_at_once=True)
 
     def _room(self) -> float:
         return 0 if self._is_over else min(self._width() - len(self._alive.items), self._window() - self._held)
@@ -365,6 +368,8 @@ class BlockingFan(ABC):
         """Wait until an item has ended and return all that have; none when there is nothing in flight."""
         with self._lock:
             while not self._ended and not self._is_idle():
+                if self._is_deserted():
+                    raise left_behind("what this yields")
                 self._awaited = True  # set before the last look: who ends an item appends it before looking here
                 if not self._ended:
                     self._changed.wait()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from multiprocessing import util
 
-__all__ = ["at_fork", "check_not_ending", "in_worker"]
+__all__ = ["at_fork", "check_not_ending", "in_worker", "left_behind"]
 
 
 def at_fork(**callbacks: Callable[[], object]) -> None:
@@ -40,3 +40,8 @@ def check_not_ending() -> None:
     """
     if sys.is_finalizing():
         raise RuntimeError("can't create new thread at interpreter shutdown")
+
+
+def left_behind(what: str) -> RuntimeError:
+    """Return the error of who goes on, in a forked child, with what threads of the parent do."""
+    return RuntimeError(f"{what} was begun in the process that this one was forked from, and goes on there; begin anew")

@@ -11,6 +11,8 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -22,22 +24,24 @@ class Join:
     """A wait for several tasks or futures, its parts; it ends with the last of them, or before if one fails.
 
     Attributes:
-        whole: the future that is set then; it is one for all parts.
-        parts: how many of them have not ended.
+        whole: the future that is set then; it is one for all parts. If nobody waits yet, what will have it.
+        parts: how many of them have not ended; infinitely many if nobody waits yet, or more of them may come.
         cancels_parts: whether they are cancelled with who waits.
+        fails_at_once: whether they are also cancelled when one of them fails.
     """
 
     whole: Any
-    parts: int
+    parts: float
     cancels_parts: bool = True
+    fails_at_once: bool = False
 
 
 class Joining(ABC):
     """What has one of its methods called back at the end of each of several tasks."""
 
     @abstractmethod
-    def join(self) -> Join | None:
-        """Return the wait for them, None if nobody waits or there may be more of them."""
+    def join(self) -> Join:
+        """Return the wait for them."""
 
 
 def join_of(callback: Any) -> Join | None:
@@ -46,10 +50,15 @@ def join_of(callback: Any) -> Join | None:
         owner = callback.__self__
         if isinstance(owner, Joining):
             return owner.join()
-        return _of_group(owner) if isinstance(owner, asyncio.TaskGroup) else None
+        return _of_group(owner) if callback.__func__ is _END_OF_PART else None
+    if isinstance(callback, partial):  # of `asyncio.wait_for`, in Python 3.11
+        return Join(callback.args[0], 1) if callback.func is _RELEASE else None
     if isinstance(callback, FunctionType):
         read = _READERS.get((callback.__module__, callback.__qualname__))
-        return None if read is None else read(_closure(callback))
+        try:
+            return None if read is None else read(_closure(callback))
+        except (KeyError, ValueError):  # of another version, or a cell that is empty still
+            return None
     return None
 
 
@@ -58,9 +67,15 @@ def _closure(function: FunctionType) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
-def _of_group(group: Any) -> Join | None:
-    whole = group._on_completed_fut  # None until its block is at the end
-    return None if whole is None else Join(whole, len(group._tasks))
+_END_OF_PART: Any = getattr(asyncio.TaskGroup, "_on_task_done", None)
+_RELEASE: Any = getattr(asyncio.tasks, "_release_waiter", None)
+
+
+def _of_group(group: Any) -> Join:
+    whole = getattr(group, "_on_completed_fut", None)  # None until its block is at the end
+    if whole is None:
+        return Join(group, inf, fails_at_once=True)
+    return Join(whole, len(group._tasks), fails_at_once=True)
 
 
 def _of_gather(seen: dict[str, Any]) -> Join | None:
@@ -72,11 +87,11 @@ def _of_wait(seen: dict[str, Any]) -> Join | None:
     return Join(seen["waiter"], seen["counter"], cancels_parts=False) if seen["timeout_handle"] is None else None
 
 
-def _of_shield(seen: dict[str, Any]) -> Join | None:
+def _of_shield(seen: dict[str, Any]) -> Join:
     return Join(seen["outer"], 1, cancels_parts=False)
 
 
-def _of_anyio_group(seen: dict[str, Any]) -> Join | None:
+def _of_anyio_group(seen: dict[str, Any]) -> Join:
     return _of_group(seen["self"])
 
 

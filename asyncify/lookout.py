@@ -11,17 +11,22 @@ import weakref
 from asyncio import AbstractEventLoop, Timeout, get_running_loop
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context
+from itertools import islice
 from math import inf
 from typing import Any
 
 from asyncify.holds import callbacks_of, waiting_for
-from asyncify.joins import join_of
+from asyncify.joins import Join, join_of
 from asyncify.permits import Permit
 
 __all__ = ["HeldUp", "Lookout"]
 
 _PAUSE = 0.05
 """Seconds between two looks at least, if nobody has come between them."""
+
+_CANDIDATES = 10
+"""Those who wait of whom it is asked whether nothing will let them in; the others are asked at another look."""
 
 _SHARE = 20
 """A look is followed by as many times its length in which there is none."""
@@ -54,10 +59,11 @@ class Lookout:
         if at >= self._next_at:
             return
         self._next_at = at  # and one that was to come later finds that it is not that; a handle would keep the loop
+        context = Context()  # not that of who came last, which would be kept until then
         if at <= loop.time():
-            loop.call_soon(self._turn, at, look)
+            loop.call_soon(self._turn, at, look, context=context)
         else:
-            loop.call_at(at, self._turn, at, look)
+            loop.call_at(at, self._turn, at, look, context=context)
 
     def _turn(self, at: float, look: Look) -> None:
         if at != self._next_at:
@@ -71,7 +77,7 @@ class Lookout:
             return
         has_told = look(loop, waiting)
         end = loop.time()
-        self._not_before = end + _SHARE * (end - start)
+        self._not_before = end if has_told else end + _SHARE * (end - start)
         pause = 0 if has_told else max(_PAUSE, end - self._last_came)
         self._look_at(max(end + pause, self._not_before), loop, look)
 
@@ -80,54 +86,90 @@ class HeldUp:
     """What can't go on as long as some futures, which tasks of one event loop await, are not set.
 
     Attributes:
-        permits: those that can't end before, each with one of these futures.
+        permits: those that can't end before, each with those of the futures that keep it, or some if they are many.
     """
 
     def __init__(self, futures: Iterable[Any]) -> None:
-        self.permits: dict[Permit, Any] = {}
+        self.permits: dict[Permit, tuple[Any, ...]] = {}
         self._known: dict[int, Any] = {}
-        self._cancel: defaultdict[int, list[Any]] = defaultdict(list)  # what takes a task or a future along
-        left: dict[int, int] = {}  # parts of a join
-        chain = [(future, future) for future in futures]
-        for awaited, first in chain:
+        self._takes_along: defaultdict[int, list[Any]] = defaultdict(list)  # by whose cancellation one is cancelled
+        self._siblings: list[tuple[int, Any]] = []  # parts of joins that are cancelled if another part fails
+        self._open: dict[int, tuple[Join, float, tuple[Any, ...]]] = {}  # joins of which some parts may go on
+        self._chain: list[tuple[Any, tuple[Any, ...]]] = [(future, (future,)) for future in futures]
+        self._walk(0)
+        stuck = len(self._chain)
+        for join, _, _ in tuple(self._open.values()):  # who waits for these goes on, but may cancel their parts
+            if join.cancels_parts:
+                self._add(join.whole, ())
+        self._walk(stuck)
+
+    def _walk(self, start: int) -> None:
+        """Go up to what awaits those in the chain, and what awaits that; with what keeps it, if it is stuck."""
+        for awaited, keepers in islice(self._chain, start, None):
             for callback, context in callbacks_of(awaited):
                 waiter, held = waiting_for(awaited, callback, context)
-                self.permits.update(dict.fromkeys(held, first))
-                join = None if waiter is not None or held else join_of(callback)
-                if join is not None:
-                    key = id(join.whole)
-                    left[key] = left.get(key, join.parts) - 1
-                    waiter = None if left[key] else join.whole
+                if keepers:
+                    self.permits.update(dict.fromkeys(held, keepers))
                 if waiter is not None:
-                    if join is None or join.cancels_parts:
-                        self._cancel[id(awaited)].append(waiter)
-                    if id(waiter) not in self._known:
-                        self._known[id(waiter)] = waiter
-                        chain.append((waiter, first))
+                    self._takes_along[id(awaited)].append(waiter)
+                    self._add(waiter, keepers)
+                elif not held and (join := join_of(callback)) is not None:
+                    self._come_to(join, awaited, keepers)
 
-    def may_go_on(self, loop: AbstractEventLoop, future: Any) -> bool:
-        """Tell whether a timer of the loop may end one of these waits, but not that for this future with it."""
-        scheduled: Iterable[Any] | None = getattr(loop, "_scheduled", None)
-        if scheduled is None:
-            return True  # another kind of loop, which shows none
-        others = self._known.keys() - self._taken_along(future)
-        ready: Iterable[Any] = getattr(loop, "_ready", ())
-        return any(
-            id(known) in others
-            for handle in (*scheduled, *ready)
-            if not handle.cancelled()
-            for known in _woken_by(handle)
-        )
+    def _come_to(self, join: Join, part: Any, keepers: tuple[Any, ...]) -> None:
+        key = id(join.whole)
+        if join.cancels_parts:
+            self._takes_along[id(part)].append(join.whole)
+        if join.fails_at_once:
+            self._siblings.append((key, part))
+        _, left, others = self._open.get(key, (join, join.parts, ()))
+        left, others = left - bool(keepers), (*others, *keepers)[-_CANDIDATES:]
+        if left:
+            self._open[key] = join, left, others
+            if not keepers and join.cancels_parts:
+                self._add(join.whole, ())
+        else:
+            self._open.pop(key, None)
+            self._add(join.whole, others)
+
+    def _add(self, waiter: Any, keepers: tuple[Any, ...]) -> None:
+        if id(waiter) not in self._known:
+            self._known[id(waiter)] = waiter
+            self._chain.append((waiter, keepers))
+
+    def doomed(self, loop: AbstractEventLoop, futures: Iterable[Any]) -> Any:
+        """Return the first of these futures that nothing will set, None if that is certain of none.
+
+        One may be set, in the end, if a timer of the loop cancels another wait, or a sibling of one fails; but not if
+        its own wait is cancelled with that. If there are some whose own wait no timer cancels, it is one of those.
+        """
+        timers = _timers(loop)
+        if timers is None:
+            return None  # another kind of loop, which shows none
+        taken = {future: self._taken_along(future) | {id(future)} for future in islice(futures, _CANDIDATES)}
+        candidates = [future for future in taken if timers.isdisjoint(taken[future])] or taken
+        siblings = {id(part) for key, part in self._siblings if key in self._open}
+        may_be_cancelled = siblings | (timers & self._known.keys())
+        return next((future for future in candidates if may_be_cancelled <= taken[future]), None)
 
     def _taken_along(self, future: Any) -> set[int]:
         """Return those with which the wait for this future is cancelled."""
         chain, found = [future], set[int]()
         for taken in chain:
-            for waiter in self._cancel[id(taken)]:
+            for waiter in self._takes_along[id(taken)]:
                 if id(waiter) not in found:
                     found.add(id(waiter))
                     chain.append(waiter)
         return found
+
+
+def _timers(loop: AbstractEventLoop) -> set[int] | None:
+    """Return the ids of what a loop's timers may be about to wake or cancel; None if the loop does not show them."""
+    scheduled: Iterable[Any] | None = getattr(loop, "_scheduled", None)
+    if scheduled is None:
+        return None
+    ready: Iterable[Any] = getattr(loop, "_ready", ())
+    return {id(known) for handle in (*scheduled, *ready) if not handle.cancelled() for known in _woken_by(handle)}
 
 
 def _woken_by(handle: Any) -> Iterator[Any]:
@@ -138,4 +180,11 @@ def _woken_by(handle: Any) -> Iterator[Any]:
     if isinstance(owner, Timeout):
         yield owner._task  # type: ignore[attr-defined]
     elif type(owner).__module__ == "anyio._backends._asyncio":
-        yield from getattr(owner, "_tasks", ())  # of a cancel scope
+        yield from _tasks_of(owner)
+
+
+def _tasks_of(scope: Any) -> Iterator[Any]:
+    """Yield the tasks in a cancel scope of anyio, and in those inside it, which take them out of it."""
+    yield from getattr(scope, "_tasks", ())
+    for inner in getattr(scope, "_child_scopes", ()):
+        yield from _tasks_of(inner)

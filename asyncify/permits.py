@@ -53,6 +53,7 @@ class Permit:
         "cost",
         "ended",
         "in_task",
+        "is_caller",
         "issuer",
         "outer",
         "queue",
@@ -73,6 +74,9 @@ class Permit:
     """When it was admitted; None while it waits, and when its place has been taken back."""
 
     token: Token[Permit | None]
+
+    is_caller: bool
+    """There as soon as another call has come to wait within it, at the same limiter."""
 
     # Only a call that has to wait has these:
     since: float

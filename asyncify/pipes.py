@@ -342,7 +342,7 @@ class _Branches(Joining):
 
     def join(self) -> Join:
         """Return the wait for them."""
-        return Join(self._decided, len(self._alive))
+        return Join(self._decided, len(self._alive), fails_at_once=True)
 
     async def decisive(self) -> asyncio.Task[Any]:
         """Return the one that decides; who cancels this does not cancel them, as of `gather`."""

@@ -13,7 +13,7 @@ import gc
 import math
 import threading
 import weakref
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
 from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
@@ -100,7 +100,6 @@ class Turnstile:
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
         self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
-        self._callers: set[Permit] = set()  # calls inside; within them others have come to wait
         self._lookouts = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lookout]()
         self._timer: Timer | None = None
         self._is_certain = True  # that a permit which looks held is held
@@ -239,7 +238,7 @@ class Turnstile:
         A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others. Nor is what
         a standstill stops, as that may be over before the wait is.
         """
-        blocks, standstills = self._parted({*held, *self._frozen_by(permit)})
+        blocks, standstills = self._inside_and_standstills({*held, *self._frozen_by(permit)})
         if not blocks and not standstills:
             return None
         with self._lock:
@@ -253,15 +252,28 @@ class Turnstile:
         return self._deadlock_error(permit, stopped, standstills)
 
     def _may_go_on(self, stopped: set[Permit]) -> bool:
-        """Tell whether a timer of this loop may end a call inside, which this task does not keep from ending."""
+        """Tell whether something may end a call inside, which this task does not keep from ending."""
         if self._meter.inside.issubset(stopped):
             return False
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        lookout = self._lookouts.get(loop)
-        others = [] if lookout is None else [permit.ready for permit in lookout.waiting()]
-        return HeldUp([task, *others]).may_go_on(loop, task)
+        held_up = HeldUp([task, *self._waiting_on(loop)])
+        return self._holds_others(stopped.union(held_up.permits)) or held_up.doomed(loop, [task]) is None
 
-    def _parted(self, held: Collection[Permit]) -> tuple[set[Permit], list[Standstill]]:
+    def _waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+        """Return what those wait on who wait in tasks of a loop, and without an end."""
+        with self._lock:
+            waiting = [permit for permit in self._queue if permit.in_task and permit.timer is None]
+        self._settle()
+        return [permit.ready for permit in waiting if not permit.gives_up() and permit.ready.get_loop() is loop]
+
+    def _holds_others(self, known: set[Permit]) -> bool:
+        """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
+        thread = get_ident()
+        return any(
+            permit.in_task and permit.thread == thread and permit not in known for permit in tuple(self._meter.inside)
+        )
+
+    def _inside_and_standstills(self, held: Collection[Permit]) -> tuple[set[Permit], list[Standstill]]:
         """Return which of these permits are inside, and which stand for others."""
         blocks = self._meter.inside.intersection(held)  # a fork has left some behind
         return blocks, [other for other in held if isinstance(other, Standstill)]
@@ -272,7 +284,7 @@ class Turnstile:
         if not self._is_certain or not self._are_all(stopped.union(self._blocked)):
             return None
         # Some of those who wait may be about to give up; that is looked at only now, as it takes a look at each.
-        gone = {permit for permit, _ in self._departed}
+        gone = {permit for permit, _ in tuple(self._departed)}  # others leave meanwhile, without the lock
         waiting = (permit for permit in self._queue if permit.blocks and not permit.gives_up() and permit not in gone)
         return stopped if self._are_all(stopped.union(*(permit.blocks for permit in waiting))) else None
 
@@ -294,9 +306,10 @@ class Turnstile:
         if permit.slots and (permit.outer is not None or not permit.in_task):
             if (error := self._find_deadlock(permit, held(), timeout)) is not None:
                 raise error
-            inside = {other for other in permit.around() if other.issuer is self}
-            if permit.in_task and timeout is None and inside:
-                self._callers.update(inside)
+            callers = [other for other in permit.around() if other.issuer is self]
+            if permit.in_task and timeout is None and (callers or permit.blocks):
+                for caller in callers:
+                    caller.is_caller = True
                 loop = permit.ready.get_loop()
                 self._lookouts.setdefault(loop, Lookout()).note(permit, loop, self._look)
         if permit.queue is not None and timeout is not None:
@@ -306,22 +319,24 @@ class Turnstile:
 
     def _look(self, loop: asyncio.AbstractEventLoop, waiting: Iterable[Permit]) -> bool:
         """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
-        self._callers.intersection_update(self._meter.inside)
-        if not self._meter.inside.issubset(self._callers.union(self._blocked)):
+        if any(
+            not hasattr(permit, "is_caller") and permit not in self._blocked for permit in tuple(self._meter.inside)
+        ):
             return False  # what follows takes microseconds for each that waits
         permits_of = {permit.ready: permit for permit in waiting if not permit.gives_up()}
         held_up = HeldUp(permits_of)
-        blocks, standstills = self._parted(held_up.permits)
+        blocks, standstills = self._inside_and_standstills(held_up.permits)
         if not blocks and not standstills:
             return False
         with self._lock:
             stopped = self._all_stopped(blocks, standstills)
         self._settle()
-        if stopped is None:
+        if stopped is None or self._holds_others(stopped):
             return False
-        needed = {held_up.permits[other] for other in (*blocks, *standstills)}
-        ready = next(ready for ready in reversed(permits_of) if ready in needed)  # who came last
-        if held_up.may_go_on(loop, ready):
+        needed = {ready for other in (*blocks, *standstills) for ready in held_up.permits[other]}
+        everybody = HeldUp(self._waiting_on(loop))  # those within no call, too: they may be siblings of those that are
+        ready = everybody.doomed(loop, (ready for ready in reversed(permits_of) if ready in needed))
+        if ready is None:
             return False
         ready.set_exception(self._deadlock_error(permits_of[ready], stopped, standstills))
         ready.exception()  # its task may be cancelled at this moment, and not hear of it

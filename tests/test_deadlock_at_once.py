@@ -1,6 +1,7 @@
 """Calls at once, or awaited only later, that wait for their own caller: told when none of them can go on."""
 
 import asyncio
+import contextvars
 import gc
 import operator
 import threading
@@ -175,6 +176,19 @@ async def test_a_tree_of_calls_that_waits_for_itself_is_told(way: str) -> None:
     """Each slot is held by a call whose own calls all wait."""
     limiter = Limiter(limit=3)
     task = asyncio.ensure_future(_tree(way, limiter).ainvoke(3))
+    await asyncio.wait([task], timeout=SAFETY_NET)
+
+    assert task.done()
+    assert _told(task.exception())
+    await until(lambda: limiter.stats().in_flight == limiter.stats().waiting == 0)
+
+
+@pytest.mark.parametrize("way", [way for way in MANY if "errors" not in way])
+async def test_trees_of_calls_at_once_that_wait_for_themselves_are_told(way: str) -> None:
+    """More of them than there are slots, so that some wait which are within no call."""
+    limiter = Limiter(limit=2)
+    tree = _tree(way, limiter)
+    task: asyncio.Task[int] = asyncio.create_task(MANY[way](tree, [3] * 4))
     await asyncio.wait([task], timeout=SAFETY_NET)
 
     assert task.done()
@@ -460,3 +474,141 @@ def test_calls_that_have_waited_within_others_keep_neither_their_loop_nor_their_
     gc.collect()
 
     assert gone() is None
+
+
+async def _in_group(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(first)
+        group.create_task(other)
+
+
+async def _in_anyio_group(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(_awaited, first)
+        group.start_soon(_awaited, other)
+
+
+async def _awaited(call: Awaitable[int]) -> int:
+    return await call
+
+
+async def _in_abatch(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    await Dual(_awaited).abatch([first, other])
+
+
+async def _in_a_dict(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    async def take(calls: list[Any], at: int) -> int:
+        return await _awaited(calls[at])
+
+    async def both(calls: list[Any]) -> list[Any]:
+        return calls
+
+    await (Dual(both) | {f"{at}": Dual(partial(take, at=at)) for at in range(2)}).ainvoke([first, other])
+
+
+async def _gathered(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    await asyncio.gather(first, other)
+
+
+async def _in_a_block(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(first)
+        await other
+
+
+async def _cancelled_by_a_timer(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    gathered = asyncio.gather(first, other)
+    asyncio.get_running_loop().call_later(0.1, gathered.cancel)
+    await gathered
+
+
+async def _in_scopes(first: Coroutine[Any, Any, int], other: Coroutine[Any, Any, int]) -> None:
+    with anyio.CancelScope():
+        await _in_anyio_group(first, other)
+
+
+Beside = Callable[[Coroutine[Any, Any, int], Coroutine[Any, Any, int]], Coroutine[Any, Any, None]]
+
+FAIL_TOGETHER: list[Beside] = [_in_group, _in_anyio_group, _in_abatch, _in_a_dict, _in_a_block]
+"""Ways to have a call run beside another that has it cancelled by failing."""
+
+
+async def _with_timeout(beside: Beside, first: Any) -> None:
+    async with asyncio.timeout(0.1):
+        await beside(first, asyncio.sleep(SAFETY_NET, 0))
+
+
+async def _with_anyio_timeout(beside: Beside, first: Any) -> None:
+    with anyio.fail_after(0.1):
+        await beside(first, asyncio.sleep(SAFETY_NET, 0))
+
+
+async def _with_wait_for(beside: Beside, first: Any) -> None:
+    await asyncio.wait_for(beside(first, asyncio.sleep(SAFETY_NET, 0)), 0.1)
+
+
+async def _with_a_failure(beside: Beside, first: Any) -> None:
+    await beside(first, _fail())
+
+
+async def _as_it_is(beside: Beside, first: Any) -> None:
+    await beside(first, asyncio.sleep(SAFETY_NET, 0))
+
+
+ENDS: list[tuple[Callable[[Beside, Any], Coroutine[Any, Any, None]], Beside]] = [
+    *((ends, beside) for ends in (_with_timeout, _with_wait_for) for beside in (_gathered, *FAIL_TOGETHER)),
+    *((_with_anyio_timeout, beside) for beside in (_gathered, *FAIL_TOGETHER, _in_scopes)),
+    *((_with_a_failure, beside) for beside in FAIL_TOGETHER),
+    (_as_it_is, _cancelled_by_a_timer),
+]
+
+
+@pytest.mark.parametrize(("ends", "beside"), ENDS)
+async def test_a_call_is_no_proof_that_is_going_to_be_cancelled_from_above(
+    ends: Callable[[Beside, Any], Coroutine[Any, Any, None]], beside: Beside
+) -> None:
+    """By a timeout around it and others that run, or by one of these when it fails; then it gives its slot back."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    blocked = _outer(limiter, lambda _: _held_until_two(limiter, inner))
+    task = asyncio.create_task(ends(beside, blocked.acall(1)))
+    async with asyncio.timeout(SAFETY_NET):
+        await until(lambda: limiter.stats().in_flight == 1)
+        async with limiter:
+            await until(lambda: limiter.stats().waiting == 1)
+            assert await inner.acall(2) == 2
+    await asyncio.wait([task])
+
+    assert task.cancelled() or not _told(task.exception())
+    assert limiter.stats().rejected == 0
+
+
+async def _held_until_two(limiter: Limiter, inner: Any) -> int:
+    """Wait within a call for the same limiter, as soon as the other slot is taken too."""
+    await until(lambda: limiter.stats().in_flight == 2)
+    result: int = await inner.acall(1)
+    return result
+
+
+async def test_calls_that_have_waited_within_others_keep_nothing_of_theirs() -> None:
+    """A permit leads to the context of its call, and so to whatever that holds."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    request: contextvars.ContextVar[Any] = contextvars.ContextVar("request")
+    requests: list[weakref.ref[Any]] = []
+
+    class Request:
+        pass
+
+    async def call(value: int) -> int:
+        request.set(made := Request())
+        requests.append(weakref.ref(made))
+        return await _gather(inner.acall(value), inner.acall(value))
+
+    outer: Any = concurrency(limiter=limiter)(call)
+    for value in range(20):
+        assert await asyncio.create_task(outer.acall(value)) == 2 * value
+    gc.collect()
+
+    assert len(requests) == 20
+    assert sum(each() is not None for each in requests) <= 1  # what was read last may be in hand still

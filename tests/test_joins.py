@@ -1,6 +1,7 @@
 """Waits for several tasks at once, as they are seen from one of these tasks."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -140,14 +141,14 @@ async def test_a_shielded_wait_is_one_for_a_single_part() -> None:
     assert join == Join(shielded, 1, cancels_parts=False)
 
 
-async def test_a_group_is_no_wait_before_the_end_of_its_block() -> None:
+async def test_a_group_is_an_open_wait_before_the_end_of_its_block() -> None:
     """There may be more of its tasks, and nobody waits for them."""
     part: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as group:
         group.create_task(_part(part))
         await _settle()
 
-        assert _joins_above(part) == []
+        assert _joins_above(part) == [Join(group, math.inf, fails_at_once=True)]
 
         part.set_result(1)
 
@@ -164,8 +165,8 @@ async def test_a_wait_with_a_timeout_is_none() -> None:
     await waiting
 
 
-async def test_a_batch_whose_input_goes_on_is_none() -> None:
-    """More items may come, and nobody waits for a place to come free."""
+async def test_a_batch_whose_input_goes_on_is_an_open_wait() -> None:
+    """More items may come, as their feeder does not wait for a place to come free."""
     part: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     more: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -179,7 +180,7 @@ async def test_a_batch_whose_input_goes_on_is_none() -> None:
     reading = asyncio.create_task(read())
     await _settle()
 
-    assert _joins_above(part) == []
+    assert [join.parts for join in _joins_above(part)] == [math.inf]
 
     more.set_result(part)  # type: ignore[arg-type]
     await _settle()

@@ -4,6 +4,7 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any, cast
 
 import pytest
@@ -30,11 +31,11 @@ class _Loop:
     def time(self) -> float:
         return self.now
 
-    def call_soon(self, function: Callable[..., None], *args: object) -> _Handle:
-        return self.call_at(self.now, function, *args)
+    def call_soon(self, function: Callable[..., None], *args: object, context: Context) -> _Handle:
+        return self.call_at(self.now, function, *args, context=context)
 
-    def call_at(self, at: float, function: Callable[..., None], *args: object) -> _Handle:
-        handle = _Handle(at, lambda: function(*args))
+    def call_at(self, at: float, function: Callable[..., None], *args: object, context: Context) -> _Handle:
+        handle = _Handle(at, lambda: context.run(function, *args))
         heapq.heappush(self.handles, handle)
         return handle
 
@@ -170,16 +171,16 @@ async def test_a_timer_that_ends_a_wait_lets_it_go_on() -> None:
     future, other = loop.create_future(), loop.create_future()
     held_up, task = await _held_up(future)
 
-    assert not held_up.may_go_on(loop, other)
+    assert held_up.doomed(loop, [other]) is other
 
     loop.call_later(30, other.cancel).cancel()
     handle = loop.call_later(30, task.cancel)
 
-    assert held_up.may_go_on(loop, other)
+    assert held_up.doomed(loop, [other]) is None
 
     handle.cancel()
 
-    assert not held_up.may_go_on(loop, other)
+    assert held_up.doomed(loop, [other]) is other
 
     future.set_result(None)
     await task
@@ -192,7 +193,7 @@ async def test_a_timer_that_ends_the_wait_for_a_future_with_it_does_not_count() 
     held_up, task = await _held_up(future)
     handle = loop.call_later(30, task.cancel)
 
-    assert not held_up.may_go_on(loop, future)
+    assert held_up.doomed(loop, [future]) is future
 
     handle.cancel()
     future.set_result(None)
@@ -206,7 +207,7 @@ async def test_a_timer_that_is_due_counts_too() -> None:
     held_up, task = await _held_up(future)
     loop.call_soon(task.cancel)
 
-    assert held_up.may_go_on(loop, other)
+    assert held_up.doomed(loop, [other]) is None
 
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -217,7 +218,7 @@ async def test_on_a_loop_that_shows_no_timers_anything_may_go_on() -> None:
     future = asyncio.get_running_loop().create_future()
     held_up, task = await _held_up(future)
 
-    assert held_up.may_go_on(cast("asyncio.AbstractEventLoop", _Loop()), future)
+    assert held_up.doomed(cast("asyncio.AbstractEventLoop", _Loop()), [future]) is None
 
     future.set_result(None)
     await task
