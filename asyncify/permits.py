@@ -180,7 +180,8 @@ class Permit:
 
     def gives_up(self) -> bool:
         """Tell whether it waits no longer, or is about to hear that it need not."""
-        return self.queue is None or self.ended or (self.in_task and (self.ready is None or self.ready.done()))
+        ready = self.ready  # read once: another thread may take it away
+        return self.queue is None or self.ended or (self.in_task and (ready is None or ready.done()))
 
     def give_up(self) -> None:
         """Give the place back without having used it, be it waiting still or admitted already."""

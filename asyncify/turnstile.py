@@ -264,7 +264,8 @@ class Turnstile:
         with self._lock:
             waiting = [permit for permit in self._queue if permit.in_task and permit.timer is None]
         self._settle()
-        return [permit.ready for permit in waiting if not permit.gives_up() and permit.ready.get_loop() is loop]
+        futures = [permit.ready for permit in waiting if permit.queue is not None]  # not of an empty place
+        return [future for future in futures if future is not None and future.get_loop() is loop and not future.done()]
 
     def _holds_others(self, known: set[Permit]) -> bool:
         """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
