@@ -11,12 +11,14 @@ from _thread import get_ident
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
+from math import inf
 from typing import Any
 
 from langchain_core.utils.iter import safetee
 
 from asyncify.background import END, Source, background
 from asyncify.fanout import until_ended
+from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
 from asyncify.streams import closable
@@ -108,6 +110,9 @@ async def amerge(
     sources = {key: Source(closable(branch(shared.copy()))) for key, branch in branches.items()}
     tasks = {key: loop.create_task(source.serve()) for key, source in sources.items()}
     answers: dict[str, asyncio.Future[Any]] = {}
+    merged = _Merged()
+    for task in tasks.values():
+        task.add_done_callback(merged.note)
 
     def ask(key: str) -> None:
         answers[key] = answer = loop.create_future()
@@ -147,6 +152,17 @@ async def _close(
     for error in errors:
         if isinstance(error, Exception):
             raise error
+
+
+class _Merged(Joining):
+    """The branches' tasks: all of them are ended when one fails, or when their reader goes."""
+
+    def note(self, task: asyncio.Task[None]) -> None:
+        """Do nothing; that it is called back says whose part a task is."""
+
+    def join(self) -> Join:
+        """Return the wait for them: that of a reader who may be busy."""
+        return Join(self, inf, fails_at_once=True)
 
 
 class _Place:

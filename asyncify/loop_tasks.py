@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
+from math import inf
 from typing import Any, Self
 
 from asyncify.background import background
 from asyncify.fanout import Alive, BlockingFan, Ended, Width, ended_task, is_raised
+from asyncify.joins import Join, Joining
 
 __all__ = ["LoopTasks"]
 
 
-class LoopTasks(BlockingFan):
+class LoopTasks(BlockingFan, Joining):
     """Items that run as tasks of the background loop, used by another thread as `Threads` is.
 
     Args:
@@ -55,6 +57,10 @@ class LoopTasks(BlockingFan):
         self._alive.cancel()
         while self._alive.items:
             await asyncio.wait(self._alive.items)
+
+    def join(self) -> Join:
+        """Return the wait for the items: that of another thread, which may be busy."""
+        return Join(self, inf, fails_at_once=True)
 
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as tasks end."""

@@ -9,6 +9,7 @@ from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
 from asyncify.clock import Timer
+from asyncify.scopes import CancelScope
 from asyncify.wakeups import Wakeups
 
 __all__ = ["FREE_PASS", "Issuer", "Pass", "Permit", "get_innermost", "innermost", "permits", "set_innermost"]
@@ -58,6 +59,7 @@ class Permit:
         "outer",
         "queue",
         "ready",
+        "scope",
         "since",
         "slots",
         "taken",
@@ -84,6 +86,8 @@ class Permit:
     queue: deque[Permit] | None
     """Where it waits; None when it does so no longer."""
     blocks: tuple[Permit, ...]
+    scope: CancelScope | None
+    """What its wait may be called off with; there if it is within a call of the same limiter, or blocks one."""
     timer: Timer | None
     ready: Any
     """What it waits on: a lock, or a future of the loop whose task it is in."""

@@ -61,6 +61,10 @@ class CancelScope:
         """Let go of it: what an item has left running may go on in its context, and wait there again."""
         self._has_ended = True
 
+    def is_within(self, other: CancelScope | None) -> bool:
+        """Tell whether what is called off with this one is called off with that other one, too."""
+        return set(self._alive()).issubset(() if other is None else other._alive())
+
     def _alive(self) -> Iterator[CancelScope]:
         """Yield this scope and those around it, from the inside out, without those that have ended."""
         scope: CancelScope | None = self

@@ -31,7 +31,7 @@ from asyncify.holds import Standstill, held_by_this_task, held_by_this_thread, l
 from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost, permits, set_innermost
-from asyncify.scopes import get_scope
+from asyncify.scopes import CancelScope, get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
@@ -212,18 +212,23 @@ class Turnstile:
 
         Their tasks never go on, but lead to what awaits them, and that may be the call that has the slot.
         """
-        closed = {wakeups for wakeups in tuple(self._loops) if wakeups.is_closed()}
-        if closed:
-            self._loops.difference_update(closed)
-            with self._lock:
-                waiting = [permit for permit in self._queue if permit.queue is not None and permit.is_on(closed)]
-            self._settle()
-            while waiting:
-                permit = waiting.pop()
-                permit.ready = None  # it leads to the task
-                permit.give_up()
-                del permit
-            gc.collect()  # such a call is garbage now, in a cycle; and its slot is waited for
+        closed = {wakeups for wakeups in list(self._loops) if wakeups.is_closed()}
+        if not closed or not self._lock.acquire(blocking=False):  # a finalizer may come here in a thread that holds it
+            return
+        try:
+            waiting = [permit for permit in self._queue if permit.queue is not None and permit.is_on(closed)]
+        finally:
+            self._lock.release()
+        self._loops.difference_update(closed)
+        self._settle()
+        if not waiting:
+            return
+        while waiting:
+            permit = waiting.pop()
+            permit.ready = None  # it leads to the task
+            permit.give_up()
+            del permit
+        gc.collect()  # such a call is garbage now, in a cycle; and its slot is waited for
 
     def _may_pass(self) -> bool:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
@@ -242,7 +247,8 @@ class Turnstile:
         if not blocks and not standstills:
             return None
         with self._lock:
-            stopped = self._all_stopped(blocks, standstills) if permit.queue is self._queue else None
+            permit.scope = get_scope()
+            stopped = self._all_stopped(blocks, standstills, permit.scope) if permit.queue is self._queue else None
             if timeout is None and permit.queue is self._queue:
                 permit.blocks = tuple(blocks)
                 self._blocked.update(blocks)
@@ -271,7 +277,7 @@ class Turnstile:
         """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
         thread = get_ident()
         return any(
-            permit.in_task and permit.thread == thread and permit not in known for permit in tuple(self._meter.inside)
+            permit.in_task and permit.thread == thread and permit not in known for permit in list(self._meter.inside)
         )
 
     def _inside_and_standstills(self, held: Collection[Permit]) -> tuple[set[Permit], list[Standstill]]:
@@ -279,14 +285,23 @@ class Turnstile:
         blocks = self._meter.inside.intersection(held)  # a fork has left some behind
         return blocks, [other for other in held if isinstance(other, Standstill)]
 
-    def _all_stopped(self, blocks: set[Permit], standstills: Iterable[Standstill]) -> set[Permit] | None:
-        """Return what these stop, if with that and what others wait for nothing inside can end; with the lock held."""
-        stopped = blocks.union(*(standstill.among(tuple(self._meter.inside)) for standstill in standstills))
+    def _all_stopped(
+        self, blocks: set[Permit], standstills: Iterable[Standstill], scope: CancelScope | None
+    ) -> set[Permit] | None:
+        """Return what these stop, if with that and what others wait for nothing inside can end; with the lock held.
+
+        Who may be called off without those in the scope is no proof.
+        """
+        stopped = blocks.union(*(standstill.among(list(self._meter.inside)) for standstill in standstills))
         if not self._is_certain or not self._are_all(stopped.union(self._blocked)):
             return None
         # Some of those who wait may be about to give up; that is looked at only now, as it takes a look at each.
         gone = {permit for permit, _ in tuple(self._departed)}  # others leave meanwhile, without the lock
-        waiting = (permit for permit in self._queue if permit.blocks and not permit.gives_up() and permit not in gone)
+        waiting = (
+            permit
+            for permit in self._queue
+            if permit.blocks and not permit.gives_up() and permit not in gone and _lasts(permit, scope)
+        )
         return stopped if self._are_all(stopped.union(*(permit.blocks for permit in waiting))) else None
 
     def _are_all(self, blocked: set[Permit]) -> bool:
@@ -298,7 +313,7 @@ class Turnstile:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
         if permit.in_task or _get_running_loop() is None:
             return set()
-        inside = tuple(self._meter.inside)
+        inside = list(self._meter.inside)
         return {other for other in inside if other.thread == permit.thread and other.in_task}
 
     def _guard_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
@@ -311,6 +326,7 @@ class Turnstile:
             if permit.in_task and timeout is None and (callers or permit.blocks):
                 for caller in callers:
                     caller.is_caller = True
+                permit.scope = get_scope()
                 loop = permit.ready.get_loop()
                 self._lookouts.setdefault(loop, Lookout()).note(permit, loop, self._look)
         if permit.queue is not None and timeout is not None:
@@ -318,19 +334,18 @@ class Turnstile:
         if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_OUTER_ENDED)
 
-    def _look(self, loop: asyncio.AbstractEventLoop, waiting: Iterable[Permit]) -> bool:
+    def _look(self, loop: asyncio.AbstractEventLoop, waiting: list[Permit]) -> bool:
         """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
-        if any(
-            not hasattr(permit, "is_caller") and permit not in self._blocked for permit in tuple(self._meter.inside)
-        ):
+        if any(not hasattr(permit, "is_caller") and permit not in self._blocked for permit in list(self._meter.inside)):
             return False  # what follows takes microseconds for each that waits
-        permits_of = {permit.ready: permit for permit in waiting if not permit.gives_up()}
+        scope = waiting[-1].scope
+        permits_of = {each.ready: each for each in waiting if not each.gives_up() and _lasts(each, scope)}
         held_up = HeldUp(permits_of)
         blocks, standstills = self._inside_and_standstills(held_up.permits)
         if not blocks and not standstills:
             return False
         with self._lock:
-            stopped = self._all_stopped(blocks, standstills)
+            stopped = self._all_stopped(blocks, standstills, scope)
         self._settle()
         if stopped is None or self._holds_others(stopped):
             return False
@@ -478,7 +493,7 @@ class Turnstile:
 
     def _rob(self, permit: Permit) -> None:
         """Give back the slot of some other call, as this call's own is gone; that other will do the same."""
-        for other in tuple(self._meter.inside):
+        for other in list(self._meter.inside):
             _robbed.add(other)  # before its slot is taken, or it could leave without being seen
             if self._meter.release(other):
                 return
@@ -642,6 +657,11 @@ class Turnstile:
             f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "
             "limiter of its own, or call its unlimited .func or .afunc."
         )
+
+
+def _lasts(permit: Permit, scope: CancelScope | None) -> bool:
+    """Tell whether a wait is called off only together with those in this scope, if at all."""
+    return permit.scope is None or permit.scope.is_within(scope)
 
 
 def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:

@@ -5,6 +5,7 @@ import contextvars
 import gc
 import operator
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -14,9 +15,9 @@ import anyio
 import pytest
 from langchain_core.runnables import RunnableLambda
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency, dual, each
 from asyncify.testing import FakeClock
-from tests.waiting import SAFETY_NET, until
+from tests.waiting import SAFETY_NET, until, wait_until
 
 
 async def _identity(value: int) -> int:
@@ -611,4 +612,75 @@ async def test_calls_that_have_waited_within_others_keep_nothing_of_theirs() -> 
     gc.collect()
 
     assert len(requests) == 20
-    assert sum(each() is not None for each in requests) <= 1  # what was read last may be in hand still
+    assert sum(kept() is not None for kept in requests) <= 1  # what was read last may be in hand still
+
+
+def _fail_soon(_: int) -> int:
+    time.sleep(0.15)
+    raise ValueError("failed")
+
+
+def _in_threads(way: str, call: Any) -> None:
+    """Have a call made beside another that fails, so that its wait is called off."""
+    beside: Any = dual(lambda value: call(value) if value else _fail_soon(value), name="beside")
+    if way == "batch":
+        beside.batch([1, 0])
+    elif way == "each":
+        list(each(beside, [1, 0], ordered=False))
+    else:
+        pipe: Any = Dual(list[int]) | {"call": Dual(lambda _: call(1)), "fail": Dual(lambda _: _fail_soon(0))}
+        if way == "a dict":
+            pipe.invoke([1])
+        else:
+            list(pipe.stream([1]))
+
+
+@pytest.mark.parametrize("way", ["batch", "each", "a dict", "a dict's stream"])
+def test_a_call_is_no_proof_whose_wait_is_called_off_when_a_sibling_in_threads_fails(way: str) -> None:
+    """It gives its slot back then, and who waits besides is admitted."""
+    limiter = Limiter(limit=2)
+    inner: Any = concurrency(limiter=limiter)(dual(lambda value: value, name="inner"))
+    blocked: Any = concurrency(limiter=limiter)(dual(inner.call, name="blocked"))
+    is_inside = threading.Event()
+    admitted: list[bool] = []
+
+    def wait() -> None:
+        with limiter:
+            is_inside.set()
+            wait_until(lambda: limiter.stats().waiting == 1)
+            with limiter:
+                admitted.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    is_inside.wait()
+    with pytest.raises(ValueError, match="failed"):
+        _in_threads(way, blocked.call)
+    thread.join(SAFETY_NET)
+
+    assert admitted == [True]
+    assert limiter.stats().rejected == 0
+
+
+async def test_a_branch_of_a_dict_that_is_streamed_is_no_proof() -> None:
+    """Its reader's timeout ends it."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    blocked = _outer(limiter, lambda _: _held_until_two(limiter, inner))
+    pipe: Any = Dual(_identity) | {"blocked": blocked, "other": Dual(_identity)}
+
+    async def read() -> None:
+        async with asyncio.timeout(0.15):
+            async for _ in pipe.astream(0):
+                pass
+
+    task = asyncio.create_task(read())
+    async with asyncio.timeout(SAFETY_NET):
+        await until(lambda: limiter.stats().in_flight == 1)
+        async with limiter:
+            await until(lambda: limiter.stats().waiting == 1)
+            assert await inner.acall(2) == 2
+    with pytest.raises(TimeoutError):
+        await task
+
+    assert limiter.stats().rejected == 0

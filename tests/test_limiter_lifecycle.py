@@ -286,6 +286,31 @@ class TestLoops:
 
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
 
+    def test_a_loop_closed_without_waiters_costs_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is collected for it, and a finalizer may look in a thread that holds the lock."""
+        limiter = Limiter(limit=1)
+
+        async def contend() -> None:
+            async with limiter:
+                await asyncio.sleep(0)
+
+        async def contend_all() -> None:
+            await asyncio.gather(contend(), contend(), contend())
+
+        def refuse() -> None:
+            raise AssertionError("collected")
+
+        monkeypatch.setattr("gc.collect", refuse)
+        for _ in range(2):
+            asyncio.run(contend_all())
+
+        assert limiter._loops
+        with limiter._lock:
+            assert run_apart(limiter.is_idle)
+            assert limiter.is_idle()
+        assert limiter.is_idle()
+        assert not limiter._loops
+
     def test_run_cancels_its_waiters(self) -> None:
         """A program that leaves `asyncio.run` with waiters behind leaves none in the queue."""
         limiter = Limiter(limit=1)
