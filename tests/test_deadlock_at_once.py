@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -684,3 +685,107 @@ async def test_a_branch_of_a_dict_that_is_streamed_is_no_proof() -> None:
         await task
 
     assert limiter.stats().rejected == 0
+
+
+class _CountingGroup(asyncio.TaskGroup):
+    """A group that has a method of its own called back at the end of each task."""
+
+    ended = 0
+
+    def create_task(self, coro: Any, **how: Any) -> Any:
+        task = super().create_task(coro, **how)
+        task.add_done_callback(self.count)
+        return task
+
+    def count(self, _: object) -> None:
+        self.ended += 1
+
+
+async def test_a_part_of_a_group_counts_once_whatever_else_is_called_back() -> None:
+    """So that one which waits is no proof beside another that will fail."""
+    limiter = Limiter(limit=1)
+    inner = _inner(limiter)
+
+    async def call(value: int) -> None:
+        async with _CountingGroup() as group:
+            group.create_task(inner.acall(value))
+            group.create_task(_fail())
+
+    outer: Any = concurrency(limiter=limiter)(call)
+    with pytest.raises(ExceptionGroup) as raised:
+        await outer.acall(1)
+
+    assert not _told(raised.value)
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_items_that_are_about_to_start_may_fail(turns: int) -> None:
+    """Between two items a stream's feeder has been woken, and has not gone on yet; then another call comes to wait."""
+    limiter = Limiter(limit=1)
+    has_ended = asyncio.Event()
+
+    async def item(value: int) -> int:
+        if value == 0:
+            await asyncio.sleep(0.02)
+            has_ended.set()
+        elif value == 1:
+            async with limiter:
+                pass
+        else:
+            raise ValueError("failed")
+        return value
+
+    async def come_later() -> None:
+        await has_ended.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with limiter:
+            pass
+
+    async def read() -> None:
+        async with aclosing(aeach(Dual(item), range(3), window=2, ordered=False)) as results:
+            async for _ in results:
+                pass
+
+    async with asyncio.timeout(SAFETY_NET):
+        async with limiter:
+            later = asyncio.create_task(come_later())
+            with pytest.raises(ValueError, match="failed"):
+                await read()
+        await later
+
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("where", ["in a thread", "in a context of its own"])
+async def test_a_call_that_is_held_up_by_what_can_not_be_seen_is_no_proof(where: str) -> None:
+    """It is not known what may cancel it: here a timeout does."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    in_a_thread: Any = dual(lambda value: inner.call(value), name="in_a_thread")  # noqa: PLW0108
+
+    async def hold() -> None:
+        async with limiter, asyncio.timeout(0.15):
+            await until(lambda: limiter.stats().in_flight == 2)
+            if where == "in a thread":
+                await in_a_thread.acall(1)
+            else:
+                await asyncio.create_task(_within_another(inner), context=contextvars.Context())
+
+    holding = asyncio.create_task(hold())
+    async with asyncio.timeout(SAFETY_NET):
+        await until(lambda: limiter.stats().in_flight == 1)
+        async with limiter:
+            await until(lambda: limiter.stats().waiting == 1)
+            assert await inner.acall(2) == 2
+    await asyncio.wait([holding])
+
+    assert isinstance(holding.exception(), TimeoutError)
+    assert limiter.stats().rejected == 0
+
+
+async def _within_another(inner: Any) -> int:
+    async with Limiter(limit=3):
+        result: int = await inner.acall(1)
+        return result
