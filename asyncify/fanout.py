@@ -22,7 +22,7 @@ from itertools import islice
 from time import monotonic
 from typing import Any, Self
 
-from asyncify.forks import left_behind
+from asyncify.forks import check_not_ending, left_behind
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
@@ -369,6 +369,7 @@ class BlockingFan(ABC):
         with self._lock:
             while not self._ended and not self._is_idle():
                 if self._is_deserted():
+                    check_not_ending()
                     raise left_behind("what this yields")
                 self._awaited = True  # set before the last look: who ends an item appends it before looking here
                 if not self._ended:

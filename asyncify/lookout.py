@@ -54,10 +54,6 @@ class Lookout:
         self._last_came = loop.time()
         self._look_at(max(self._last_came, self._not_before), loop, look)
 
-    def waiting(self) -> list[Permit]:
-        """Return those that wait still."""
-        return [permit for known in self._waiting if (permit := known()) is not None and permit.queue is not None]
-
     def _look_at(self, at: float, loop: AbstractEventLoop, look: Look) -> None:
         if at >= self._next_at:
             return
@@ -74,7 +70,7 @@ class Lookout:
         self._next_at = inf
         loop = get_running_loop()
         start = loop.time()
-        waiting = self.waiting()
+        waiting = [permit for known in self._waiting if (permit := known()) is not None and permit.queue is not None]
         self._waiting = [weakref.ref(permit) for permit in waiting]
         if not waiting:
             return

@@ -213,12 +213,17 @@ class Turnstile:
         Their tasks never go on, but lead to what awaits them, and that may be the call that has the slot.
         """
         closed = {wakeups for wakeups in list(self._loops) if wakeups.is_closed()}
-        if not closed or not self._lock.acquire(blocking=False):  # a finalizer may come here in a thread that holds it
+        if not closed:
             return
-        try:
-            waiting = [permit for permit in self._queue if permit.queue is not None and permit.is_on(closed)]
-        finally:
-            self._lock.release()
+        waiting: list[Permit] = []
+        for got in self._trying:
+            if not got:
+                return  # a finalizer may come here in a thread that holds the lock
+            try:
+                waiting = [permit for permit in self._queue if permit.queue is not None and permit.is_on(closed)]
+            finally:
+                self._lock.release()
+            break
         self._loops.difference_update(closed)
         self._settle()
         if not waiting:

@@ -155,6 +155,66 @@ if __name__ == "__main__":
 """
         assert run_program(program) == "1 [[2, 4], [2, 4]] <Limiter 0/1 in flight, 0 waiting>\n"
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+    def test_a_worker_forked_in_the_middle_of_anything_is_in_the_middle_of_nothing(self) -> None:
+        """Not of a call, a fan-out, a stream, a wait over a bridge, nor of a call of a pool of threads."""
+        program = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from contextvars import copy_context
+from asyncify import Limiter, holds, permits, pools, scopes
+def context():
+    names = (permits.innermost, scopes.current_scope, holds._link, holds._steps, pools._inside)
+    return [variable.get() for variable in names]
+if __name__ == "__main__":
+    Limiter(limit=1).enter()
+    scopes.CancelScope().enter()
+    holds.Link().begin()
+    holds.Steps(copy_context()).begin()
+    pools._inside.set((pools.ThreadPool(1, "pool"),))
+    assert all(context())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as workers:
+        print(workers.submit(context).result(20))
+"""
+        assert run_program(program) == "[None, None, None, None, ()]\n"
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+    @pytest.mark.parametrize(
+        "begun",
+        [
+            "numbers.stream(9)",
+            "each(bridged, range(999), via='async')",
+            "native.batch_as_completed(list(range(999)), {'max_concurrency': 2})",
+        ],
+    )
+    def test_what_threads_of_the_parent_do_is_not_waited_for_in_a_child(self, begun: str) -> None:
+        """Who reads on there is told, and may close it."""
+        program = f"""
+import os, signal, time
+from asyncify import dual, each
+async def count(upto):
+    for number in range(upto):
+        yield number
+numbers = dual(count)
+async def work(value):
+    return value
+bridged = dual(work)
+native = dual(lambda value: time.sleep(0.001), name="native")
+results = {begun}
+next(results)
+if (child := os.fork()) == 0:
+    signal.alarm(20)  # which ends it
+    try:
+        list(results)
+    except RuntimeError as error:
+        print(error, flush=True)
+    results.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+results.close()
+"""
+        assert "was begun in the process that this one was forked from" in run_program(program)
+
 
 class TestLoops:
     def test_run_again_and_again(self) -> None:
