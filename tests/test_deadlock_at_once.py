@@ -246,6 +246,13 @@ async def _timed_by_anyio(call: Awaitable[int]) -> int:
         return await call
 
 
+async def _timed_by_anyio_further_out(call: Awaitable[int]) -> int:
+    """A scope takes its task out of those around it."""
+    with anyio.fail_after(0.05), anyio.CancelScope():
+        return await call
+    raise AssertionError("nobody cancels the scope")
+
+
 async def _waited_for(call: Awaitable[int]) -> int:
     return await asyncio.wait_for(call, 0.05)
 
@@ -257,7 +264,7 @@ async def _cancelled(call: Awaitable[int]) -> int:
 
 
 @pytest.mark.parametrize("together", ENDED_BY_AN_ERROR)
-@pytest.mark.parametrize("timed", [_timed, _timed_by_anyio, _waited_for])
+@pytest.mark.parametrize("timed", [_timed, _timed_by_anyio, _timed_by_anyio_further_out, _waited_for])
 async def test_calls_at_once_of_which_one_will_give_up_are_no_proof(timed: Callable[[Any], Any], together: str) -> None:
     """By a timeout, which sets their caller free."""
     limiter = Limiter(limit=1)
@@ -403,7 +410,7 @@ async def test_a_task_that_is_awaited_long_after_it_came_to_wait_is_told() -> No
     assert limiter.stats().in_flight == 0
 
 
-@pytest.mark.parametrize("timed", [_timed, _timed_by_anyio])
+@pytest.mark.parametrize("timed", [_timed, _timed_by_anyio, _timed_by_anyio_further_out])
 async def test_a_call_that_another_one_holds_up_until_a_timeout_is_admitted_then(
     timed: Callable[[Any], Coroutine[Any, Any, int]],
 ) -> None:

@@ -35,6 +35,7 @@ class _Loop:
         return self.call_at(self.now, function, *args, context=context)
 
     def call_at(self, at: float, function: Callable[..., None], *args: object, context: Context) -> _Handle:
+        assert not context, "whose it is would be kept until then"
         handle = _Handle(at, lambda: context.run(function, *args))
         heapq.heappush(self.handles, handle)
         return handle
