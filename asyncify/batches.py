@@ -70,7 +70,7 @@ class Items:
         name = self._runnable.get_name()
         return Threads(self.in_threads, self.threads, name=name, return_exceptions=return_exceptions)
 
-    def in_threads(self, scope: CancelScope) -> Callable[[int, Any], Any]:
+    def in_threads(self, scope: CancelScope | None) -> Callable[[int, Any], Any]:
         """Return what runs one input in its caller's thread, in a copy of this context, with its waits in the scope."""
         return partial(self._call, background.context_of_waiter(scope))
 
@@ -161,7 +161,7 @@ class Batches:
             """
             items = _items(self, inputs, config, kwargs)
             if len(inputs) == 1:
-                return [run_one(items.in_threads, inputs[0], return_exceptions=return_exceptions)]
+                return [run_one(items.in_threads(None), inputs[0], return_exceptions=return_exceptions)]
             return gather(items.fan(return_exceptions=return_exceptions), inputs)
 
         async def abatch(

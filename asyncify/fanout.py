@@ -22,7 +22,9 @@ from itertools import islice
 from time import monotonic
 from typing import Any, Self
 
+from asyncify.crews import Crew, Hand
 from asyncify.forks import check_not_ending, left_behind
+from asyncify.holds import at_work
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
@@ -367,15 +369,21 @@ class BlockingFan(ABC):
     def take(self) -> deque[Ended]:
         """Wait until an item has ended and return all that have; none when there is nothing in flight."""
         with self._lock:
-            while not self._ended and not self._is_idle():
-                if self._is_deserted():
-                    check_not_ending()
-                    raise left_behind("what this yields")
-                self._awaited = True  # set before the last look: who ends an item appends it before looking here
-                if not self._ended:
-                    self._changed.wait()
-            self._awaited = False
+            try:
+                while not self._ended and not self._is_idle():
+                    if self._is_deserted():
+                        check_not_ending()
+                        raise left_behind("what this yields")
+                    self._awaited = True  # set before the last look: who ends an item appends it before looking here
+                    if not self._ended:
+                        self._wait()
+            finally:
+                self._awaited = False
         return self.take_at_once()
+
+    def _wait(self) -> None:
+        """Wait until something has changed; with the lock held."""
+        self._changed.wait()
 
     def take_at_once(self) -> deque[Ended]:
         """Return all items that have ended by now."""
@@ -389,7 +397,7 @@ class BlockingFan(ABC):
                 self._changed.notify()
 
 
-class Threads(BlockingFan):
+class Threads(BlockingFan, Crew):
     """Items that run in threads; a thread takes item after item for as long as there are any.
 
     Args:
@@ -410,14 +418,14 @@ class Threads(BlockingFan):
         return_exceptions: bool,
         ordered: bool = False,
     ) -> None:
-        super().__init__(return_exceptions=return_exceptions)
-        self._scope = CancelScope()
-        self._call = call_in(self._scope)
+        BlockingFan.__init__(self, return_exceptions=return_exceptions)
+        Crew.__init__(self, CancelScope())
+        self._call = call_in(self.scope)
         self._width = width
         self._ordered = ordered
         self._pool = ThreadPool(None, name)
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
-        self._at_work: set[int] = set()  # those that have an item in hand
+        self._at_work: set[Hand] = set()  # those that have an item
 
     def __exit__(self, *error: object) -> None:
         """Drop the items that have not started or wait for a limiter, and wait for the end of those that run."""
@@ -426,13 +434,13 @@ class Threads(BlockingFan):
         with self._lock:
             self._inbox.clear()
         if error[0] is not None:
-            self._scope.cancel()
+            self.scope.cancel()
         try:
             with self._lock:
                 # A garbage collector runs anywhere, also in one of these threads.
-                self._changed.wait_for(lambda: not self._at_work - {get_ident()})
+                self._changed.wait_for(lambda: all(hand.worker == get_ident() for hand in self._at_work))
         finally:
-            self._scope.end()
+            self.scope.end()
 
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as threads come free."""
@@ -444,6 +452,18 @@ class Threads(BlockingFan):
     def _is_idle(self) -> bool:
         return not self._hired and not self._inbox
 
+    def _wait(self) -> None:
+        try:
+            self.hold_up_caller()
+            super()._wait()
+        finally:
+            self.let_caller_go()
+
+    def hands(self) -> Collection[Hand]:
+        """Return those of the threads that have an item, if the caller waits and all have one."""
+        busy = tuple(self._at_work)
+        return busy if self._awaited and not self._ended and len(busy) == self._hired else ()
+
     def _hire_all(self) -> None:
         """Hire as many threads as there is use for."""
         while self._needs_thread() and self._hire():
@@ -451,7 +471,8 @@ class Threads(BlockingFan):
 
     def _needs_thread(self) -> bool:
         with self._lock:
-            needed = bool(self._inbox) and self._hired < self._width()
+            on_their_way = self._hired - len(self._at_work)
+            needed = len(self._inbox) > on_their_way and self._hired < self._width()
             self._hired += needed
         return needed
 
@@ -467,7 +488,12 @@ class Threads(BlockingFan):
         return True
 
     def _work(self) -> None:
-        while (item := self._next()) is not None:
+        hand = Hand(self)
+        with at_work(hand):
+            self._work_on(hand)
+
+    def _work_on(self, hand: Hand) -> None:
+        while (item := self._next(hand)) is not None:
             ended = attempt(self._call, *item)
             is_error = is_raised(ended, return_exceptions=self.return_exceptions)
             if is_error:
@@ -476,31 +502,27 @@ class Threads(BlockingFan):
                     self._inbox.clear()
             self._ended.append(ended)
             if is_error and not self._ordered:
-                self._scope.cancel()  # only now, or the end of a wait that was called off would come before the error
+                self.scope.cancel()  # only now, or the end of a wait that was called off would come before the error
             self._tell()
             del ended  # an error's traceback holds this frame
             if self._hired < self._width():  # the limit was raised, say
                 self._hire_all()
 
-    def _next(self) -> tuple[int, Any] | None:
+    def _next(self, hand: Hand) -> tuple[int, Any] | None:
         with self._lock:
             if self._inbox:
-                self._at_work.add(get_ident())
+                self._at_work.add(hand)
                 with suppress(IndexError):  # it has been emptied meanwhile, by a garbage collector in this very thread
                     return self._inbox.popleft()
-            self._at_work.discard(get_ident())
+            self._at_work.discard(hand)
             self._hired -= 1
             self._changed.notify()
             return None
 
 
-def run_one(call_in: Callable[[CancelScope], Callable[[int, Any], Any]], value: Any, *, return_exceptions: bool) -> Any:
+def run_one(call: Callable[[int, Any], Any], value: Any, *, return_exceptions: bool) -> Any:
     """Return the output of a single item, which needs no thread but this one."""
-    scope = CancelScope()
-    try:
-        return outcome(attempt(call_in(scope), 0, value), return_exceptions=return_exceptions)[1]
-    finally:
-        scope.end()
+    return outcome(attempt(call, 0, value), return_exceptions=return_exceptions)[1]
 
 
 def gather(fan: Threads, inputs: Sequence[Any]) -> list[Any]:

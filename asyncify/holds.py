@@ -9,6 +9,7 @@ These are proofs:
 - It also holds what those tasks hold that await it and nothing else. They stand among what it calls back when it ends.
   (Who awaits several at once is found by `lookout`, which looks at all of them together.)
 - Who waits for work in another thread or task hands on what it holds to that, by a `Link`.
+- Who waits for several threads holds what it holds until all of them can't go on: a `Hand` in each says so (`crews`).
 - An event loop that is held up stops all its tasks: a `Standstill` stands for what they hold.
 """
 
@@ -20,10 +21,10 @@ import weakref
 from _thread import get_ident
 from abc import abstractmethod
 from asyncio import _get_running_loop, base_events
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, Token
-from typing import Any, ClassVar, Self, cast
+from typing import Any, Self, cast
 
 from asyncify.forks import in_worker
 from asyncify.permits import Issuer, Permit, get_innermost, innermost, permits
@@ -32,6 +33,8 @@ __all__ = [
     "Link",
     "Standstill",
     "Steps",
+    "Waiter",
+    "at_work",
     "callbacks_of",
     "held_by_this_task",
     "held_by_this_thread",
@@ -47,6 +50,7 @@ def held_by_this_thread() -> list[Permit]:
     held = [permit for permit in permits() if permit.thread == thread]
     for link in tuple(_here.links):
         held += link.alive()
+    held += tuple(_here.hands)
     return list(dict.fromkeys(held))
 
 
@@ -121,7 +125,35 @@ def _held_by_another(context: Context | None) -> list[Permit]:
     return held
 
 
-class Link:
+class Waiter:
+    """A thread or a task that waits for something, and what can't go on before it does.
+
+    Attributes:
+        held: the permits that it holds.
+        standstill: that of them which stands for the tasks of an event loop that it holds up; None if there is none.
+    """
+
+    __slots__ = ("held", "standstill")
+
+    def __init__(self, held: list[Permit] | None = None) -> None:
+        self.held: list[Permit] = [] if held is None else held
+        self.standstill: Standstill | None = None
+
+    def hold_up_this_thread(self) -> None:
+        """Note what this thread holds, and with it what tasks do if an event loop runs here; it is about to wait."""
+        self.held = held_by_this_thread()
+        if _get_running_loop() is not None:
+            self.standstill = _LoopHeldUp(self)
+            self.held.append(self.standstill)
+
+    def let_go(self) -> list[Permit]:
+        """Note that it goes on, and return what it held."""
+        held, self.held = self.held, []
+        self.standstill = None
+        return held
+
+
+class Link(Waiter):
     """Hands on what a waiter holds to the work that it waits for, which runs in another thread, task or context.
 
     A sync call that waits for a coroutine on the background loop keeps its permits until that has ended: so if the
@@ -133,21 +165,13 @@ class Link:
     each time what it holds, as the next to ask may be another.
     """
 
-    __slots__ = ("held", "is_waited_for", "standstill", "token")
+    __slots__ = ("is_waited_for", "token")
 
     token: Token[Link | None]
 
     def __init__(self, held: list[Permit] | None = None) -> None:
-        self.held: list[Permit] = [] if held is None else held
+        super().__init__(held)
         self.is_waited_for: bool = False
-        self.standstill: Standstill | None = None
-
-    def hold_up_this_thread(self) -> None:
-        """Note what this thread holds, and with it what tasks do if an event loop runs here; it is about to wait."""
-        self.held = held_by_this_thread()
-        if _get_running_loop() is not None:
-            self.standstill = _LoopHeldUp(self)
-            self.held.append(self.standstill)
 
     def lead_to(self, context: Context) -> Self | None:
         """Put a context at its end: whoever holds these waits for what will run there, and for nothing else.
@@ -179,14 +203,12 @@ class Link:
     def __exit__(self, *_: object) -> None:
         """Have it no longer there: the holder is about to have its answer, and goes on."""
         self.is_waited_for = False
-        self.held = []
-        self.standstill = None
+        self.let_go()
         _here.links.discard(self)
 
     def leave(self) -> None:
         """Note that the holder waits no longer, whatever of it still runs."""
-        held, self.held = self.held, []
-        self.standstill = None
+        held = self.let_go()
         if self.is_waited_for:
             loose.update(held)
 
@@ -210,32 +232,34 @@ class Standstill(Permit):
 
     __slots__ = ()
 
-    is_of_a_loop: ClassVar[bool]
-    """Whether it stands for tasks of an event loop that somebody else holds up."""
-
     def __init__(self) -> None:
         super().__init__(cast("Issuer", None), 0, 0)
         self.thread = 0
 
+    def holds_up_loop(self) -> bool:
+        """Tell whether it stands for tasks of an event loop that somebody else holds up."""
+        return False
+
     @abstractmethod
-    def among(self, inside: Iterable[Permit]) -> set[Permit]:
+    def among(self, inside: Collection[Permit]) -> set[Permit]:
         """Return those of a limiter's permits that it stands for; none when it lasts no longer."""
 
 
 class _LoopHeldUp(Standstill):
-    """Stands for the permits of all tasks of the event loop whose thread waits for what a link leads to."""
+    """Stands for the permits of all tasks of the event loop whose thread waits."""
 
-    __slots__ = ("_link", "_loop_thread")
+    __slots__ = ("_loop_thread", "_waiter")
 
-    is_of_a_loop = True
-
-    def __init__(self, link: Link) -> None:
+    def __init__(self, waiter: Waiter) -> None:
         super().__init__()
-        self._link = link
+        self._waiter = waiter
         self._loop_thread = get_ident()
 
-    def among(self, inside: Iterable[Permit]) -> set[Permit]:
-        if self._link.standstill is not self:
+    def holds_up_loop(self) -> bool:
+        return True
+
+    def among(self, inside: Collection[Permit]) -> set[Permit]:
+        if self._waiter.standstill is not self:
             return set()
         return {permit for permit in inside if permit.in_task and permit.thread == self._loop_thread}
 
@@ -245,26 +269,35 @@ class _LoopRun(Standstill):
 
     __slots__ = ("_held", "_task")
 
-    is_of_a_loop = False
-
     def __init__(self, task: Any, held: list[Permit]) -> None:
         super().__init__()
         self._task = task
         self._held = held
 
-    def among(self, inside: Iterable[Permit]) -> set[Permit]:
+    def among(self, inside: Collection[Permit]) -> set[Permit]:
         lasts = any(callback is _end_of_loop for callback, _ in self._task._callbacks or ())
         return {permit for permit in inside if permit in self._held} if lasts else set()
 
 
 class _Here(threading.local):
-    """The links to this thread."""
+    """What leads to this thread: links, and the hands of the crews that it works for."""
 
     def __init__(self) -> None:
         self.links: set[Link] = set()
+        self.hands: set[Standstill] = set()
 
 
 _here = _Here()
+
+
+@contextmanager
+def at_work(hand: Standstill) -> Generator[None]:
+    """Have this thread hold what stands for one who waits for it among others."""
+    _here.hands.add(hand)
+    try:
+        yield
+    finally:
+        _here.hands.discard(hand)
 
 
 class Steps:
@@ -343,6 +376,7 @@ def _is_own(variable: ContextVar[Any], token: Token[Any]) -> bool:
 def _forget_waits() -> None:
     _link.set(None)
     _steps.set(None)
+    _here.hands.clear()
 
 
 in_worker(_forget_waits)

@@ -34,6 +34,10 @@ class Issuer(Protocol):
         """Wake a call that still waits, to give up."""
         ...
 
+    def look_at(self, permit: Permit) -> None:
+        """Tell a call that waits in a thread if it waits for itself."""
+        ...
+
 
 innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
 """The permit under which this context runs; those around it follow by `outer`."""
@@ -66,6 +70,7 @@ class Permit:
         "thread",
         "timer",
         "token",
+        "told",
         "wakeups",
     )
 
@@ -85,9 +90,12 @@ class Permit:
     ahead: int
     queue: deque[Permit] | None
     """Where it waits; None when it does so no longer."""
-    blocks: tuple[Permit, ...]
+    blocks: tuple[Any, ...]
+    """The calls that can't end before its wait does, and the crews that have it in one of their threads."""
     scope: CancelScope | None
     """What its wait may be called off with; there if it is within a call of the same limiter, or blocks one."""
+    told: Exception | None
+    """What it is to raise, as it waits for itself."""
     timer: Timer | None
     ready: Any
     """What it waits on: a lock, or a future of the loop whose task it is in."""
@@ -114,7 +122,7 @@ class Permit:
         self.since = since
         self.ahead = ahead
         self.blocks = ()
-        self.timer = self.ready = None
+        self.timer = self.ready = self.told = None
         self.queue = queue
         queue.append(self)
 

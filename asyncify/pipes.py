@@ -6,12 +6,12 @@ With anything else among its steps a pipe is LangChain's own.
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
-from contextvars import Context
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
@@ -22,7 +22,7 @@ from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.batches import Batches, check_configs
 from asyncify.branches import amerge, merge
-from asyncify.fanout import until_ended
+from asyncify.fanout import Ended, Threads, until_ended
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.relay import Relay
@@ -228,35 +228,27 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
     def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the sync sides; keyword arguments go to none of them."""
-        if _bound(ensure_config(config)) is not None:
-            return self._invoke_upstream(value, config)
+        width = _bound(ensure_config(config)) or math.inf
         config, steps = config_of_steps(config), dict(self.steps__)
-        pool = ThreadPool(None, self.get_name())
-        scope = CancelScope()
 
-        def run(step: Piped, context: Context) -> Any:
-            try:
-                return context.run(step.run_unobserved, value, config, {})
-            except BaseException:
-                scope.cancel()
-                raise
+        def call_in(scope: CancelScope) -> Callable[[int, Piped], Any]:
+            context = background.context_of_waiter(scope)
+            return lambda _, step: context.copy().run(step.run_unobserved, value, config, {})
 
-        futures: list[Future[Any]] = []
+        ended: list[Ended] = []
         failed: list[BaseException] = []
         try:
-            futures.extend(
-                pool.submit(run, step, background.context_of_waiter(scope)) for step in _pairs(steps.values())
-            )
-            failed.extend(error for error in map(Future[Any].exception, futures) if error is not None)  # waits for each
+            with Threads(call_in, lambda: width, name=self.get_name(), return_exceptions=False) as fan:
+                fan.run(enumerate(steps.values()))
+                while group := fan.take():
+                    ended += group
+            ended.sort(key=itemgetter(0))
+            failed += [error for _, _, error in ended if error is not None]
             if failed:
                 raise next((error for error in failed if not isinstance(error, asyncio.CancelledError)), failed[0])
-            return {key: future.result() for key, future in zip(steps, futures, strict=True)}
+            return {key: output for key, (_, output, _) in zip(steps, ended, strict=True)}
         finally:
-            if not all(future.done() for future in futures):
-                scope.cancel()
-                wait(futures)
-            scope.end()
-            futures.clear()  # an error's traceback holds this frame
+            ended.clear()  # an error's traceback holds this frame
             failed.clear()
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:

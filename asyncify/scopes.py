@@ -7,7 +7,7 @@ runs, is left alone on the sync path.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -61,9 +61,12 @@ class CancelScope:
         """Let go of it: what an item has left running may go on in its context, and wait there again."""
         self._has_ended = True
 
-    def is_within(self, other: CancelScope | None) -> bool:
-        """Tell whether what is called off with this one is called off with that other one, too."""
-        return set(self._alive()).issubset(() if other is None else other._alive())
+    def is_within(self, other: CancelScope | None, lasting: Iterable[CancelScope] = ()) -> bool:
+        """Tell whether what is called off with this one is called off with that other one, too.
+
+        Those that last, as nobody can cancel them, do not count.
+        """
+        return set(self._alive()).difference(lasting).issubset(() if other is None else other._alive())
 
     def _alive(self) -> Iterator[CancelScope]:
         """Yield this scope and those around it, from the inside out, without those that have ended."""

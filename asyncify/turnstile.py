@@ -16,7 +16,7 @@ import weakref
 from _thread import allocate_lock, get_ident
 from asyncio import _get_running_loop
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -25,12 +25,14 @@ from asyncify.adaptive import AdaptiveLimit
 from asyncify.arguments import check_cost, check_positive, shown
 from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
+from asyncify.crews import Crew
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.forks import at_fork, in_worker
-from asyncify.holds import Standstill, held_by_this_task, held_by_this_thread, loose
+from asyncify.holds import held_by_this_task, held_by_this_thread
 from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost, permits, set_innermost
+from asyncify.proofs import Held, lasts, stopped_by
 from asyncify.scopes import CancelScope, get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
@@ -99,7 +101,7 @@ class Turnstile:
         self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
-        self._blocked: Counter[Permit] = Counter()  # calls inside, by the waiters that keep each from ending
+        self._blocked: Counter[Permit | Crew] = Counter()  # what the waiters keep from ending, each
         self._lookouts = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lookout]()
         self._timer: Timer | None = None
         self._is_certain = True  # that a permit which looks held is held
@@ -239,28 +241,50 @@ class Turnstile:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
         return not self._rate_only and self._meter.is_full
 
-    def _find_deadlock(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> DeadlockError | None:
-        """Note which calls inside this waiter blocks: those that can't end before its wait does.
+    def _check_deadlock(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> None:
+        """Note what this waiter blocks: what can't end before its wait does.
 
-        Returns:
-            the error of a wait that can never end, as all calls inside are blocked by this waiter or by others.
+        A waiter that will give up some day lets what it blocks end, so it is no proof for others. Nor is what a
+        standstill stops, as that may be over before the wait is.
 
-        A waiter that will give up some day lets the calls that it blocks end, so it is no proof for others. Nor is what
-        a standstill stops, as that may be over before the wait is.
+        Raises:
+            DeadlockError: the wait can never end, as all calls inside are blocked by this waiter or by others.
         """
-        blocks, standstills = self._inside_and_standstills({*held, *self._frozen_by(permit)})
-        if not blocks and not standstills:
-            return None
+        own = Held.of({*held, *self._frozen_by(permit)}, self._meter.inside)
+        if timeout is not None:
+            own.hands.clear()  # it gives up, and so sets free who waits for it among others
+        if not own:
+            return
         with self._lock:
             permit.scope = get_scope()
-            stopped = self._all_stopped(blocks, standstills, permit.scope) if permit.queue is self._queue else None
-            if timeout is None and permit.queue is self._queue:
-                permit.blocks = tuple(blocks)
-                self._blocked.update(blocks)
+            stopped = None
+            if permit.queue is self._queue:
+                if timeout is None:
+                    permit.blocks = own.blocks()
+                    self._blocked.update(permit.blocks)
+                    for hand in own.hands:
+                        hand.wait_for(permit)
+                stopped = self._stopped_by(own, permit.scope)
+                if stopped is not None and not permit.in_task:
+                    self._dequeue(permit)  # so that nobody tells it once more
         self._settle()
-        if stopped is None or (permit.in_task and self._may_go_on(stopped)):
-            return None
-        return self._deadlock_error(permit, stopped, standstills)
+        if stopped is not None and not (permit.in_task and self._may_go_on(stopped)):
+            self._count_rejected()
+            raise self._deadlock_error(permit, stopped, own)
+
+    def look_at(self, permit: Permit) -> None:
+        """Look whether a call waits for itself, as a thread waits now for the one in which it does; if so, tell it.
+
+        Who waits in a task is looked at by its event loop.
+        """
+        with self._lock:
+            if permit.queue is self._queue and not permit.in_task:
+                own = Held.by(permit)
+                stopped = self._stopped_by(own, permit.scope)
+                if stopped is not None:
+                    permit.told = self._deadlock_error(permit, stopped, own)
+                    self._turn_away(permit)
+        self._settle()
 
     def _may_go_on(self, stopped: set[Permit]) -> bool:
         """Tell whether something may end a call inside, which this task does not keep from ending."""
@@ -285,34 +309,19 @@ class Turnstile:
             permit.in_task and permit.thread == thread and permit not in known for permit in list(self._meter.inside)
         )
 
-    def _inside_and_standstills(self, held: Collection[Permit]) -> tuple[set[Permit], list[Standstill]]:
-        """Return which of these permits are inside, and which stand for others."""
-        blocks = self._meter.inside.intersection(held)  # a fork has left some behind
-        return blocks, [other for other in held if isinstance(other, Standstill)]
-
-    def _all_stopped(
-        self, blocks: set[Permit], standstills: Iterable[Standstill], scope: CancelScope | None
-    ) -> set[Permit] | None:
-        """Return what these stop, if with that and what others wait for nothing inside can end; with the lock held.
-
-        Who may be called off without those in the scope is no proof.
-        """
-        stopped = blocks.union(*(standstill.among(list(self._meter.inside)) for standstill in standstills))
-        if not self._is_certain or not self._are_all(stopped.union(self._blocked)):
+    def _stopped_by(self, own: Held, scope: CancelScope | None) -> set[Permit] | None:
+        """Return what a wait stops if it is certain that nothing inside can ever end; with the lock held."""
+        if not self._is_certain:
             return None
-        # Some of those who wait may be about to give up; that is looked at only now, as it takes a look at each.
-        gone = {permit for permit, _ in tuple(self._departed)}  # others leave meanwhile, without the lock
-        waiting = (
-            permit
-            for permit in self._queue
-            if permit.blocks and not permit.gives_up() and permit not in gone and _lasts(permit, scope)
-        )
-        return stopped if self._are_all(stopped.union(*(permit.blocks for permit in waiting))) else None
-
-    def _are_all(self, blocked: set[Permit]) -> bool:
-        inside = {other for other in blocked if not other.ended and other not in loose}
+        inside = frozenset(self._meter.inside)  # others leave meanwhile, without the lock
         # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
-        return len(inside) >= max(self._meter.limits.limit or math.inf, len(self._meter.inside))
+        slots = max(self._meter.limits.limit or math.inf, len(inside))
+        return stopped_by(own, self._blocked, self._who_block, inside=inside, slots=slots, scope=scope)
+
+    def _who_block(self) -> list[Permit]:
+        """Return those who wait and keep others from ending, but for those who are about to give up."""
+        gone = {permit for permit, _ in tuple(self._departed)}  # others leave meanwhile, without the lock
+        return [permit for permit in self._queue if permit.blocks and not permit.gives_up() and permit not in gone]
 
     def _frozen_by(self, permit: Permit) -> set[Permit]:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
@@ -325,12 +334,11 @@ class Turnstile:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
         timeout = self.timeout if timeout is None else timeout
         if permit.slots and (permit.outer is not None or not permit.in_task):
-            if (error := self._find_deadlock(permit, held(), timeout)) is not None:
-                raise error
+            self._check_deadlock(permit, held(), timeout)
             callers = [other for other in permit.around() if other.issuer is self]
+            for caller in callers:
+                caller.is_caller = True
             if permit.in_task and timeout is None and (callers or permit.blocks):
-                for caller in callers:
-                    caller.is_caller = True
                 permit.scope = get_scope()
                 loop = permit.ready.get_loop()
                 self._lookouts.setdefault(loop, Lookout()).note(permit, loop, self._look)
@@ -344,22 +352,23 @@ class Turnstile:
         if any(not hasattr(permit, "is_caller") and permit not in self._blocked for permit in list(self._meter.inside)):
             return False  # what follows takes microseconds for each that waits
         scope = waiting[-1].scope
-        permits_of = {each.ready: each for each in waiting if not each.gives_up() and _lasts(each, scope)}
+        permits_of = {each.ready: each for each in waiting if not each.gives_up() and lasts(each, scope)}
         held_up = HeldUp(permits_of)
-        blocks, standstills = self._inside_and_standstills(held_up.permits)
-        if not blocks and not standstills:
+        own = Held.of(held_up.permits, self._meter.inside)
+        if not own:
             return False
         with self._lock:
-            stopped = self._all_stopped(blocks, standstills, scope)
+            stopped = self._stopped_by(own, scope)
         self._settle()
         if stopped is None or self._holds_others(stopped):
             return False
-        needed = {ready for other in (*blocks, *standstills) for ready in held_up.permits[other]}
+        needed = {ready for other in own.all() for ready in held_up.permits[other]}
         everybody = HeldUp(self._waiting_on(loop))  # those within no call, too: they may be siblings of those that are
         ready = everybody.doomed(loop, (ready for ready in reversed(permits_of) if ready in needed))
         if ready is None:
             return False
-        ready.set_exception(self._deadlock_error(permits_of[ready], stopped, standstills))
+        self._count_rejected()
+        ready.set_exception(self._deadlock_error(permits_of[ready], stopped, own))
         ready.exception()  # its task may be cancelled at this moment, and not hear of it
         return True
 
@@ -375,6 +384,11 @@ class Turnstile:
             permit.timer.cancel()
         waits = permit.queue is not None  # asked first: who is admitted has its time before it leaves the queue
         if permit.at is None:
+            if permit.told is not None:
+                try:
+                    raise permit.told
+                finally:
+                    permit.told = None  # its traceback holds this frame
             if waits or permit.ended:
                 permit.give_up()
                 raise asyncio.CancelledError(_OUTER_ENDED)
@@ -457,6 +471,7 @@ class Turnstile:
             self._blocked[other] -= 1
             if not self._blocked[other]:
                 del self._blocked[other]
+        permit.blocks = ()
 
     def _close_up(self) -> None:
         """Drop the empty places; as they must become most of the queue in between, a waiter pays O(1) for it."""
@@ -648,12 +663,11 @@ class Turnstile:
     def _title(self) -> str:
         return f"limiter {self.name}" if self.name else "limiter"
 
-    def _deadlock_error(self, permit: Permit, stopped: set[Permit], standstills: Iterable[Standstill]) -> DeadlockError:
-        """Count a call that waits for itself, and return what it is told."""
-        self._count_rejected()
+    def _deadlock_error(self, permit: Permit, stopped: set[Permit], own: Held) -> DeadlockError:
+        """Return what a call is told that waits for itself."""
         slots = f"{self._title()}: all slots ({self._meter.limits.limit}) are held by calls that"
         holds_loop = not permit.in_task and _get_running_loop() is not None
-        if (holds_loop or any(other.is_of_a_loop for other in standstills)) and not stopped.issubset(permit.around()):
+        if (holds_loop or own.holds_up_loop()) and not stopped.issubset(permit.around()):
             return DeadlockError(
                 f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
                 "On an event loop, await the async side: ainvoke or acall."
@@ -662,11 +676,6 @@ class Turnstile:
             f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "
             "limiter of its own, or call its unlimited .func or .afunc."
         )
-
-
-def _lasts(permit: Permit, scope: CancelScope | None) -> bool:
-    """Tell whether a wait is called off only together with those in this scope, if at all."""
-    return permit.scope is None or permit.scope.is_within(scope)
 
 
 def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:

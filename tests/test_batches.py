@@ -626,15 +626,15 @@ def test_a_stream_that_is_collected_by_a_thread_with_the_lock_of_it_is_ended(mon
             assert may_end.wait(SAFETY_NET)
         return value
 
-    def get_ident() -> int:  # called by `_next`, with the lock held
+    def suppressing(*errors: type[Exception]) -> suppress:  # called by `_next`, with the lock held
         if may_end.is_set() and held:
             held.clear()
             collected.set()
-        return threading.get_ident()
+        return suppress(*errors)
 
     held.append(iter(concurrency(limit=2)(Pair(call)).batch_as_completed(range(100))))
     next(held[0])
-    monkeypatch.setattr(fanout, "get_ident", get_ident)
+    monkeypatch.setattr(fanout, "suppress", suppressing)
     others = set(threading.enumerate())
     may_end.set()
 
@@ -910,8 +910,8 @@ def test_a_batch_that_has_failed_lets_its_inputs_go(
     """Neither the error nor the cancellation of the others leaves them to a garbage collection."""
     runnable: Any = Pair(refuse, refuse_async)
     bound = RunnableConfig(max_concurrency=2)  # so that of nine some never start
-    if shape == "dict":  # a bound makes it LangChain's own, which keeps errors
-        runnable, bound = Pair(same, same_async) | {"one": runnable, "two": runnable}, RunnableConfig()
+    if shape == "dict":
+        runnable = Pair(same, same_async) | {"one": runnable, "two": runnable}
     gone = threading.Event()
     inputs = [Document() for _ in range(size)]
     weakref.finalize(inputs[-1], gone.set)

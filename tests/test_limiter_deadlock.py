@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from asyncify import turnstile
+from asyncify import proofs, turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
@@ -303,7 +303,7 @@ class TestDeadlock:
         """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
         limiter = Limiter(limit=2)
         other = contextvars.Context().run(limiter.enter)
-        monkeypatch.setattr(turnstile, "loose", _Ending(other))
+        monkeypatch.setattr(proofs, "loose", _Ending(other))
         with limiter:
             limiter.enter(timeout=SAFETY_NET).leave()
 
@@ -316,7 +316,7 @@ class TestDeadlock:
         """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
         limiter = Limiter(limit=2)
         other = contextvars.Context().run(limiter.enter)
-        monkeypatch.setattr(turnstile, "loose", _Ending(other))
+        monkeypatch.setattr(proofs, "loose", _Ending(other))
         async with limiter:
             (await limiter.aenter(timeout=SAFETY_NET)).leave()
 

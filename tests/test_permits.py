@@ -35,6 +35,9 @@ class Issuer:
     def call_off(self, permit: Permit) -> None:
         self.called_off.append(permit)
 
+    def look_at(self, permit: Permit) -> None:
+        raise NotImplementedError
+
 
 @pytest.fixture
 def issuer() -> Issuer:

@@ -1,0 +1,114 @@
+"""Threads that one thread waits for, all together, as it does for those of a batch.
+
+What the waiting thread holds can't end before one of them has ended what it does. So when each of them waits for a
+limiter, or for threads that do, the one that waits for them waits for that limiter too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from _thread import get_ident
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable
+
+from asyncify.holds import Standstill, Waiter
+from asyncify.permits import Permit
+from asyncify.scopes import CancelScope
+
+__all__ = ["Crew", "Hand", "crews_of"]
+
+
+class Crew(ABC):
+    """A fan-out whose items run in threads, and the thread that waits for one of them to end.
+
+    Args:
+        scope: that of what its threads wait for; nobody cancels it but they and the one that waits.
+    """
+
+    def __init__(self, scope: CancelScope) -> None:
+        self.scope = scope
+        self._caller = Waiter()
+
+    @abstractmethod
+    def hands(self) -> Collection[Hand]:
+        """Return those of the threads of which one has to go on before the waiting one can; none if it can anyway."""
+
+    def hold_up_caller(self) -> None:
+        """Note what this thread holds, which is about to wait; that may prove that others wait for themselves."""
+        self._caller.hold_up_this_thread()
+        for hand in self.outer_hands():
+            hand.wait_for(self)
+        told: set[object] = set()
+        for permit in reversed(self._waits() if self._caller.held else []):
+            if permit.issuer not in told:
+                told.add(permit.issuer)
+                permit.issuer.look_at(permit)
+
+    def let_caller_go(self) -> None:
+        """Note that this thread goes on."""
+        self._caller.let_go()
+
+    def stops(self, inside: Collection[Permit]) -> set[Permit]:
+        """Return those of a limiter's permits that can't end while none of its threads goes on."""
+        held = set(self._caller.held)
+        return held.intersection(inside).union(*(standstill.among(inside) for standstill in self._standstills()))
+
+    def holds_up_loop(self) -> bool:
+        """Tell whether the waiting thread holds up tasks of an event loop, its own or another's."""
+        return any(standstill.holds_up_loop() for standstill in self._standstills())
+
+    def _standstills(self) -> list[Standstill]:
+        return [other for other in self._caller.held if isinstance(other, Standstill)]
+
+    def outer_hands(self) -> list[Hand]:
+        """Return what stands in the waiting thread, or in those that wait for it, for others that do."""
+        return [other for other in self._caller.held if isinstance(other, Hand)]
+
+    def _waits(self) -> list[Permit]:
+        """Return what its threads wait with, who came last at the end; nothing if one of them does not wait."""
+        found: list[Permit] = []
+        for hand in self.hands():
+            waits = hand.waits_for()
+            if isinstance(waits, Crew):
+                permits = waits._waits()
+            else:
+                permits = [] if waits is None or waits.queue is None else [waits]
+            if not permits:
+                return []
+            found += permits
+        return sorted(found, key=lambda permit: permit.since)
+
+
+class Hand(Standstill):
+    """Stands, in a thread of a crew, for what the thread holds that waits for them all."""
+
+    __slots__ = ("crew", "waits_for", "worker")
+
+    waits_for: Callable[[], Permit | Crew | None]
+    """Returns what its thread has come to wait with, or which crew it has come to wait for; it may go on already."""
+
+    def __init__(self, crew: Crew) -> None:
+        super().__init__()
+        self.crew: Crew = crew
+        self.worker: int = get_ident()
+        self.waits_for = lambda: None
+
+    def wait_for(self, other: Permit | Crew) -> None:
+        """Note that its thread is about to wait."""
+        self.waits_for = weakref.ref(other)
+
+    def holds_up_loop(self) -> bool:
+        """Tell whether the waiting thread does."""
+        return self.crew.holds_up_loop()
+
+    def among(self, inside: Collection[Permit]) -> set[Permit]:
+        """Return none, as it takes all the hands of a crew; see `Crew.stops`."""
+        return set()
+
+
+def crews_of(hands: Iterable[Hand]) -> set[Crew]:
+    """Return the crews of these hands, and of those of the threads that wait for them."""
+    found = list(dict.fromkeys(hand.crew for hand in hands))
+    for crew in found:
+        found += {hand.crew for hand in crew.outer_hands()}.difference(found)
+    return set(found)

@@ -1,0 +1,393 @@
+"""Calls at once in threads that wait for their own caller: the sync twins of test_deadlock_at_once."""
+
+import asyncio
+import gc
+import operator
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.callbacks import BaseCallbackHandler
+
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, each
+from tests.waiting import SAFETY_NET, wait_until
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _limited(limiter: Limiter, call: Callable[[Any], Any] = _identity) -> Any:
+    return concurrency(limiter=limiter)(Dual(call, name="limited"))
+
+
+def _end_of(work: Callable[[], Any]) -> Any:
+    """Return what work in a thread has come to: its result, or its error."""
+    ends: list[Any] = []
+
+    def run() -> None:
+        try:
+            ends.append(work())
+        except Exception as error:  # noqa: BLE001  (it is looked at)
+            ends.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SAFETY_NET)
+    assert ends
+    return ends[0]
+
+
+def _is_free(limiter: Limiter) -> bool:
+    return limiter.stats().in_flight == limiter.stats().waiting == 0
+
+
+def _batch(pair: Any, values: list[Any], **how: Any) -> int:
+    return sum(end for end in pair.batch(values, **how) if isinstance(end, int))
+
+
+def _batch_as_completed(pair: Any, values: list[Any]) -> int:
+    return sum(end for _, end in pair.batch_as_completed(values))
+
+
+def _each(pair: Any, values: list[Any], **how: Any) -> int:
+    return sum(end if how.get("ordered", True) else end[1] for end in each(pair, values, **how))
+
+
+def _branches(pair: Any, values: list[Any]) -> int:
+    branches = {f"{at}": Dual(operator.itemgetter(at)) | pair for at in range(len(values))}
+    return sum((Dual(list) | branches).invoke(values).values())
+
+
+MANY: dict[str, Callable[[Any, list[Any]], int]] = {
+    "batch": _batch,
+    "batch with errors": partial(_batch, return_exceptions=True),
+    "batch of two at once": partial(_batch, config={"max_concurrency": 2}),
+    "batch of a binding": lambda pair, values: _batch(pair.with_config(tags=["bound"]), values),
+    "batch that is observed": partial(_batch, config={"callbacks": [BaseCallbackHandler()]}),
+    "batch_as_completed": _batch_as_completed,
+    "each": _each,
+    "each, as completed": partial(_each, ordered=False),
+    "each with a window": partial(_each, window=2),
+    "a dict of pairs": _branches,
+}
+"""Ways to call a pair several times at once."""
+
+
+@pytest.mark.parametrize("way", MANY)
+def test_calls_at_once_that_all_wait_for_their_caller_are_told(way: str) -> None:
+    """None of them can fail, so the caller waits for ever; one hears of it, and the caller by that."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+    outer = _limited(limiter, partial(MANY[way], inner))
+    end = _end_of(lambda: outer.invoke([1, 2, 3]))
+
+    assert isinstance(end, DeadlockError) or ("errors" in way and end == 0)
+    assert limiter.stats().rejected == (3 if "errors" in way else 1)
+    wait_until(lambda: _is_free(limiter))
+
+
+def _tree(way: str, limiter: Limiter) -> Any:
+    """Return a pair that calls itself twice at once, and so on, for so many generations."""
+
+    def descend(generations: int) -> int:
+        return MANY[way](tree, [generations - 1] * 2) if generations else 1
+
+    tree: Any = _limited(limiter, descend)
+    return tree
+
+
+@pytest.mark.parametrize("way", MANY)
+def test_a_tree_of_calls_that_fits_is_admitted(way: str) -> None:
+    """There is a slot for each that waits for others."""
+    limiter = Limiter(limit=4)
+
+    assert _end_of(lambda: _tree(way, limiter).invoke(2)) == 4
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("way", [way for way in MANY if "errors" not in way])
+def test_a_tree_of_calls_that_waits_for_itself_is_told(way: str) -> None:
+    """Each slot is held by a call whose own calls all wait."""
+    limiter = Limiter(limit=2)
+
+    assert isinstance(_end_of(lambda: _tree(way, limiter).invoke(4)), DeadlockError)
+    wait_until(lambda: _is_free(limiter))
+
+
+@pytest.mark.parametrize("way", [way for way in MANY if "errors" not in way])
+def test_trees_of_calls_at_once_that_wait_for_themselves_are_told(way: str) -> None:
+    """More of them than there are slots, so that some wait which are within no call."""
+    limiter = Limiter(limit=2)
+    tree = _tree(way, limiter)
+
+    assert isinstance(_end_of(lambda: MANY[way](tree, [4] * 4)), DeadlockError)
+    wait_until(lambda: _is_free(limiter))
+
+
+UNOBSERVED = sorted(way for way in MANY if "observed" not in way)
+"""Those where a dict of pairs among the calls is not run by LangChain."""
+
+Tree = tuple[bool, str, list[Any]]
+"""Whether it is a call of the limiter, how it calls its parts, and these."""
+
+trees: st.SearchStrategy[Tree] = st.recursive(
+    st.tuples(st.booleans(), st.just("batch"), st.just([])),
+    lambda parts: st.tuples(st.booleans(), st.sampled_from(UNOBSERVED), st.lists(parts, min_size=1, max_size=3)),
+    max_leaves=8,
+)
+
+
+def _depth(tree: Tree) -> int:
+    return tree[0] + max(map(_depth, tree[2]), default=0)
+
+
+def _size(tree: Tree) -> int:
+    return tree[0] + sum(map(_size, tree[2]))
+
+
+@settings(deadline=None)
+@given(tree=trees, slots=st.integers(1, 4))
+def test_any_tree_of_calls_comes_to_an_end(tree: Tree, slots: int) -> None:
+    """It is told if it can't be admitted, and is not if it fits whatever the order."""
+    limiter = Limiter(limit=slots)
+
+    def run(tree: Tree) -> int:
+        return MANY[tree[1]](any_call, tree[2]) + 1 if tree[2] else 1
+
+    limited, unlimited = _limited(limiter, run), Dual(run)
+    any_call: Any = Dual(lambda tree: (limited if tree[0] else unlimited).invoke(tree))
+    end = _end_of(lambda: any_call.invoke(tree))
+    told = limiter.stats().rejected
+
+    wait_until(lambda: _is_free(limiter))
+    assert isinstance(end, int) or (isinstance(end, DeadlockError) and told)
+    if _depth(tree) > slots:
+        assert told
+    if _size(tree) <= slots:
+        assert not told
+
+
+def test_calls_at_once_of_which_one_may_fail_are_no_proof() -> None:
+    """It sets their caller free."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+
+    def call(value: int) -> int:
+        if value:
+            return int(inner.invoke(value))
+        wait_until(lambda: limiter.stats().waiting == 2)
+        time.sleep(0.05)
+        raise ValueError("failed")
+
+    outer = _limited(limiter, Dual(call).batch)
+
+    assert str(_end_of(lambda: outer.invoke([1, 0, 1]))) == "failed"
+    assert limiter.stats().rejected == 0
+    wait_until(lambda: _is_free(limiter))
+
+
+@pytest.mark.parametrize("way", MANY)
+def test_calls_at_once_of_which_one_ends_are_told_then(way: str) -> None:
+    """Nothing happens at the limiter when it ends; so they are looked at as their caller waits on."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+
+    def call(value: int) -> int:
+        if not value:
+            time.sleep(0.05)
+            return 0
+        return int(inner.invoke(value))
+
+    outer = _limited(limiter, partial(MANY[way], Dual(call)))
+    end = _end_of(lambda: outer.invoke([1, 0, 1]))
+
+    assert isinstance(end, DeadlockError) or ("errors" in way and end == 0)
+    assert limiter.stats().rejected >= 1
+    wait_until(lambda: _is_free(limiter))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_calls_at_once_of_which_one_will_give_up_are_no_proof(first: int) -> None:
+    """It sets their caller free, whichever of them comes first."""
+    limiter = Limiter(limit=1)
+
+    def call(value: int) -> None:
+        wait_until(lambda: limiter.stats().waiting == (value != first))
+        permit = limiter.enter(timeout=0.05) if value else limiter.enter()
+        permit.leave()
+
+    outer = _limited(limiter, Dual(call).batch)
+
+    assert isinstance(_end_of(lambda: outer.invoke([0, 1])), LimitTimeout)
+    assert limiter.stats().rejected == 1
+    wait_until(lambda: _is_free(limiter))
+
+
+def test_calls_at_once_wait_for_who_is_elsewhere() -> None:
+    """A slot that comes free lets one after the other in."""
+    limiter = Limiter(limit=2)
+    inner = _limited(limiter)
+    outer = _limited(limiter, inner.batch)
+    permit = limiter.enter()
+    timer = threading.Timer(0.05, permit.end)
+    timer.start()
+
+    assert _end_of(lambda: outer.invoke([1, 2, 3])) == [1, 2, 3]
+    assert limiter.stats().rejected == 0
+
+
+def test_calls_at_once_whose_reader_is_busy_are_no_proof() -> None:
+    """Between two results it may leave the loop."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+
+    def call(value: int) -> int:
+        return int(inner.invoke(value)) if value else 0
+
+    def read(values: list[int]) -> int:
+        for _, result in Dual(call).batch_as_completed(values):
+            wait_until(lambda: limiter.stats().waiting == 2)
+            time.sleep(0.05)
+            return int(result) + 10
+        raise AssertionError("no result")
+
+    assert _end_of(lambda: _limited(limiter, read).invoke([0, 1, 1])) == 10
+    assert limiter.stats().rejected == 0
+    wait_until(lambda: _is_free(limiter))
+
+
+def test_calls_at_once_whose_reader_has_waited_outside_are_told_by_where_it_waits() -> None:
+    """It is what the reader holds as it waits that counts, not what it held as it began."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+
+    def read() -> int:
+        results: Iterator[Any] = each(inner, [1, 2], window=1)
+        first = next(results)
+        with limiter:
+            return int(first) + int(next(results))
+
+    assert isinstance(_end_of(read), DeadlockError)
+    wait_until(lambda: _is_free(limiter))
+
+
+def test_calls_at_once_that_others_call_off_are_no_proof_for_who_waits_besides() -> None:
+    """The call that has begun them is one of a batch of which another fails, and gives its slot back then."""
+    limiter = Limiter(limit=2)
+    inner = _limited(limiter)
+    outer = _limited(limiter, inner.batch)
+    is_inside = threading.Event()
+    admitted: list[bool] = []
+
+    def call(value: int) -> Any:
+        if value:
+            is_inside.wait(SAFETY_NET)
+            return outer.invoke([1, 2])
+        wait_until(lambda: limiter.stats().waiting == 3 or admitted != [])
+        time.sleep(0.05)
+        raise ValueError("failed")
+
+    def wait() -> None:
+        with limiter:
+            is_inside.set()
+            wait_until(lambda: limiter.stats().waiting == 2)
+            with limiter:
+                admitted.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    end = _end_of(lambda: Dual(call).batch([1, 0]))
+    thread.join(SAFETY_NET)
+
+    assert isinstance(end, ValueError | DeadlockError)  # who is called off would never have been admitted
+    assert admitted == [True]
+
+
+def test_calls_at_once_in_batches_of_one_another_are_told() -> None:
+    """What could call them off waits itself."""
+    limiter = Limiter(limit=2)
+    inner = _limited(limiter)
+    all_inside = threading.Barrier(2)
+
+    def call(values: list[int]) -> Any:
+        all_inside.wait(SAFETY_NET)
+        return Dual(inner.batch).batch([values, values])
+
+    outer = _limited(limiter, call)
+
+    assert isinstance(_end_of(lambda: outer.batch([[1, 2], [1, 2]])), DeadlockError)
+    wait_until(lambda: _is_free(limiter))
+
+
+@pytest.mark.parametrize("asked", ["acall", "ainvoke"])
+def test_calls_at_once_over_a_bridge_that_wait_for_their_caller_are_told(asked: str) -> None:
+    """Each waits in a task of the background loop, for which a thread waits, for all of which the caller waits."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+
+    async def over(value: int) -> int:
+        return int(await getattr(inner, asked)(value))
+
+    outer = _limited(limiter, Dual(over).batch)
+
+    assert isinstance(_end_of(lambda: outer.invoke([1, 2])), DeadlockError)
+    wait_until(lambda: _is_free(limiter))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_calls_at_once_that_hold_up_an_event_loop_are_told(slots: int) -> None:
+    """Tasks of the loop have the slots, and can't go on while a batch holds it up."""
+    limiter = Limiter(limit=slots)
+    inner = _limited(limiter)
+
+    async def hold() -> None:
+        async with limiter:
+            await asyncio.sleep(SAFETY_NET)
+
+    async def main() -> None:
+        holders = [asyncio.create_task(hold()) for _ in range(slots)]
+        await asyncio.sleep(0)
+        try:
+            inner.batch([1, 2])
+        finally:
+            for holder in holders:
+                holder.cancel()
+
+    end = _end_of(lambda: asyncio.run(main()))
+
+    assert isinstance(end, DeadlockError)
+    assert "On an event loop, await the async side" in str(end)
+
+
+def test_calls_at_once_that_were_told_keep_nothing() -> None:
+    """Neither the error nor the threads leave their inputs to a garbage collection."""
+
+    class Document:
+        """An input."""
+
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+    gone = threading.Event()
+
+    def call() -> None:
+        documents = [Document(), Document()]
+        weakref.finalize(documents[0], gone.set)
+        with limiter, suppress(DeadlockError):
+            inner.batch(documents)
+
+    gc.collect()
+    gc.disable()
+    try:
+        call()
+        assert limiter.stats().rejected == 1
+        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
+    finally:
+        gc.enable()
