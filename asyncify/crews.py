@@ -10,8 +10,9 @@ import weakref
 from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
+from typing import Self
 
-from asyncify.holds import Standstill, Waiter
+from asyncify.holds import Standstill, Waiter, hands_of_this_thread
 from asyncify.permits import Permit
 from asyncify.scopes import CancelScope
 
@@ -38,6 +39,10 @@ class Crew(ABC):
         self._caller.hold_up_this_thread()
         for hand in self.outer_hands():
             hand.wait_for(self)
+        self.look()
+
+    def look(self) -> None:
+        """Look whether a call waits for itself, as no thread can go on; if so, have it told."""
         told: set[object] = set()
         for permit in reversed(self._waits() if self._caller.held else []):
             if permit.issuer not in told:
@@ -92,6 +97,15 @@ class Hand(Standstill):
         self.crew: Crew = crew
         self.worker: int = get_ident()
         self.waits_for = lambda: None
+
+    def __enter__(self) -> Self:
+        """Stand in this thread."""
+        hands_of_this_thread().add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stand there no longer."""
+        hands_of_this_thread().discard(self)
 
     def wait_for(self, other: Permit | Crew) -> None:
         """Note that its thread is about to wait."""

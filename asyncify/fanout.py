@@ -24,7 +24,6 @@ from typing import Any, Self
 
 from asyncify.crews import Crew, Hand
 from asyncify.forks import check_not_ending, left_behind
-from asyncify.holds import at_work
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
@@ -371,15 +370,18 @@ class BlockingFan(ABC):
         with self._lock:
             try:
                 while not self._ended and not self._is_idle():
-                    if self._is_deserted():
-                        check_not_ending()
-                        raise left_behind("what this yields")
+                    self._check_not_deserted()
                     self._awaited = True  # set before the last look: who ends an item appends it before looking here
                     if not self._ended:
                         self._wait()
             finally:
                 self._awaited = False
         return self.take_at_once()
+
+    def _check_not_deserted(self) -> None:
+        if self._is_deserted():
+            check_not_ending()
+            raise left_behind("what this yields")
 
     def _wait(self) -> None:
         """Wait until something has changed; with the lock held."""
@@ -424,6 +426,7 @@ class Threads(BlockingFan, Crew):
         self._width = width
         self._ordered = ordered
         self._pool = ThreadPool(None, name)
+        self._all_awaited = False
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
         self._at_work: set[Hand] = set()  # those that have an item
 
@@ -459,10 +462,23 @@ class Threads(BlockingFan, Crew):
         finally:
             self.let_caller_go()
 
+    def take_all(self) -> deque[Ended]:
+        """Wait until all items have ended that ever will and return them, in the order in which they have."""
+        with self._lock:
+            try:
+                self._all_awaited = True
+                while not self._is_idle():
+                    self._check_not_deserted()
+                    self._wait()
+            finally:
+                self._all_awaited = False
+        return self.take_at_once()
+
     def hands(self) -> Collection[Hand]:
         """Return those of the threads that have an item, if the caller waits and all have one."""
         busy = tuple(self._at_work)
-        return busy if self._awaited and not self._ended and len(busy) == self._hired else ()
+        is_awaited = self._all_awaited or (self._awaited and not self._ended)
+        return busy if is_awaited and len(busy) == self._hired else ()
 
     def _hire_all(self) -> None:
         """Hire as many threads as there is use for."""
@@ -478,7 +494,7 @@ class Threads(BlockingFan, Crew):
 
     def _hire(self) -> bool:
         try:
-            self._pool.submit(self._work)
+            self._pool.start(self._work)
         except RuntimeError:  # the system has no thread left: those at work must do
             with self._lock:
                 self._hired -= 1
@@ -488,9 +504,10 @@ class Threads(BlockingFan, Crew):
         return True
 
     def _work(self) -> None:
-        hand = Hand(self)
-        with at_work(hand):
+        with Hand(self) as hand:
             self._work_on(hand)
+        if self._all_awaited:  # by who is not woken by the end of each
+            self.look()
 
     def _work_on(self, hand: Hand) -> None:
         while (item := self._next(hand)) is not None:
@@ -516,7 +533,8 @@ class Threads(BlockingFan, Crew):
                     return self._inbox.popleft()
             self._at_work.discard(hand)
             self._hired -= 1
-            self._changed.notify()
+            if not self._all_awaited or self._is_idle():
+                self._changed.notify()
             return None
 
 
@@ -532,10 +550,10 @@ def gather(fan: Threads, inputs: Sequence[Any]) -> list[Any]:
     try:
         with fan:
             fan.run(enumerate(inputs))
-            while group := fan.take():
-                while group:
-                    index, output = outcome(group.popleft(), return_exceptions=fan.return_exceptions)
-                    outputs[index] = output
+            ended = fan.take_all()
+            while ended:
+                index, output = outcome(ended.popleft(), return_exceptions=fan.return_exceptions)
+                outputs[index] = output
     finally:
         fan.take_at_once()  # the traceback of an error that it keeps holds it
     return outputs

@@ -21,8 +21,8 @@ import weakref
 from _thread import get_ident
 from abc import abstractmethod
 from asyncio import _get_running_loop, base_events
-from collections.abc import Collection, Generator, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from contextvars import Context, ContextVar, Token
 from typing import Any, Self, cast
 
@@ -34,8 +34,8 @@ __all__ = [
     "Standstill",
     "Steps",
     "Waiter",
-    "at_work",
     "callbacks_of",
+    "hands_of_this_thread",
     "held_by_this_task",
     "held_by_this_thread",
     "held_by_waiters_for",
@@ -290,14 +290,9 @@ class _Here(threading.local):
 _here = _Here()
 
 
-@contextmanager
-def at_work(hand: Standstill) -> Generator[None]:
-    """Have this thread hold what stands for one who waits for it among others."""
-    _here.hands.add(hand)
-    try:
-        yield
-    finally:
-        _here.hands.discard(hand)
+def hands_of_this_thread() -> set[Standstill]:
+    """Return what stands in this thread for those who wait for it among others."""
+    return _here.hands
 
 
 class Steps:

@@ -240,9 +240,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
         try:
             with Threads(call_in, lambda: width, name=self.get_name(), return_exceptions=False) as fan:
                 fan.run(enumerate(steps.values()))
-                while group := fan.take():
-                    ended += group
-            ended.sort(key=itemgetter(0))
+                ended += sorted(fan.take_all(), key=itemgetter(0))
             failed += [error for _, _, error in ended if error is not None]
             if failed:
                 raise next((error for error in failed if not isinstance(error, asyncio.CancelledError)), failed[0])

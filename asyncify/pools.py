@@ -219,7 +219,7 @@ class ThreadPool:
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run `fn` on a thread; its context is a new one, unless `fn` is the `run` of another."""
         future: Future[T] = Future()
-        self._start(partial(_fulfil, future, partial(fn, *args, **kwargs)))
+        self.start(partial(_fulfil, future, partial(fn, *args, **kwargs)))
         return future
 
     async def call(self, work: Callable[[], Any], on_end: OnEnd, context: Context) -> Any:
@@ -229,7 +229,7 @@ class ThreadPool:
         """
         call = _Call(lambda: context.run(self._within, work), on_end)
         try:
-            self._start(call.run)
+            self.start(call.run)
         except BaseException as error:
             on_end(error)
             raise
@@ -246,7 +246,7 @@ class ThreadPool:
         requests: SimpleQueue[_Call | None] = SimpleQueue()
         source = _Source(chunks, on_end)
         try:
-            self._start(partial(_serve, requests, source))
+            self.start(partial(_serve, requests, source))
         except BaseException as error:
             on_end(error)
             raise
@@ -274,7 +274,7 @@ class ThreadPool:
             _inside.set((*inside, self))
         return work()
 
-    def _start(self, job: Callable[[], object]) -> None:
+    def start(self, job: Callable[[], object]) -> None:
         """Run `job`, which must not raise, on a thread, or put it in line for one."""
         with self._lock:
             size = self.size

@@ -826,7 +826,7 @@ def test_a_batch_for_which_there_is_no_thread_says_so(
         except RuntimeError as error:
             caught.append(error)
 
-    monkeypatch.setattr(ThreadPool, "submit", refuse)
+    monkeypatch.setattr(ThreadPool, "start", refuse)
     running = threading.Thread(target=call, daemon=True)
     running.start()
     running.join(SAFETY_NET)
