@@ -810,6 +810,26 @@ def test_leaving_the_loop_stops_the_rest() -> None:
 
 
 @pytest.mark.parametrize("run", [batch, completed])
+def test_a_batch_has_no_more_threads_than_inputs(
+    run: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long they take to begin."""
+    start, may_begin, started = ThreadPool.start, threading.Event(), 0
+
+    def start_late(pool: ThreadPool, job: Callable[[], object]) -> None:
+        nonlocal started
+        started += 1
+        if started == 2:
+            threading.Timer(0.05, may_begin.set).start()
+        start(pool, lambda: may_begin.wait(SAFETY_NET) and job())
+
+    monkeypatch.setattr(ThreadPool, "start", start_late)
+
+    assert len(run("sync", Pair(times_ten), [1, 2])) == 2
+    assert started == 2
+
+
+@pytest.mark.parametrize("run", [batch, completed])
 def test_a_batch_for_which_there_is_no_thread_says_so(
     run: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
