@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import Self
 
-from asyncify.holds import Standstill, Waiter, hands_of_this_thread
+from asyncify.holds import Standstill, Waiter, hands_of_this_thread, stopped_with
 from asyncify.permits import Permit
 from asyncify.scopes import CancelScope
 
@@ -55,15 +55,11 @@ class Crew(ABC):
 
     def stops(self, inside: Collection[Permit]) -> set[Permit]:
         """Return those of a limiter's permits that can't end while none of its threads goes on."""
-        held = set(self._caller.held)
-        return held.intersection(inside).union(*(standstill.among(inside) for standstill in self._standstills()))
+        return stopped_with(self._caller.held, inside)
 
     def holds_up_loop(self) -> bool:
         """Tell whether the waiting thread holds up tasks of an event loop, its own or another's."""
-        return any(standstill.holds_up_loop() for standstill in self._standstills())
-
-    def _standstills(self) -> list[Standstill]:
-        return [other for other in self._caller.held if isinstance(other, Standstill)]
+        return any(other.holds_up_loop() for other in self._caller.held if isinstance(other, Standstill))
 
     def outer_hands(self) -> list[Hand]:
         """Return what stands in the waiting thread, or in those that wait for it, for others that do."""

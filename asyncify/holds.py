@@ -40,6 +40,7 @@ __all__ = [
     "held_by_this_thread",
     "held_by_waiters_for",
     "loose",
+    "stopped_with",
     "waiting_for",
 ]
 
@@ -245,6 +246,12 @@ class Standstill(Permit):
         """Return those of a limiter's permits that it stands for; none when it lasts no longer."""
 
 
+def stopped_with(held: Collection[Permit], inside: Collection[Permit]) -> set[Permit]:
+    """Return those of a limiter's permits that can't end before these, or that they stand for."""
+    standstills = [other for other in held if isinstance(other, Standstill)]
+    return set(inside).intersection(held).union(*(standstill.among(inside) for standstill in standstills))
+
+
 class _LoopHeldUp(Standstill):
     """Stands for the permits of all tasks of the event loop whose thread waits."""
 
@@ -275,8 +282,9 @@ class _LoopRun(Standstill):
         self._held = held
 
     def among(self, inside: Collection[Permit]) -> set[Permit]:
-        lasts = any(callback is _end_of_loop for callback, _ in self._task._callbacks or ())
-        return {permit for permit in inside if permit in self._held} if lasts else set()
+        if not any(callback is _end_of_loop for callback, _ in self._task._callbacks or ()):
+            return set()
+        return stopped_with(self._held, inside)
 
 
 class _Here(threading.local):

@@ -864,6 +864,17 @@ def test_an_event_loop_that_is_run_within_a_call_and_waits_for_it_is_told(where:
     assert limiter.stats().in_flight == 0
 
 
+def test_event_loops_that_are_run_within_one_another_are_told() -> None:
+    """The second is run in a thread for which a task of the first waits, which is run within a call."""
+    limiter = Limiter(limit=2)
+    inner = _inner(limiter)
+    deeper = concurrency(limiter=limiter)(Dual(lambda value: asyncio.run(inner.ainvoke(value)), name="deeper"))
+    outer = concurrency(limiter=limiter)(Dual(lambda value: asyncio.run(deeper.ainvoke(value)), name="outer"))
+
+    assert _told(lambda: outer.invoke(1))
+    assert limiter.stats().in_flight == 0
+
+
 def test_a_task_that_an_event_loop_within_a_call_does_not_await_is_no_proof() -> None:
     """The loop ends without it, and so does the call."""
     limiter = Limiter(limit=1)
