@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Generic, TypeVar, cast
 
+from asyncify.collector import in_collection
 from asyncify.forks import at_fork, check_not_ending, left_behind
 from asyncify.relay import Relay
 from asyncify.scopes import CancelScope
@@ -236,7 +237,7 @@ class BackgroundLoop:
                 visit.forsake()
             elif not sys.is_finalizing():  # else the loop is closed, and the generator too
                 loop.call_soon_threadsafe(source.ask, None)
-                if asyncio._get_running_loop() is not loop:  # there, a stream that was dropped is being collected
+                if asyncio._get_running_loop() is not loop and not in_collection():  # there, it was dropped
                     visit.wait(visit.ended)
 
     @contextmanager

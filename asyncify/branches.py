@@ -17,6 +17,7 @@ from typing import Any
 from langchain_core.utils.iter import safetee
 
 from asyncify.background import END, Source, background
+from asyncify.collector import in_collection
 from asyncify.fanout import until_ended
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
@@ -62,7 +63,7 @@ def merge(
 
 
 class _Stream:
-    """A branch's chunks, which may be left by the very thread that makes one: a garbage collector runs anywhere."""
+    """A branch's chunks, which may be left while a thread makes one: a garbage collector runs anywhere."""
 
     def __init__(self, chunks: Any) -> None:
         self._chunks = chunks
@@ -84,11 +85,11 @@ class _Stream:
         return self._thread == get_ident()
 
     def close(self) -> None:
-        """Close it: at once, or if this thread is making a chunk, after that."""
-        if self.is_made_here():
-            self._is_left = True
-        else:
+        """Close it: at once, or if a thread is making a chunk, after that."""
+        if self._thread is None:
             self._chunks.close()
+        else:
+            self._is_left = True
 
 
 def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
@@ -96,6 +97,8 @@ def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
     running = [future for future in futures if not future.cancel() and not future.done()]
     if running:
         scope.cancel()
+        if in_collection():
+            return  # its threads are on their way out
         wait(running)
     scope.end()
 

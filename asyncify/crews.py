@@ -23,7 +23,8 @@ class Crew(ABC):
     """A fan-out whose items run in threads, and the thread that waits for one of them to end.
 
     Args:
-        scope: that of what its threads wait for; nobody cancels it but they and the one that waits.
+        scope: that of what its threads wait for; nobody cancels it but they and the one that waits, and when it is
+            cancelled none of them has to go on any more.
     """
 
     def __init__(self, scope: CancelScope) -> None:
@@ -35,8 +36,13 @@ class Crew(ABC):
         """Return those of the threads of which one has to go on before the waiting one can; none if it can anyway."""
 
     def hold_up_caller(self) -> None:
-        """Note what this thread holds, which is about to wait; that may prove that others wait for themselves."""
+        """Note what this thread holds, which is about to wait, and only then look whether that proves a deadlock.
+
+        Who comes to wait in one of its threads does the same, so the last of them sees all.
+        """
         self._caller.hold_up_this_thread()
+        for permit in self._caller.held:
+            permit.is_caller = True
         for hand in self.outer_hands():
             hand.wait_for(self)
         self.look()
@@ -51,11 +57,17 @@ class Crew(ABC):
 
     def let_caller_go(self) -> None:
         """Note that this thread goes on."""
+        for hand in self.outer_hands():
+            hand.goes_on(self)
         self._caller.let_go()
 
     def stops(self, inside: Collection[Permit]) -> set[Permit]:
         """Return those of a limiter's permits that can't end while none of its threads goes on."""
         return stopped_with(self._caller.held, inside)
+
+    def holds_up_others(self) -> bool:
+        """Tell whether something stands for others in the waiting thread, but hands."""
+        return any(isinstance(other, Standstill) and not isinstance(other, Hand) for other in self._caller.held)
 
     def holds_up_loop(self) -> bool:
         """Tell whether the waiting thread holds up tasks of an event loop, its own or another's."""
@@ -83,16 +95,13 @@ class Crew(ABC):
 class Hand(Standstill):
     """Stands, in a thread of a crew, for what the thread holds that waits for them all."""
 
-    __slots__ = ("crew", "waits_for", "worker")
-
-    waits_for: Callable[[], Permit | Crew | None]
-    """Returns what its thread has come to wait with, or which crew it has come to wait for; it may go on already."""
+    __slots__ = ("_waits_for", "crew", "worker")
 
     def __init__(self, crew: Crew) -> None:
         super().__init__()
         self.crew: Crew = crew
         self.worker: int = get_ident()
-        self.waits_for = lambda: None
+        self._waits_for: Callable[[], Permit | Crew | None] = _for_nothing
 
     def __enter__(self) -> Self:
         """Stand in this thread."""
@@ -103,9 +112,18 @@ class Hand(Standstill):
         """Stand there no longer."""
         hands_of_this_thread().discard(self)
 
+    def waits_for(self) -> Permit | Crew | None:
+        """Return what its thread has come to wait with, which may be over, or for which crew it waits."""
+        return self._waits_for()
+
     def wait_for(self, other: Permit | Crew) -> None:
         """Note that its thread is about to wait."""
-        self.waits_for = weakref.ref(other)
+        self._waits_for = weakref.ref(other)
+
+    def goes_on(self, crew: Crew) -> None:
+        """Note that its thread waits no longer for a crew."""
+        if self._waits_for() is crew:
+            self._waits_for = _for_nothing
 
     def holds_up_loop(self) -> bool:
         """Tell whether the waiting thread does."""
@@ -114,6 +132,10 @@ class Hand(Standstill):
     def among(self, inside: Collection[Permit]) -> set[Permit]:
         """Return none, as it takes all the hands of a crew; see `Crew.stops`."""
         return set()
+
+
+def _for_nothing() -> None:
+    return None
 
 
 def crews_of(hands: Iterable[Hand]) -> set[Crew]:

@@ -22,6 +22,7 @@ from itertools import islice
 from time import monotonic
 from typing import Any, Self
 
+from asyncify.collector import in_collection
 from asyncify.crews import Crew, Hand
 from asyncify.forks import check_not_ending, left_behind
 from asyncify.joins import Join, Joining
@@ -438,6 +439,8 @@ class Threads(BlockingFan, Crew):
             self._inbox.clear()
         if error[0] is not None:
             self.scope.cancel()
+        if in_collection():
+            return  # its threads are on their way out
         try:
             with self._lock:
                 # A garbage collector runs anywhere, also in one of these threads.
@@ -476,9 +479,9 @@ class Threads(BlockingFan, Crew):
 
     def hands(self) -> Collection[Hand]:
         """Return those of the threads that have an item, if the caller waits and all have one."""
-        busy = tuple(self._at_work)
+        busy = self._at_work.copy()  # in one step
         is_awaited = self._all_awaited or (self._awaited and not self._ended)
-        return busy if is_awaited and len(busy) == self._hired else ()
+        return busy if is_awaited and len(busy) == self._hired and not self.scope.is_cancelled else ()
 
     def _hire_all(self) -> None:
         """Hire as many threads as there is use for."""

@@ -199,7 +199,7 @@ class Link(Waiter):
         self.is_waited_for = True
         _here.links.add(self)
         if self.held:
-            _come_under(self.held[0])
+            _come_under(next((permit for permit in self.held if not isinstance(permit, Standstill)), _something))
 
     def __exit__(self, *_: object) -> None:
         """Have it no longer there: the holder is about to have its answer, and goes on."""
@@ -246,9 +246,21 @@ class Standstill(Permit):
         """Return those of a limiter's permits that it stands for; none when it lasts no longer."""
 
 
+class _Something(Standstill):
+    """Stands for nothing in particular: that a context runs under it says that something is held."""
+
+    __slots__ = ()
+
+    def among(self, inside: Collection[Permit]) -> set[Permit]:
+        return set()
+
+
+_something = _Something()
+
+
 def stopped_with(held: Collection[Permit], inside: Collection[Permit]) -> set[Permit]:
     """Return those of a limiter's permits that can't end before these, or that they stand for."""
-    standstills = [other for other in held if isinstance(other, Standstill)]
+    standstills = [other for other in held if isinstance(other, Standstill) and other not in loose]
     return set(inside).intersection(held).union(*(standstill.among(inside) for standstill in standstills))
 
 

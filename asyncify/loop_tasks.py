@@ -9,6 +9,7 @@ from math import inf
 from typing import Any, Self
 
 from asyncify.background import background
+from asyncify.collector import in_collection
 from asyncify.fanout import Alive, BlockingFan, Ended, Width, ended_task, is_raised
 from asyncify.joins import Join, Joining
 
@@ -49,7 +50,7 @@ class LoopTasks(BlockingFan, Joining):
         if self._is_deserted():
             return
         closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
-        if asyncio._get_running_loop() is not self._loop:  # a garbage collector runs anywhere, on that loop too
+        if asyncio._get_running_loop() is not self._loop and not in_collection():
             closing.result()
 
     async def _close(self) -> None:

@@ -83,7 +83,7 @@ class Permit:
     token: Token[Permit | None]
 
     is_caller: bool
-    """There as soon as another call has come to wait within it, at the same limiter."""
+    """There as soon as another call has come to wait within it, at the same limiter, or the thread that holds it."""
 
     # Only a call that has to wait has these:
     since: float
@@ -189,6 +189,11 @@ class Permit:
     def is_on(self, loops: Collection[Wakeups]) -> bool:
         """Tell whether it waits on one of these loops."""
         return self.in_task and getattr(self, "wakeups", None) in loops
+
+    def is_of(self, loop: Any) -> bool:
+        """Tell whether it waits in a task of this event loop."""
+        ready = self.ready if self.in_task else None
+        return ready is not None and ready.get_loop() is loop
 
     def gives_up(self) -> bool:
         """Tell whether it waits no longer, or is about to hear that it need not."""

@@ -33,7 +33,7 @@ class CancelScope:
     def __init__(self) -> None:
         self._outer = current_scope.get()
         self._waits: set[weakref.ref[Wait]] = set()
-        self._is_cancelled = False
+        self.is_cancelled: bool = False
         self._has_ended = False
         for _ in self._alive():
             pass  # forgets those that have ended, or a chain of tasks would keep all of its scopes
@@ -47,12 +47,12 @@ class CancelScope:
         may_go_on = True
         for scope in self._alive():
             scope._waits.add(weakref.ref(wait, scope._waits.discard))
-            may_go_on &= not scope._is_cancelled  # looked at last: who cancels looks for waits last
+            may_go_on &= not scope.is_cancelled  # looked at last: who cancels looks for waits last
         return may_go_on
 
     def cancel(self) -> None:
         """Call off what waits in it, and what will until its end."""
-        self._is_cancelled = True
+        self.is_cancelled = True
         for known in list(self._waits):
             if (wait := known()) is not None:
                 wait.call_off()

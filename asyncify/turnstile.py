@@ -32,7 +32,7 @@ from asyncify.holds import held_by_this_task, held_by_this_thread
 from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost, permits, set_innermost
-from asyncify.proofs import Held, lasts, stopped_by
+from asyncify.proofs import Held, is_proof, lasts
 from asyncify.scopes import CancelScope, get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
@@ -104,7 +104,7 @@ class Turnstile:
         self._blocked: Counter[Permit | Crew] = Counter()  # what the waiters keep from ending, each
         self._lookouts = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lookout]()
         self._timer: Timer | None = None
-        self._is_certain = True  # that a permit which looks held is held
+        self._knows_permits = True  # a permit which looks held is held
 
     def after_fork(self) -> None:
         """Keep, in a forked child, only the calls that the forking thread is inside of."""
@@ -255,39 +255,46 @@ class Turnstile:
             own.hands.clear()  # it gives up, and so sets free who waits for it among others
         if not own:
             return
+        permit.scope = get_scope()
+        for call in own.permits:
+            call.is_caller = True
+        for hand in own.hands:
+            hand.wait_for(permit)
+        blocks = own.blocks() if timeout is None else ()
+        loop = permit.ready.get_loop() if permit.in_task else None
+        is_certain = False
         with self._lock:
-            permit.scope = get_scope()
-            stopped = None
             if permit.queue is self._queue:
-                if timeout is None:
-                    permit.blocks = own.blocks()
-                    self._blocked.update(permit.blocks)
-                    for hand in own.hands:
-                        hand.wait_for(permit)
-                stopped = self._stopped_by(own, permit.scope)
-                if stopped is not None and not permit.in_task:
+                permit.blocks = blocks
+                self._blocked.update(blocks)
+                is_certain = self._is_certain(own, permit.scope, loop)
+                if is_certain and not permit.in_task:
                     self._dequeue(permit)  # so that nobody tells it once more
         self._settle()
-        if stopped is not None and not (permit.in_task and self._may_go_on(stopped)):
+        if is_certain and not (permit.in_task and self._may_go_on(own)):
             self._count_rejected()
-            raise self._deadlock_error(permit, stopped, own)
+            raise self._deadlock_error(permit, own)
 
     def look_at(self, permit: Permit) -> None:
         """Look whether a call waits for itself, as a thread waits now for the one in which it does; if so, tell it.
 
         Who waits in a task is looked at by its event loop.
         """
+        if permit.in_task:
+            return
         with self._lock:
-            if permit.queue is self._queue and not permit.in_task:
-                own = Held.by(permit)
-                stopped = self._stopped_by(own, permit.scope)
-                if stopped is not None:
-                    permit.told = self._deadlock_error(permit, stopped, own)
-                    self._turn_away(permit)
+            own = Held.by(permit)
+            is_certain = permit.queue is self._queue and permit.told is None and self._is_certain(own, permit.scope)
+            if is_certain:
+                permit.told = self._deadlock_error(permit, own)
         self._settle()
+        if is_certain:
+            self._count_rejected()
+            self.call_off(permit)
 
-    def _may_go_on(self, stopped: set[Permit]) -> bool:
+    def _may_go_on(self, own: Held) -> bool:
         """Tell whether something may end a call inside, which this task does not keep from ending."""
+        stopped = own.stops(self._inside())
         if self._meter.inside.issubset(stopped):
             return False
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -305,52 +312,55 @@ class Turnstile:
     def _holds_others(self, known: set[Permit]) -> bool:
         """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
         thread = get_ident()
-        return any(
-            permit.in_task and permit.thread == thread and permit not in known for permit in list(self._meter.inside)
-        )
+        return any(permit.in_task and permit.thread == thread and permit not in known for permit in self._inside())
 
-    def _stopped_by(self, own: Held, scope: CancelScope | None) -> set[Permit] | None:
-        """Return what a wait stops if it is certain that nothing inside can ever end; with the lock held."""
-        if not self._is_certain:
-            return None
-        inside = frozenset(self._meter.inside)  # others leave meanwhile, without the lock
+    def _inside(self) -> frozenset[Permit]:
+        """Return the calls inside at this moment: others leave without the lock."""
+        return frozenset(self._meter.inside)
+
+    def _is_certain(self, own: Held, scope: CancelScope | None, loop: asyncio.AbstractEventLoop | None = None) -> bool:
+        """Tell whether a wait can never end; with the lock held."""
+        inside = self._inside()
+        held_up = own.stops_at_most(inside) if own.holds_up_others() else ()
+        if not self._knows_permits or self._somebody_runs(inside.difference(held_up)):
+            return False
+        gone = {permit for permit, _ in tuple(self._departed)}
+        waiting = (each for each in self._queue if each.blocks and not each.gives_up() and each not in gone)
         # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
         slots = max(self._meter.limits.limit or math.inf, len(inside))
-        return stopped_by(own, self._blocked, self._who_block, inside=inside, slots=slots, scope=scope)
+        return is_proof(own, waiting, inside=inside, slots=slots, scope=scope, loop=loop)
 
-    def _who_block(self) -> list[Permit]:
-        """Return those who wait and keep others from ending, but for those who are about to give up."""
-        gone = {permit for permit, _ in tuple(self._departed)}  # others leave meanwhile, without the lock
-        return [permit for permit in self._queue if permit.blocks and not permit.gives_up() and permit not in gone]
+    def _somebody_runs(self, calls: Iterable[Permit]) -> bool:
+        """Tell whether one of these calls inside is certain to be stopped by nobody who waits; what follows is slow."""
+        return any(not hasattr(call, "is_caller") and call not in self._blocked for call in calls)
 
     def _frozen_by(self, permit: Permit) -> set[Permit]:
         """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
         if permit.in_task or _get_running_loop() is None:
             return set()
-        inside = list(self._meter.inside)
-        return {other for other in inside if other.thread == permit.thread and other.in_task}
+        return {other for other in self._inside() if other.thread == permit.thread and other.in_task}
 
     def _guard_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
         timeout = self.timeout if timeout is None else timeout
+        if (scope := get_scope()) is not None and not scope.watch(permit):
+            raise asyncio.CancelledError(_OUTER_ENDED)
         if permit.slots and (permit.outer is not None or not permit.in_task):
-            self._check_deadlock(permit, held(), timeout)
             callers = [other for other in permit.around() if other.issuer is self]
             for caller in callers:
                 caller.is_caller = True
+            self._check_deadlock(permit, held(), timeout)
             if permit.in_task and timeout is None and (callers or permit.blocks):
-                permit.scope = get_scope()
+                permit.scope = scope
                 loop = permit.ready.get_loop()
                 self._lookouts.setdefault(loop, Lookout()).note(permit, loop, self._look)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
-        if (scope := get_scope()) is not None and not scope.watch(permit):
-            raise asyncio.CancelledError(_OUTER_ENDED)
 
     def _look(self, loop: asyncio.AbstractEventLoop, waiting: list[Permit]) -> bool:
         """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
-        if any(not hasattr(permit, "is_caller") and permit not in self._blocked for permit in list(self._meter.inside)):
-            return False  # what follows takes microseconds for each that waits
+        if self._somebody_runs(self._inside()):
+            return False
         scope = waiting[-1].scope
         permits_of = {each.ready: each for each in waiting if not each.gives_up() and lasts(each, scope)}
         held_up = HeldUp(permits_of)
@@ -358,9 +368,9 @@ class Turnstile:
         if not own:
             return False
         with self._lock:
-            stopped = self._stopped_by(own, scope)
+            is_certain = self._is_certain(own, scope, loop)
         self._settle()
-        if stopped is None or self._holds_others(stopped):
+        if not is_certain or self._holds_others(own.stops(self._inside()).union(held_up.permits)):
             return False
         needed = {ready for other in own.all() for ready in held_up.permits[other]}
         everybody = HeldUp(self._waiting_on(loop))  # those within no call, too: they may be siblings of those that are
@@ -368,7 +378,7 @@ class Turnstile:
         if ready is None:
             return False
         self._count_rejected()
-        ready.set_exception(self._deadlock_error(permits_of[ready], stopped, own))
+        ready.set_exception(self._deadlock_error(permits_of[ready], own))
         ready.exception()  # its task may be cancelled at this moment, and not hear of it
         return True
 
@@ -469,7 +479,7 @@ class Turnstile:
                 self._rate_only.popleft()
         for other in permit.blocks:
             self._blocked[other] -= 1
-            if not self._blocked[other]:
+            if self._blocked[other] <= 0:  # less if an interrupt came before it was counted
                 del self._blocked[other]
         permit.blocks = ()
 
@@ -566,7 +576,7 @@ class Turnstile:
         Its slot is free then, but its permit still looks held from where it was entered: so no deadlock is certain
         any more.
         """
-        self._is_certain = False
+        self._knows_permits = False
         permit = Permit(self, 1, 1)
         permit.at = self._now()
         _robbed.add(permit)
@@ -663,11 +673,11 @@ class Turnstile:
     def _title(self) -> str:
         return f"limiter {self.name}" if self.name else "limiter"
 
-    def _deadlock_error(self, permit: Permit, stopped: set[Permit], own: Held) -> DeadlockError:
+    def _deadlock_error(self, permit: Permit, own: Held) -> DeadlockError:
         """Return what a call is told that waits for itself."""
         slots = f"{self._title()}: all slots ({self._meter.limits.limit}) are held by calls that"
         holds_loop = not permit.in_task and _get_running_loop() is not None
-        if (holds_loop or own.holds_up_loop()) and not stopped.issubset(permit.around()):
+        if (holds_loop or own.holds_up_loop()) and not own.stops_at_most(self._inside()).issubset(permit.around()):
             return DeadlockError(
                 f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
                 "On an event loop, await the async side: ainvoke or acall."

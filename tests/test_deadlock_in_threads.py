@@ -6,7 +6,7 @@ import operator
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from langchain_core.callbacks import BaseCallbackHandler
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, each
-from tests.waiting import SAFETY_NET, wait_until
+from asyncify.turnstile import Turnstile
+from tests.waiting import SAFETY_NET, until, wait_until
 
 
 def _identity(value: Any) -> Any:
@@ -365,6 +366,245 @@ def test_calls_at_once_that_hold_up_an_event_loop_are_told(slots: int) -> None:
 
     assert isinstance(end, DeadlockError)
     assert "On an event loop, await the async side" in str(end)
+
+
+def _first_within(limiter: Limiter, results: Iterator[Any]) -> list[Any]:
+    """Wait within a call for the first of some results, and outside of it for the others."""
+    with limiter:
+        first = next(results)
+    return [first, *results]
+
+
+def test_calls_at_once_over_a_bridge_of_which_one_has_a_timeout_are_no_proof() -> None:
+    """It gives up, and so sets free who waits for one of them, and that lets the other in."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+
+    async def call(value: int) -> Any:
+        if value:
+            await until(lambda: limiter.stats().waiting == 1)
+            return await inner.ainvoke(value)
+        try:
+            async with asyncio.timeout(0.2):
+                return await inner.ainvoke(value)
+        except TimeoutError:
+            return "gave up"
+
+    results = each(Dual(call), [0, 1], ordered=False)
+
+    assert _end_of(lambda: _first_within(limiter, results)) == [(0, "gave up"), (1, 1)]
+    assert limiter.stats().rejected == 0
+
+
+def test_a_thread_that_has_waited_for_others_and_goes_on_is_no_proof() -> None:
+    """It has had a result, and those that are left are somebody else's to wait for."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+    others: list[threading.Thread] = []
+    ends: list[Any] = []
+
+    def part(value: int) -> Any:
+        if value:
+            return inner.invoke(value)
+        wait_until(lambda: limiter.stats().waiting == 1)
+        return 0
+
+    def call(value: int) -> Any:
+        if value:
+            wait_until(lambda: others != [])
+            return inner.invoke(value)
+        parts = each(Dual(part), [0, 1], ordered=False, window=2)
+        ends.append(next(parts))
+        others.append(threading.Thread(target=lambda: ends.extend(parts)))
+        others[0].start()
+        wait_until(lambda: limiter.stats().waiting == 2)
+        time.sleep(0.05)
+        return "goes on"
+
+    results = each(Dual(call), [0, 1], ordered=False)
+
+    assert _end_of(lambda: _first_within(limiter, results)) == [(0, "goes on"), (1, 1)]
+    others[0].join(SAFETY_NET)
+    assert ends == [(0, 0), (1, 1)]
+    assert limiter.stats().rejected == 0
+
+
+async def test_calls_at_once_in_a_thread_that_was_left_are_no_proof() -> None:
+    """The event loop that was held up for it goes on, as its task has given up, and with it who has the slot."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+    is_left = threading.Event()
+    ends: list[Any] = []
+
+    def call(value: int) -> Any:
+        is_left.wait(SAFETY_NET)
+        return inner.invoke(value)
+
+    def work(value: int) -> None:
+        try:
+            ends.append(Dual(call).batch([value, value]))
+        except DeadlockError as error:
+            ends.append(error)
+
+    async def over(value: int) -> None:
+        try:
+            async with asyncio.timeout(0.1):
+                await Dual(work).acall(value)
+        except TimeoutError:
+            is_left.set()
+        await until(lambda: limiter.stats().waiting > 0)
+        await asyncio.sleep(0.05)
+
+    async def hold() -> None:
+        async with limiter:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    holder = asyncio.create_task(hold())
+    await asyncio.sleep(0)
+    Dual(over).invoke(1)
+    await holder
+    await until(lambda: ends != [])
+
+    assert ends == [[1, 1]]
+    assert limiter.stats().rejected == 0
+
+
+@pytest.mark.parametrize("way", ["batch", "a dict of pairs"])
+def test_a_call_that_comes_to_wait_after_an_error_is_called_off_and_not_told(way: str) -> None:
+    """Its caller hears of the error."""
+    limiter = Limiter(limit=1)
+    inner = _limited(limiter)
+    has_failed = threading.Event()
+    seen: list[BaseException] = []
+
+    def call(value: int) -> Any:
+        if not value:
+            has_failed.set()
+            raise ValueError("failed")
+        has_failed.wait(SAFETY_NET)
+        time.sleep(0.05)
+        try:
+            return inner.invoke(value)
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    outer = _limited(limiter, partial(MANY[way], Dual(call)))
+
+    assert str(_end_of(lambda: outer.invoke([1, 0]))) == "failed"
+    assert [type(error) for error in seen] == [asyncio.CancelledError]
+    assert limiter.stats().rejected == 0
+
+
+def _each_in_threads(inner: Any) -> Iterator[Any]:
+    return each(Dual(lambda value: inner.invoke(value) if value else time.sleep(0.02)), [1, 2, 0], ordered=False)
+
+
+def _each_in_tasks(inner: Any) -> Iterator[Any]:
+    async def part(value: int) -> Any:
+        return await (inner.ainvoke(value) if value else asyncio.sleep(0.02))
+
+    return each(Dual(part), [1, 2, 0], ordered=False, via="async")
+
+
+def _dict_in_threads(inner: Any) -> Iterator[Any]:
+    part, other = Dual(inner.invoke), Dual(inner.invoke)
+    return (Dual(_identity) | {"0": Dual(lambda _: 0), "1": part, "2": other}).stream(1)
+
+
+def _over_a_bridge(inner: Any) -> Iterator[Any]:
+    async def chunks(value: int) -> AsyncIterator[int]:
+        waiting = [asyncio.create_task(inner.ainvoke(value)) for _ in range(2)]
+        yield 0
+        await asyncio.gather(*waiting)
+
+    async def last(value: int) -> AsyncIterator[int]:
+        try:
+            async for chunk in chunks(value):
+                yield chunk
+        finally:
+            await inner.ainvoke(value)
+
+    return Dual(last).stream(1)
+
+
+@pytest.mark.parametrize("stream", [_each_in_threads, _each_in_tasks, _dict_in_threads, _over_a_bridge])
+def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
+    stream: Callable[[Any], Iterator[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector may run where the limiter's lock is held, which the stream's own calls wait for."""
+    limiter = Limiter(limit=2)
+    inner = _limited(limiter)
+    somebody_runs = Turnstile._somebody_runs
+    is_inside = threading.Event()
+    dropped: list[bool] = []
+
+    def looked_at(turnstile: Turnstile, calls: Any) -> bool:
+        if dropped:
+            dropped.clear()
+            gc.collect()
+        return somebody_runs(turnstile, calls)
+
+    def drop() -> None:
+        chunks = stream(inner)
+        next(chunks)
+        wait_until(lambda: limiter.stats().waiting == 2)
+        cycle: list[Any] = [chunks]
+        cycle.append(cycle)
+
+    def wait() -> None:
+        with limiter:
+            is_inside.set()
+            wait_until(lambda: dropped != [])
+            with limiter:
+                pass
+
+    permit = limiter.enter()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    is_inside.wait(SAFETY_NET)
+    monkeypatch.setattr(Turnstile, "_somebody_runs", looked_at)
+    gc.disable()
+    try:
+        drop()
+        dropped.append(True)
+        wait_until(lambda: not dropped)
+    finally:
+        gc.enable()
+    permit.end()
+    thread.join(SAFETY_NET)
+
+    assert not thread.is_alive()
+    wait_until(lambda: _is_free(limiter))
+
+
+def test_a_task_that_a_branch_leaves_running_keeps_no_input() -> None:
+    """What its context says of who waited for the branch is no way back to the dict."""
+
+    class Document:
+        """An input."""
+
+    gone = threading.Event()
+    left: list[asyncio.Task[None]] = []
+
+    async def leave(_: object) -> int:
+        left.append(asyncio.create_task(asyncio.sleep(SAFETY_NET)))
+        return 1
+
+    def call() -> None:
+        document = Document()
+        weakref.finalize(document, gone.set)
+        assert (Dual(_identity) | {"a": Dual(leave), "b": Dual(lambda _: 2)}).invoke(document) == {"a": 1, "b": 2}
+
+    gc.collect()
+    gc.disable()
+    try:
+        call()
+        assert gone.wait(SAFETY_NET)
+    finally:
+        gc.enable()
+        left[0].get_loop().call_soon_threadsafe(left[0].cancel)
 
 
 def test_calls_at_once_that_were_told_keep_nothing() -> None:

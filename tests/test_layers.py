@@ -14,6 +14,7 @@ LEVELS = {
     "errors": 0,
     "arguments": 0,
     "blocks": 0,
+    "collector": 0,
     "fingerprints": 0,
     "forks": 0,
     "joins": 0,

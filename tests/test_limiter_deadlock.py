@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 
-from asyncify import proofs, turnstile
+from asyncify import turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
+from asyncify.turnstile import Turnstile
 from tests.waiting import SAFETY_NET, until, wait_until
 
 
-class _Ending:
-    """Ends a call when it is asked what it holds, which is while the turnstile's lock is held."""
+def _end_while_looking(call: Permit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a call end as soon as it is asked who runs, which is while the turnstile's lock is held."""
 
-    def __init__(self, permit: Permit) -> None:
-        self._permit = permit
+    def somebody_runs(*_: object) -> bool:
+        call.end()
+        return True
 
-    def __contains__(self, other: Permit) -> bool:
-        self._permit.end()
-        return False
+    monkeypatch.setattr(Turnstile, "_somebody_runs", somebody_runs)
 
 
 class TestDeadlock:
@@ -303,7 +303,7 @@ class TestDeadlock:
         """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
         limiter = Limiter(limit=2)
         other = contextvars.Context().run(limiter.enter)
-        monkeypatch.setattr(proofs, "loose", _Ending(other))
+        _end_while_looking(other, monkeypatch)
         with limiter:
             limiter.enter(timeout=SAFETY_NET).leave()
 
@@ -316,7 +316,7 @@ class TestDeadlock:
         """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
         limiter = Limiter(limit=2)
         other = contextvars.Context().run(limiter.enter)
-        monkeypatch.setattr(proofs, "loose", _Ending(other))
+        _end_while_looking(other, monkeypatch)
         async with limiter:
             (await limiter.aenter(timeout=SAFETY_NET)).leave()
 
