@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import operator
 import threading
 import time
 import weakref
@@ -14,85 +13,24 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from langchain_core.callbacks import BaseCallbackHandler
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, each
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, each
 from asyncify.turnstile import Turnstile
+from tests.at_once import MANY, end_of, identity, is_free, limited
 from tests.waiting import SAFETY_NET, until, wait_until
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _limited(limiter: Limiter, call: Callable[[Any], Any] = _identity) -> Any:
-    return concurrency(limiter=limiter)(Dual(call, name="limited"))
-
-
-def _end_of(work: Callable[[], Any]) -> Any:
-    """Return what work in a thread has come to: its result, or its error."""
-    ends: list[Any] = []
-
-    def run() -> None:
-        try:
-            ends.append(work())
-        except Exception as error:  # noqa: BLE001  (it is looked at)
-            ends.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(SAFETY_NET)
-    assert ends
-    return ends[0]
-
-
-def _is_free(limiter: Limiter) -> bool:
-    return limiter.stats().in_flight == limiter.stats().waiting == 0
-
-
-def _batch(pair: Any, values: list[Any], **how: Any) -> int:
-    return sum(end for end in pair.batch(values, **how) if isinstance(end, int))
-
-
-def _batch_as_completed(pair: Any, values: list[Any]) -> int:
-    return sum(end for _, end in pair.batch_as_completed(values))
-
-
-def _each(pair: Any, values: list[Any], **how: Any) -> int:
-    return sum(end if how.get("ordered", True) else end[1] for end in each(pair, values, **how))
-
-
-def _branches(pair: Any, values: list[Any]) -> int:
-    branches = {f"{at}": Dual(operator.itemgetter(at)) | pair for at in range(len(values))}
-    return sum((Dual(list) | branches).invoke(values).values())
-
-
-MANY: dict[str, Callable[[Any, list[Any]], int]] = {
-    "batch": _batch,
-    "batch with errors": partial(_batch, return_exceptions=True),
-    "batch of two at once": partial(_batch, config={"max_concurrency": 2}),
-    "batch of a binding": lambda pair, values: _batch(pair.with_config(tags=["bound"]), values),
-    "batch that is observed": partial(_batch, config={"callbacks": [BaseCallbackHandler()]}),
-    "batch_as_completed": _batch_as_completed,
-    "each": _each,
-    "each, as completed": partial(_each, ordered=False),
-    "each with a window": partial(_each, window=2),
-    "a dict of pairs": _branches,
-}
-"""Ways to call a pair several times at once."""
 
 
 @pytest.mark.parametrize("way", MANY)
 def test_calls_at_once_that_all_wait_for_their_caller_are_told(way: str) -> None:
     """None of them can fail, so the caller waits for ever; one hears of it, and the caller by that."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
-    outer = _limited(limiter, partial(MANY[way], inner))
-    end = _end_of(lambda: outer.invoke([1, 2, 3]))
+    inner = limited(limiter)
+    outer = limited(limiter, partial(MANY[way], inner))
+    end = end_of(lambda: outer.invoke([1, 2, 3]))
 
     assert isinstance(end, DeadlockError) or ("errors" in way and end == 0)
     assert limiter.stats().rejected == (3 if "errors" in way else 1)
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
 
 
 def _tree(way: str, limiter: Limiter) -> Any:
@@ -101,7 +39,7 @@ def _tree(way: str, limiter: Limiter) -> Any:
     def descend(generations: int) -> int:
         return MANY[way](tree, [generations - 1] * 2) if generations else 1
 
-    tree: Any = _limited(limiter, descend)
+    tree: Any = limited(limiter, descend)
     return tree
 
 
@@ -110,7 +48,7 @@ def test_a_tree_of_calls_that_fits_is_admitted(way: str) -> None:
     """There is a slot for each that waits for others."""
     limiter = Limiter(limit=4)
 
-    assert _end_of(lambda: _tree(way, limiter).invoke(2)) == 4
+    assert end_of(lambda: _tree(way, limiter).invoke(2)) == 4
     assert limiter.stats().rejected == 0
 
 
@@ -119,8 +57,8 @@ def test_a_tree_of_calls_that_waits_for_itself_is_told(way: str) -> None:
     """Each slot is held by a call whose own calls all wait."""
     limiter = Limiter(limit=2)
 
-    assert isinstance(_end_of(lambda: _tree(way, limiter).invoke(4)), DeadlockError)
-    wait_until(lambda: _is_free(limiter))
+    assert isinstance(end_of(lambda: _tree(way, limiter).invoke(4)), DeadlockError)
+    wait_until(lambda: is_free(limiter))
 
 
 @pytest.mark.parametrize("way", [way for way in MANY if "errors" not in way])
@@ -129,8 +67,8 @@ def test_trees_of_calls_at_once_that_wait_for_themselves_are_told(way: str) -> N
     limiter = Limiter(limit=2)
     tree = _tree(way, limiter)
 
-    assert isinstance(_end_of(lambda: MANY[way](tree, [4] * 4)), DeadlockError)
-    wait_until(lambda: _is_free(limiter))
+    assert isinstance(end_of(lambda: MANY[way](tree, [4] * 4)), DeadlockError)
+    wait_until(lambda: is_free(limiter))
 
 
 UNOBSERVED = sorted(way for way in MANY if "observed" not in way)
@@ -163,12 +101,12 @@ def test_any_tree_of_calls_comes_to_an_end(tree: Tree, slots: int) -> None:
     def run(tree: Tree) -> int:
         return MANY[tree[1]](any_call, tree[2]) + 1 if tree[2] else 1
 
-    limited, unlimited = _limited(limiter, run), Dual(run)
-    any_call: Any = Dual(lambda tree: (limited if tree[0] else unlimited).invoke(tree))
-    end = _end_of(lambda: any_call.invoke(tree))
+    with_limit, without = limited(limiter, run), Dual(run)
+    any_call: Any = Dual(lambda tree: (with_limit if tree[0] else without).invoke(tree))
+    end = end_of(lambda: any_call.invoke(tree))
     told = limiter.stats().rejected
 
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
     assert isinstance(end, int) or (isinstance(end, DeadlockError) and told)
     if _depth(tree) > slots:
         assert told
@@ -179,7 +117,7 @@ def test_any_tree_of_calls_comes_to_an_end(tree: Tree, slots: int) -> None:
 def test_calls_at_once_of_which_one_may_fail_are_no_proof() -> None:
     """It sets their caller free."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     def call(value: int) -> int:
         if value:
@@ -188,18 +126,18 @@ def test_calls_at_once_of_which_one_may_fail_are_no_proof() -> None:
         time.sleep(0.05)
         raise ValueError("failed")
 
-    outer = _limited(limiter, Dual(call).batch)
+    outer = limited(limiter, Dual(call).batch)
 
-    assert str(_end_of(lambda: outer.invoke([1, 0, 1]))) == "failed"
+    assert str(end_of(lambda: outer.invoke([1, 0, 1]))) == "failed"
     assert limiter.stats().rejected == 0
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
 
 
 @pytest.mark.parametrize("way", MANY)
 def test_calls_at_once_of_which_one_ends_are_told_then(way: str) -> None:
     """Nothing happens at the limiter when it ends; so they are looked at as their caller waits on."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     def call(value: int) -> int:
         if not value:
@@ -207,12 +145,12 @@ def test_calls_at_once_of_which_one_ends_are_told_then(way: str) -> None:
             return 0
         return int(inner.invoke(value))
 
-    outer = _limited(limiter, partial(MANY[way], Dual(call)))
-    end = _end_of(lambda: outer.invoke([1, 0, 1]))
+    outer = limited(limiter, partial(MANY[way], Dual(call)))
+    end = end_of(lambda: outer.invoke([1, 0, 1]))
 
     assert isinstance(end, DeadlockError) or ("errors" in way and end == 0)
     assert limiter.stats().rejected >= 1
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -225,30 +163,30 @@ def test_calls_at_once_of_which_one_will_give_up_are_no_proof(first: int) -> Non
         permit = limiter.enter(timeout=0.05) if value else limiter.enter()
         permit.leave()
 
-    outer = _limited(limiter, Dual(call).batch)
+    outer = limited(limiter, Dual(call).batch)
 
-    assert isinstance(_end_of(lambda: outer.invoke([0, 1])), LimitTimeout)
+    assert isinstance(end_of(lambda: outer.invoke([0, 1])), LimitTimeout)
     assert limiter.stats().rejected == 1
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
 
 
 def test_calls_at_once_wait_for_who_is_elsewhere() -> None:
     """A slot that comes free lets one after the other in."""
     limiter = Limiter(limit=2)
-    inner = _limited(limiter)
-    outer = _limited(limiter, inner.batch)
+    inner = limited(limiter)
+    outer = limited(limiter, inner.batch)
     permit = limiter.enter()
     timer = threading.Timer(0.05, permit.end)
     timer.start()
 
-    assert _end_of(lambda: outer.invoke([1, 2, 3])) == [1, 2, 3]
+    assert end_of(lambda: outer.invoke([1, 2, 3])) == [1, 2, 3]
     assert limiter.stats().rejected == 0
 
 
 def test_calls_at_once_whose_reader_is_busy_are_no_proof() -> None:
     """Between two results it may leave the loop."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     def call(value: int) -> int:
         return int(inner.invoke(value)) if value else 0
@@ -260,15 +198,15 @@ def test_calls_at_once_whose_reader_is_busy_are_no_proof() -> None:
             return int(result) + 10
         raise AssertionError("no result")
 
-    assert _end_of(lambda: _limited(limiter, read).invoke([0, 1, 1])) == 10
+    assert end_of(lambda: limited(limiter, read).invoke([0, 1, 1])) == 10
     assert limiter.stats().rejected == 0
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
 
 
 def test_calls_at_once_whose_reader_has_waited_outside_are_told_by_where_it_waits() -> None:
     """It is what the reader holds as it waits that counts, not what it held as it began."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     def read() -> int:
         results: Iterator[Any] = each(inner, [1, 2], window=1)
@@ -276,15 +214,15 @@ def test_calls_at_once_whose_reader_has_waited_outside_are_told_by_where_it_wait
         with limiter:
             return int(first) + int(next(results))
 
-    assert isinstance(_end_of(read), DeadlockError)
-    wait_until(lambda: _is_free(limiter))
+    assert isinstance(end_of(read), DeadlockError)
+    wait_until(lambda: is_free(limiter))
 
 
 def test_calls_at_once_that_others_call_off_are_no_proof_for_who_waits_besides() -> None:
     """The call that has begun them is one of a batch of which another fails, and gives its slot back then."""
     limiter = Limiter(limit=2)
-    inner = _limited(limiter)
-    outer = _limited(limiter, inner.batch)
+    inner = limited(limiter)
+    outer = limited(limiter, inner.batch)
     is_inside = threading.Event()
     admitted: list[bool] = []
 
@@ -305,7 +243,7 @@ def test_calls_at_once_that_others_call_off_are_no_proof_for_who_waits_besides()
 
     thread = threading.Thread(target=wait)
     thread.start()
-    end = _end_of(lambda: Dual(call).batch([1, 0]))
+    end = end_of(lambda: Dual(call).batch([1, 0]))
     thread.join(SAFETY_NET)
 
     assert isinstance(end, ValueError | DeadlockError)  # who is called off would never have been admitted
@@ -315,39 +253,39 @@ def test_calls_at_once_that_others_call_off_are_no_proof_for_who_waits_besides()
 def test_calls_at_once_in_batches_of_one_another_are_told() -> None:
     """What could call them off waits itself."""
     limiter = Limiter(limit=2)
-    inner = _limited(limiter)
+    inner = limited(limiter)
     all_inside = threading.Barrier(2)
 
     def call(values: list[int]) -> Any:
         all_inside.wait(SAFETY_NET)
         return Dual(inner.batch).batch([values, values])
 
-    outer = _limited(limiter, call)
+    outer = limited(limiter, call)
 
-    assert isinstance(_end_of(lambda: outer.batch([[1, 2], [1, 2]])), DeadlockError)
-    wait_until(lambda: _is_free(limiter))
+    assert isinstance(end_of(lambda: outer.batch([[1, 2], [1, 2]])), DeadlockError)
+    wait_until(lambda: is_free(limiter))
 
 
 @pytest.mark.parametrize("asked", ["acall", "ainvoke"])
 def test_calls_at_once_over_a_bridge_that_wait_for_their_caller_are_told(asked: str) -> None:
     """Each waits in a task of the background loop, for which a thread waits, for all of which the caller waits."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     async def over(value: int) -> int:
         return int(await getattr(inner, asked)(value))
 
-    outer = _limited(limiter, Dual(over).batch)
+    outer = limited(limiter, Dual(over).batch)
 
-    assert isinstance(_end_of(lambda: outer.invoke([1, 2])), DeadlockError)
-    wait_until(lambda: _is_free(limiter))
+    assert isinstance(end_of(lambda: outer.invoke([1, 2])), DeadlockError)
+    wait_until(lambda: is_free(limiter))
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_calls_at_once_that_hold_up_an_event_loop_are_told(slots: int) -> None:
     """Tasks of the loop have the slots, and can't go on while a batch holds it up."""
     limiter = Limiter(limit=slots)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     async def hold() -> None:
         async with limiter:
@@ -362,7 +300,7 @@ def test_calls_at_once_that_hold_up_an_event_loop_are_told(slots: int) -> None:
             for holder in holders:
                 holder.cancel()
 
-    end = _end_of(lambda: asyncio.run(main()))
+    end = end_of(lambda: asyncio.run(main()))
 
     assert isinstance(end, DeadlockError)
     assert "On an event loop, await the async side" in str(end)
@@ -378,7 +316,7 @@ def _first_within(limiter: Limiter, results: Iterator[Any]) -> list[Any]:
 def test_calls_at_once_over_a_bridge_of_which_one_has_a_timeout_are_no_proof() -> None:
     """It gives up, and so sets free who waits for one of them, and that lets the other in."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
 
     async def call(value: int) -> Any:
         if value:
@@ -392,14 +330,14 @@ def test_calls_at_once_over_a_bridge_of_which_one_has_a_timeout_are_no_proof() -
 
     results = each(Dual(call), [0, 1], ordered=False)
 
-    assert _end_of(lambda: _first_within(limiter, results)) == [(0, "gave up"), (1, 1)]
+    assert end_of(lambda: _first_within(limiter, results)) == [(0, "gave up"), (1, 1)]
     assert limiter.stats().rejected == 0
 
 
 def test_a_thread_that_has_waited_for_others_and_goes_on_is_no_proof() -> None:
     """It has had a result, and those that are left are somebody else's to wait for."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
     others: list[threading.Thread] = []
     ends: list[Any] = []
 
@@ -423,7 +361,7 @@ def test_a_thread_that_has_waited_for_others_and_goes_on_is_no_proof() -> None:
 
     results = each(Dual(call), [0, 1], ordered=False)
 
-    assert _end_of(lambda: _first_within(limiter, results)) == [(0, "goes on"), (1, 1)]
+    assert end_of(lambda: _first_within(limiter, results)) == [(0, "goes on"), (1, 1)]
     others[0].join(SAFETY_NET)
     assert ends == [(0, 0), (1, 1)]
     assert limiter.stats().rejected == 0
@@ -432,7 +370,7 @@ def test_a_thread_that_has_waited_for_others_and_goes_on_is_no_proof() -> None:
 async def test_calls_at_once_in_a_thread_that_was_left_are_no_proof() -> None:
     """The event loop that was held up for it goes on, as its task has given up, and with it who has the slot."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
     is_left = threading.Event()
     ends: list[Any] = []
 
@@ -474,7 +412,7 @@ async def test_calls_at_once_in_a_thread_that_was_left_are_no_proof() -> None:
 def test_a_call_that_comes_to_wait_after_an_error_is_called_off_and_not_told(way: str) -> None:
     """Its caller hears of the error."""
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
     has_failed = threading.Event()
     seen: list[BaseException] = []
 
@@ -490,9 +428,9 @@ def test_a_call_that_comes_to_wait_after_an_error_is_called_off_and_not_told(way
             seen.append(error)
             raise
 
-    outer = _limited(limiter, partial(MANY[way], Dual(call)))
+    outer = limited(limiter, partial(MANY[way], Dual(call)))
 
-    assert str(_end_of(lambda: outer.invoke([1, 0]))) == "failed"
+    assert str(end_of(lambda: outer.invoke([1, 0]))) == "failed"
     assert [type(error) for error in seen] == [asyncio.CancelledError]
     assert limiter.stats().rejected == 0
 
@@ -510,7 +448,7 @@ def _each_in_tasks(inner: Any) -> Iterator[Any]:
 
 def _dict_in_threads(inner: Any) -> Iterator[Any]:
     part, other = Dual(inner.invoke), Dual(inner.invoke)
-    return (Dual(_identity) | {"0": Dual(lambda _: 0), "1": part, "2": other}).stream(1)
+    return (Dual(identity) | {"0": Dual(lambda _: 0), "1": part, "2": other}).stream(1)
 
 
 def _over_a_bridge(inner: Any) -> Iterator[Any]:
@@ -535,7 +473,7 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
 ) -> None:
     """The collector may run where the limiter's lock is held, which the stream's own calls wait for."""
     limiter = Limiter(limit=2)
-    inner = _limited(limiter)
+    inner = limited(limiter)
     somebody_runs = Turnstile._somebody_runs
     is_inside = threading.Event()
     dropped: list[bool] = []
@@ -576,7 +514,7 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
     thread.join(SAFETY_NET)
 
     assert not thread.is_alive()
-    wait_until(lambda: _is_free(limiter))
+    wait_until(lambda: is_free(limiter))
 
 
 def test_a_task_that_a_branch_leaves_running_keeps_no_input() -> None:
@@ -595,7 +533,7 @@ def test_a_task_that_a_branch_leaves_running_keeps_no_input() -> None:
     def call() -> None:
         document = Document()
         weakref.finalize(document, gone.set)
-        assert (Dual(_identity) | {"a": Dual(leave), "b": Dual(lambda _: 2)}).invoke(document) == {"a": 1, "b": 2}
+        assert (Dual(identity) | {"a": Dual(leave), "b": Dual(lambda _: 2)}).invoke(document) == {"a": 1, "b": 2}
 
     gc.collect()
     gc.disable()
@@ -614,7 +552,7 @@ def test_calls_at_once_that_were_told_keep_nothing() -> None:
         """An input."""
 
     limiter = Limiter(limit=1)
-    inner = _limited(limiter)
+    inner = limited(limiter)
     gone = threading.Event()
 
     def call() -> None:
