@@ -42,8 +42,10 @@ class _Visit(Generic[T]):
     def _start(self) -> None:
         self._task = self._loop.create_task(_awaited(self._call), context=self._context)
         self._task.add_done_callback(self._end)
+        _running.add(self._task)
 
     def _end(self, task: asyncio.Task[T]) -> None:
+        _running.discard(task)
         if task.cancelled():
             self._set_cancelled()
         elif (error := task.exception()) is not None:
@@ -88,6 +90,9 @@ class _Visit(Generic[T]):
         finally:
             del self, answer  # the error's traceback holds this frame
 
+
+_running: set[asyncio.Task[Any]] = set()
+"""Tasks that are waited for. A loop keeps none, so one would be garbage together with the stream that reads it."""
 
 END: Any = object()
 """The answer of a source that has no more chunks."""

@@ -10,7 +10,7 @@ import threading
 from _thread import get_ident
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import inf
 from typing import Any
 
@@ -86,10 +86,14 @@ class _Stream:
 
     def close(self) -> None:
         """Close it: at once, or if a thread is making a chunk, after that."""
-        if self._thread is None:
+        self._is_left = True
+        if self._thread is not None:
+            return
+        if not in_collection():
             self._chunks.close()
-        else:
-            self._is_left = True
+            return
+        with suppress(ValueError):  # a thread has just begun to make one, and closes it
+            self._chunks.close()
 
 
 def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
@@ -97,10 +101,24 @@ def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
     running = [future for future in futures if not future.cancel() and not future.done()]
     if running:
         scope.cancel()
-        if in_collection():
-            return  # its threads are on their way out
+        if in_collection():  # its threads are on their way out
+            _end_with(running, scope)
+            return
         wait(running)
     scope.end()
+
+
+def _end_with(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
+    """End a scope with the last of some futures."""
+    left = set(futures)
+
+    def note(future: Future[Any]) -> None:
+        left.discard(future)
+        if not left:
+            scope.end()
+
+    for future in tuple(left):
+        future.add_done_callback(note)
 
 
 async def amerge(

@@ -2,27 +2,29 @@
 
 It may begin in the middle of anything, at a lock that others wait for say, and it runs what finalizers there are. So
 these must not wait for other threads.
+
+What the collector calls back is written in C: a signal that comes while it is at work is looked for as the next Python
+function begins, and an error of what it calls back, a KeyboardInterrupt say, is dropped.
 """
 
 from __future__ import annotations
 
 import gc
-from _thread import get_ident
+import threading
+from functools import partial
 from typing import Any
 
 __all__ = ["in_collection"]
 
-_collecting = 0  # the thread; 0 if there is none
+_phases: dict[str, Any] = {}
+"""What the collector has last called back with at the start and at the stop, the later of them at the end."""
 
+_here = threading.local()
+"""The same of this thread, as attributes."""
 
-def _note(phase: str, _: dict[str, Any]) -> None:
-    global _collecting  # noqa: PLW0603  (there is one collector for all)
-    _collecting = get_ident() if phase == "start" else 0
-
-
-gc.callbacks.append(_note)
+gc.callbacks += [_phases.pop, _phases.setdefault, partial(setattr, _here)]
 
 
 def in_collection() -> bool:
     """Tell whether this thread is in the middle of a garbage collection, and so in a finalizer."""
-    return _collecting == get_ident()
+    return next(reversed(_phases), None) == "start" and _phases["start"] is getattr(_here, "start", None)

@@ -80,15 +80,18 @@ class Crew(ABC):
     def _waits(self) -> list[Permit]:
         """Return what its threads wait with, who came last at the end; nothing if one of them does not wait."""
         found: list[Permit] = []
-        for hand in self.hands():
-            waits = hand.waits_for()
-            if isinstance(waits, Crew):
-                permits = waits._waits()
-            else:
-                permits = [] if waits is None or waits.queue is None else [waits]
-            if not permits:
+        crews: list[Crew] = [self]
+        for crew in crews:
+            hands = crew.hands()
+            for waits in (hand.waits_for() for hand in hands):
+                if isinstance(waits, Crew):
+                    crews += [] if waits in crews else [waits]
+                elif waits is not None and waits.queue is not None:
+                    found.append(waits)
+                else:
+                    return []
+            if not hands:
                 return []
-            found += permits
         return sorted(found, key=lambda permit: permit.since)
 
 

@@ -428,6 +428,7 @@ class Threads(BlockingFan, Crew):
         self._ordered = ordered
         self._pool = ThreadPool(None, name)
         self._all_awaited = False
+        self._is_left = False
         self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
         self._at_work: set[Hand] = set()  # those that have an item
 
@@ -440,7 +441,9 @@ class Threads(BlockingFan, Crew):
         if error[0] is not None:
             self.scope.cancel()
         if in_collection():
-            return  # its threads are on their way out
+            self._is_left = True  # its threads are on their way out
+            self._end_if_left()
+            return
         try:
             with self._lock:
                 # A garbage collector runs anywhere, also in one of these threads.
@@ -507,14 +510,22 @@ class Threads(BlockingFan, Crew):
         return True
 
     def _work(self) -> None:
-        with Hand(self) as hand:
-            self._work_on(hand)
+        self._work_on()
+        self._end_if_left()
         if self._all_awaited:  # by who is not woken by the end of each
             self.look()
 
-    def _work_on(self, hand: Hand) -> None:
-        while (item := self._next(hand)) is not None:
-            ended = attempt(self._call, *item)
+    def _end_if_left(self) -> None:
+        if self._is_left and not self._at_work:
+            self.scope.end()
+
+    def _work_on(self) -> None:
+        hand: Hand | None = None
+        while (taken := self._next(hand)) is not None:
+            hand, item = taken
+            with hand:
+                ended = attempt(self._call, *item)
+            del taken, item
             is_error = is_raised(ended, return_exceptions=self.return_exceptions)
             if is_error:
                 with self._lock:
@@ -528,13 +539,17 @@ class Threads(BlockingFan, Crew):
             if self._hired < self._width():  # the limit was raised, say
                 self._hire_all()
 
-    def _next(self, hand: Hand) -> tuple[int, Any] | None:
+    def _next(self, last: Hand | None) -> tuple[Hand, tuple[int, Any]] | None:
+        """Return an item with a hand of its own, or None if there is none; the thread is through with its last one."""
         with self._lock:
+            if last is not None:
+                self._at_work.discard(last)
             if self._inbox:
+                hand = Hand(self)
                 self._at_work.add(hand)
                 with suppress(IndexError):  # it has been emptied meanwhile, by a garbage collector in this very thread
-                    return self._inbox.popleft()
-            self._at_work.discard(hand)
+                    return hand, self._inbox.popleft()
+                self._at_work.discard(hand)
             self._hired -= 1
             if not self._all_awaited or self._is_idle():
                 self._changed.notify()

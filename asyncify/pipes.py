@@ -22,7 +22,7 @@ from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.batches import Batches, check_configs
 from asyncify.branches import amerge, merge
-from asyncify.fanout import Ended, Threads, until_ended
+from asyncify.fanout import Ended, Threads, attempt, until_ended
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.relay import Relay
@@ -233,14 +233,24 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
         def call_in(scope: CancelScope) -> Callable[[int, Piped], Any]:
             context = background.context_of_waiter(scope)
-            return lambda _, step: context.copy().run(step.run_unobserved, value, config, {})
+
+            def run(_: int, step: Piped) -> Any:
+                return context.copy().run(step.run_unobserved, value, config, {})
+
+            def call(index: int, step: Piped) -> Ended:
+                ended = attempt(run, index, step)
+                if ended[2] is not None:
+                    scope.cancel()  # the others run all the same, but wait no longer
+                return ended
+
+            return call
 
         ended: list[Ended] = []
         failed: list[BaseException] = []
         try:
-            with Threads(call_in, lambda: width, name=self.get_name(), return_exceptions=False) as fan:
+            with Threads(call_in, lambda: width, name=self.get_name(), return_exceptions=True) as fan:
                 fan.run(enumerate(steps.values()))
-                ended += sorted(fan.take_all(), key=itemgetter(0))
+                ended += sorted((output for _, output, _ in fan.take_all()), key=itemgetter(0))
             failed += [error for _, _, error in ended if error is not None]
             if failed:
                 raise next((error for error in failed if not isinstance(error, asyncio.CancelledError)), failed[0])

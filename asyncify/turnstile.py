@@ -284,7 +284,8 @@ class Turnstile:
             return
         with self._lock:
             own = Held.by(permit)
-            is_certain = permit.queue is self._queue and permit.told is None and self._is_certain(own, permit.scope)
+            waits = bool(own) and permit.queue is self._queue and permit.told is None
+            is_certain = waits and self._is_certain(own, permit.scope)
             if is_certain:
                 permit.told = self._deadlock_error(permit, own)
         self._settle()

@@ -1,7 +1,9 @@
 """Calls at once in threads that wait for their own caller: the sync twins of test_deadlock_at_once."""
 
 import asyncio
+import contextvars
 import gc
+import signal
 import threading
 import time
 import weakref
@@ -15,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, each
+from asyncify.scopes import current_scope
 from asyncify.turnstile import Turnstile
 from tests.at_once import MANY, end_of, identity, is_free, limited
-from tests.waiting import SAFETY_NET, until, wait_until
+from tests.waiting import SAFETY_NET, run_program, until, wait_until
 
 
 @pytest.mark.parametrize("way", MANY)
@@ -515,6 +518,94 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
 
     assert not thread.is_alive()
     wait_until(lambda: is_free(limiter))
+
+
+def scope_of(context: contextvars.Context) -> bool:
+    """Tell whether the waits in a context may be called off with others."""
+    scope = context.get(current_scope)
+    return scope is not None and any(scope._alive())
+
+
+@pytest.mark.parametrize("stream", [_each_in_threads, _dict_in_threads])
+def test_what_a_collected_stream_has_left_running_may_wait_again(stream: Callable[[Any], Iterator[Any]]) -> None:
+    """Its waits are called off until its own threads are through, and not for ever."""
+    limiter = Limiter(limit=1)
+    inner = limited(limiter)
+    contexts: list[contextvars.Context] = []
+
+    def call(value: int) -> Any:
+        contexts.append(contextvars.copy_context())
+        return inner.invoke(value)
+
+    def drop() -> None:
+        chunks = stream(Dual(call))
+        next(chunks)
+        wait_until(lambda: limiter.stats().waiting == 2)
+        cycle: list[Any] = [chunks]
+        cycle.append(cycle)
+
+    def wait() -> str:
+        with limiter:
+            return "in"
+
+    permit = limiter.enter()
+    drop()
+    gc.collect()
+    permit.end()
+    wait_until(lambda: is_free(limiter) and not any(scope_of(context) for context in contexts))
+    permit = limiter.enter()
+    timer = threading.Timer(0.05, permit.end)
+    timer.start()
+
+    assert end_of(lambda: contexts[0].run(wait)) == "in"
+
+
+def test_a_thread_whose_last_item_was_left_by_who_waited_for_it_is_told_by_its_next() -> None:
+    """What is not certain of one item is of the others."""
+    limiter = Limiter(limit=1)
+    inner = limited(limiter)
+    may_end = threading.Event()
+
+    async def leave(_: int) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await Dual(lambda _: may_end.wait(SAFETY_NET)).acall(1)
+
+    def call(value: int) -> Any:
+        return inner.invoke(value) if value else Dual(leave).invoke(value)
+
+    outer = limited(limiter, partial(MANY["batch of two at once"], Dual(call)))
+    try:
+        assert isinstance(end_of(lambda: outer.invoke([0, 0, 1, 1])), DeadlockError)
+    finally:
+        may_end.set()
+    wait_until(lambda: is_free(limiter))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers like that")
+def test_an_interrupt_during_a_collection_is_heard() -> None:
+    """What the collector calls back is none of Python's, in which it would be raised and dropped."""
+    program = """
+import gc, signal, time
+import asyncify
+from asyncify.collector import in_collection
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+heap = [[] for _ in range(2_000_000)]
+heard = 0
+for _ in range(3):
+    signal.setitimer(signal.ITIMER_REAL, 0.005)
+    try:
+        gc.collect()
+        time.sleep(1)
+    except KeyboardInterrupt:
+        heard += 1
+print(heard, in_collection())
+"""
+    assert run_program(program) == "3 False\n"
 
 
 def test_a_task_that_a_branch_leaves_running_keeps_no_input() -> None:

@@ -444,6 +444,24 @@ async def _read(chunks: AsyncIterator[Any]) -> list[Any]:
     return [chunk async for chunk in chunks]
 
 
+@pytest.mark.parametrize("error", [ValueError("failed"), SystemExit()])
+@pytest.mark.parametrize("config", [{}, {"max_concurrency": 1}])
+def test_every_branch_of_a_dict_of_pairs_runs_though_one_fails_at_once(config: Any, error: BaseException) -> None:
+    """As with LangChain's dict, whose branches all start before any can fail."""
+    begun: list[int] = []
+
+    def fail(_: object) -> None:
+        raise error
+
+    branches: Any = {"a": Dual(fail), "b": Dual(begun.append), "c": Dual(begun.append)}
+    for _ in range(20):
+        begun.clear()
+        with pytest.raises(type(error)):
+            (Dual(lambda value: value) | branches).invoke(1, config)
+
+        assert begun == [1, 1]
+
+
 @pytest.mark.parametrize("call", ["ainvoke", "astream"])
 async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running(call: str) -> None:
     """Who cancels it, twice even, hears of it when all branches have ended, whose clean-ups are not cut off."""
