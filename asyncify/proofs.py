@@ -91,12 +91,13 @@ def is_proof(
         inside: the calls inside.
         slots: how many of them can't end, if nobody is ever let in.
         scope: what the wait is called off with. Who may be called off alone is no proof.
-        loop: the event loop that is known to end no wait of its tasks; of other loops that is not known.
+        loop: the event loop in whose thread this is asked, if one runs there. What the timers of others may end is not
+            known, so their tasks are no proof; each loop looks at its own.
     """
-    waits = set(waiting)
+    waits = {permit for permit in waiting if not permit.in_task or permit.is_of(loop)}
     crews = {other for permit in waits for other in permit.blocks if isinstance(other, Crew)}
     crews |= crews_of([*own.hands, *(hand for crew in crews for hand in crew.outer_hands())])
-    crews, waits = _largest(crews, waits, stuck=own.hands, scope=scope, loop=loop)
+    crews, waits = _largest(crews, waits, own.hands, scope)
     stopped: set[Any] = own.stops(inside).union(
         *(crew.stops(inside) for crew in crews), *(permit.blocks for permit in waits)
     )
@@ -110,19 +111,14 @@ def lasts(permit: Permit, scope: CancelScope | None, stuck: Collection[CancelSco
 
 
 def _largest(
-    crews: set[Crew],
-    waiting: set[Permit],
-    *,
-    stuck: Collection[Hand],
-    scope: CancelScope | None,
-    loop: AbstractEventLoop | None,
+    crews: set[Crew], waiting: set[Permit], stuck: Collection[Hand], scope: CancelScope | None
 ) -> tuple[set[Crew], set[Permit]]:
     """Return the crews that are stuck, if these hands of theirs are, and those whose waits last."""
     hands = {crew: crew.hands() for crew in crews}
     while True:
         scopes = {crew.scope for crew in crews}
         lasting = {permit for permit in waiting if lasts(permit, scope, scopes)}
-        by = {*(permit for permit in lasting if not permit.in_task or permit.is_of(loop)), *crews}
+        by = {*lasting, *crews}
         still = {crew for crew in crews if hands[crew] and all(_is_stuck(hand, stuck, by) for hand in hands[crew])}
         if len(still) == len(crews) and len(lasting) == len(waiting):
             return crews, waiting

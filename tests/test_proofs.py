@@ -998,3 +998,33 @@ async def test_a_task_that_waits_for_itself_and_for_a_thread_that_does_is_told()
     thread.join()
 
     assert ends == ["in"]
+
+
+@pytest.mark.parametrize("timeout", [None, 0.3])
+def test_a_task_of_another_loop_is_no_proof_for_a_thread(timeout: float | None) -> None:
+    """Of what ends its wait only its own loop knows, which tells it, as it would not be let in before."""
+    limiter = Limiter(limit=2)
+    told: list[str] = []
+
+    async def nest() -> None:
+        async with limiter:
+            await until(lambda: limiter.stats().in_flight == 2)
+            try:
+                async with asyncio.timeout(timeout), limiter:
+                    pass
+            except DeadlockError:
+                told.append("task")
+
+    def nest_in_thread() -> str:
+        with limiter:
+            wait_until(lambda: limiter.stats().waiting == 1)
+            with limiter:
+                return "in"
+
+    thread = threading.Thread(target=lambda: asyncio.run(nest()))
+    thread.start()
+
+    assert end_of(nest_in_thread) == "in"
+    thread.join(SAFETY_NET)
+    assert told == ["task"]
+    wait_until(lambda: is_free(limiter))
