@@ -478,13 +478,12 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
     limiter = Limiter(limit=2)
     inner = limited(limiter)
     somebody_runs = Turnstile._somebody_runs
-    is_inside = threading.Event()
-    dropped: list[bool] = []
+    is_inside, is_dropped, is_collected = threading.Event(), threading.Event(), threading.Event()
 
     def looked_at(turnstile: Turnstile, calls: Any) -> bool:
-        if dropped:
-            dropped.clear()
+        if threading.current_thread() is thread:
             gc.collect()
+            is_collected.set()
         return somebody_runs(turnstile, calls)
 
     def drop() -> None:
@@ -497,7 +496,7 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
     def wait() -> None:
         with limiter:
             is_inside.set()
-            wait_until(lambda: dropped != [])
+            is_dropped.wait(SAFETY_NET)
             with limiter:
                 pass
 
@@ -509,8 +508,8 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
     gc.disable()
     try:
         drop()
-        dropped.append(True)
-        wait_until(lambda: not dropped)
+        is_dropped.set()
+        assert is_collected.wait(SAFETY_NET)
     finally:
         gc.enable()
     permit.end()
