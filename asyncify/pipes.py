@@ -239,9 +239,12 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
             def call(index: int, step: Piped) -> Ended:
                 ended = attempt(run, index, step)
-                if ended[2] is not None:
-                    scope.cancel()  # the others run all the same, but wait no longer
-                return ended
+                try:
+                    if ended[2] is not None:
+                        scope.cancel()  # the others run all the same, but wait no longer
+                    return ended
+                finally:
+                    del ended  # an error's traceback leads to this frame
 
             return call
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from langchain_core.callbacks import (
     AsyncCallbackHandler,
@@ -562,6 +562,9 @@ def test_a_tree_of_pairs_is_a_tree_of_lambdas(*, spec: Spec, config: RunnableCon
 
 @pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(
+    spec=("nest", "both", ("dict", [("fail", "both", 1, "Abort"), ("wait", "both")]), {"callbacks": []}), config={}
+)
 @given(spec=TREES, config=CONFIGS)
 def test_a_tree_of_pairs_is_a_tree_of_lambdas_async(*, spec: Spec, config: RunnableConfig, observed: bool) -> None:
     """The async twin, after which no task is left.
@@ -572,7 +575,8 @@ def test_a_tree_of_pairs_is_a_tree_of_lambdas_async(*, spec: Spec, config: Runna
     theirs = _run_skipping(_arun(make_lambda, spec, config, observed=observed))
 
     assert ours.left_running == 0
-    if observed or "dict" not in repr(spec) or ours.cut_short == theirs.cut_short:
+    watched = observed and "'callbacks': []" not in repr(spec)  # which hides the handlers from what is inside
+    if watched or "dict" not in repr(spec) or ours.cut_short == theirs.cut_short:
         assert ours == theirs
 
 
