@@ -71,7 +71,7 @@ class Items:
         return Threads(self.in_threads, self.threads, name=name, return_exceptions=return_exceptions)
 
     def in_threads(self, scope: CancelScope | None) -> Callable[[int, Any], Any]:
-        """Return what runs one input in its caller's thread, in a copy of this context, with its waits in the scope."""
+        """Return what runs one input in its caller's thread, in a copy of this context; its waits are in the scope."""
         return partial(self._call, background.context_of_waiter(scope))
 
     def _call(self, context: Context, index: int, value: Any) -> Any:

@@ -27,4 +27,5 @@ gc.callbacks += [_phases.pop, _phases.setdefault, partial(setattr, _here)]
 
 def in_collection() -> bool:
     """Tell whether this thread is in the middle of a garbage collection, and so in a finalizer."""
-    return next(reversed(_phases), None) == "start" and _phases["start"] is getattr(_here, "start", None)
+    phases = _phases.copy()  # in one step, as another thread may begin a collection meanwhile
+    return next(reversed(phases), None) == "start" and phases["start"] is getattr(_here, "start", None)

@@ -20,7 +20,7 @@ __all__ = ["Crew", "Hand", "crews_of"]
 
 
 class Crew(ABC):
-    """A fan-out whose items run in threads, and the thread that waits for one of them to end.
+    """A fan-out whose items run in threads, and the thread that waits for one of them or for all.
 
     Args:
         scope: that of what its threads wait for; nobody cancels it but they and the one that waits, and when it is
@@ -48,12 +48,13 @@ class Crew(ABC):
         self.look()
 
     def look(self) -> None:
-        """Look whether a call waits for itself, as no thread can go on; if so, have it told."""
-        told: set[object] = set()
-        for permit in reversed(self._waits() if self._caller.held else []):
-            if permit.issuer not in told:
-                told.add(permit.issuer)
-                permit.issuer.look_at(permit)
+        """Look whether a call waits for itself, as no thread can go on; if so, have the last that came told.
+
+        Where they wait for several limiters there is no proof for any, so it does not matter at which one this looks.
+        """
+        if self._caller.held and (waits := self._waits()):
+            last = max(waits, key=lambda permit: permit.since)
+            last.issuer.look_at(last)
 
     def let_caller_go(self) -> None:
         """Note that this thread goes on."""
@@ -78,21 +79,22 @@ class Crew(ABC):
         return [other for other in self._caller.held if isinstance(other, Hand)]
 
     def _waits(self) -> list[Permit]:
-        """Return what its threads wait with, who came last at the end; nothing if one of them does not wait."""
+        """Return what its threads wait with, and those that they wait for; nothing if one of them does not wait."""
         found: list[Permit] = []
         crews: list[Crew] = [self]
         for crew in crews:
             hands = crew.hands()
             for waits in (hand.waits_for() for hand in hands):
                 if isinstance(waits, Crew):
-                    crews += [] if waits in crews else [waits]
+                    if waits not in crews:
+                        crews.append(waits)
                 elif waits is not None and waits.queue is not None:
                     found.append(waits)
                 else:
                     return []
             if not hands:
                 return []
-        return sorted(found, key=lambda permit: permit.since)
+        return found
 
 
 class Hand(Standstill):

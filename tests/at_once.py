@@ -2,14 +2,15 @@
 
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 
 from asyncify import Dual, Limiter, concurrency, each
-from tests.waiting import SAFETY_NET
+from tests.waiting import SAFETY_NET, wait_until
 
 
 def identity(value: Any) -> Any:
@@ -42,6 +43,28 @@ def end_of(work: Callable[[], Any]) -> Any:
 def is_free(limiter: Limiter) -> bool:
     """Tell whether nobody is inside or waits."""
     return limiter.stats().in_flight == limiter.stats().waiting == 0
+
+
+@contextmanager
+def one_besides(limiter: Limiter, others: int) -> Iterator[list[Any]]:
+    """Have a thread take a slot, and wait for another when so many others wait; yield a list of what comes of it."""
+    is_inside = threading.Event()
+    ends: list[Any] = []
+
+    def nest() -> str:
+        with limiter:
+            is_inside.set()
+            wait_until(lambda: limiter.stats().waiting == others)
+            with limiter:
+                return "in"
+
+    thread = threading.Thread(target=lambda: ends.append(end_of(nest)))
+    thread.start()
+    is_inside.wait(SAFETY_NET)
+    try:
+        yield ends
+    finally:
+        thread.join(SAFETY_NET)
 
 
 def _batch(pair: Any, values: list[Any], **how: Any) -> int:

@@ -18,7 +18,8 @@ from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency, dual, each
 from asyncify.testing import FakeClock
-from tests.waiting import SAFETY_NET, until, wait_until
+from tests.at_once import one_besides
+from tests.waiting import SAFETY_NET, until
 
 
 async def _identity(value: int) -> int:
@@ -649,24 +650,11 @@ def test_a_call_is_no_proof_whose_wait_is_called_off_when_a_sibling_in_threads_f
     limiter = Limiter(limit=2)
     inner: Any = concurrency(limiter=limiter)(dual(lambda value: value, name="inner"))
     blocked: Any = concurrency(limiter=limiter)(dual(inner.call, name="blocked"))
-    is_inside = threading.Event()
-    admitted: list[bool] = []
 
-    def wait() -> None:
-        with limiter:
-            is_inside.set()
-            wait_until(lambda: limiter.stats().waiting == 1)
-            with limiter:
-                admitted.append(True)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    is_inside.wait()
-    with pytest.raises(ValueError, match="failed"):
+    with one_besides(limiter, 1) as besides, pytest.raises(ValueError, match="failed"):
         _in_threads(way, blocked.call)
-    thread.join(SAFETY_NET)
 
-    assert admitted == [True]
+    assert besides == ["in"]
     assert limiter.stats().rejected == 0
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, each
 from asyncify.scopes import current_scope
 from asyncify.turnstile import Turnstile
-from tests.at_once import MANY, end_of, identity, is_free, limited
+from tests.at_once import MANY, end_of, identity, is_free, limited, one_besides
 from tests.waiting import SAFETY_NET, run_program, until, wait_until
 
 
@@ -226,31 +226,19 @@ def test_calls_at_once_that_others_call_off_are_no_proof_for_who_waits_besides()
     limiter = Limiter(limit=2)
     inner = limited(limiter)
     outer = limited(limiter, inner.batch)
-    is_inside = threading.Event()
-    admitted: list[bool] = []
 
     def call(value: int) -> Any:
         if value:
-            is_inside.wait(SAFETY_NET)
             return outer.invoke([1, 2])
-        wait_until(lambda: limiter.stats().waiting == 3 or admitted != [])
+        wait_until(lambda: limiter.stats().waiting == 3 or besides != [])
         time.sleep(0.05)
         raise ValueError("failed")
 
-    def wait() -> None:
-        with limiter:
-            is_inside.set()
-            wait_until(lambda: limiter.stats().waiting == 2)
-            with limiter:
-                admitted.append(True)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    end = end_of(lambda: Dual(call).batch([1, 0]))
-    thread.join(SAFETY_NET)
+    with one_besides(limiter, 2) as besides:
+        end = end_of(lambda: Dual(call).batch([1, 0]))
 
     assert isinstance(end, ValueError | DeadlockError)  # who is called off would never have been admitted
-    assert admitted == [True]
+    assert besides == ["in"]
 
 
 def test_calls_at_once_in_batches_of_one_another_are_told() -> None:
@@ -444,7 +432,10 @@ def _each_in_threads(inner: Any) -> Iterator[Any]:
 
 def _each_in_tasks(inner: Any) -> Iterator[Any]:
     async def part(value: int) -> Any:
-        return await (inner.ainvoke(value) if value else asyncio.sleep(0.02))
+        try:
+            return await (inner.ainvoke(value) if value else asyncio.sleep(0.02))
+        finally:
+            inner.limiter.stats()  # which takes the lock
 
     return each(Dual(part), [1, 2, 0], ordered=False, via="async")
 

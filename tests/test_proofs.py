@@ -6,18 +6,21 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import pytest
+import uvloop
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, turnstile
+from asyncify.crews import Crew, Hand
 from asyncify.fanout import Threads, gather
 from asyncify.holds import held_by_this_thread
+from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
-from tests.at_once import end_of, is_free, limited
+from tests.at_once import end_of, is_free, limited, one_besides
 from tests.waiting import SAFETY_NET, until, wait_until
 
 
@@ -29,15 +32,6 @@ def _noted(notes: list[Any], note: Any, then: Any) -> Any:
 def test_a_call_at_once_that_will_give_up_is_told_no_deadlock_of_others() -> None:
     """Its error calls off one of them, and so frees a slot for the other."""
     limiter = Limiter(limit=2)
-    is_inside = threading.Event()
-    admitted: list[bool] = []
-
-    def wait() -> None:
-        with limiter:
-            is_inside.set()
-            wait_until(lambda: limiter.stats().waiting == 1)
-            with limiter:
-                admitted.append(True)
 
     def call(value: int) -> None:
         if value:
@@ -47,14 +41,11 @@ def test_a_call_at_once_that_will_give_up_is_told_no_deadlock_of_others() -> Non
             with limiter, limiter:
                 pass
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    is_inside.wait(SAFETY_NET)
-    end = end_of(lambda: Dual(call).batch([0, 1]))
-    thread.join(SAFETY_NET)
+    with one_besides(limiter, 1) as besides:
+        end = end_of(lambda: Dual(call).batch([0, 1]))
 
     assert isinstance(end, LimitTimeout)
-    assert admitted == [True]
+    assert besides == ["in"]
 
 
 def test_calls_at_once_that_hold_slots_are_told_when_one_ends() -> None:
@@ -353,7 +344,6 @@ def test_a_call_at_once_is_told_only_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_task_of_another_kind_of_loop_that_waits_for_itself_is_told() -> None:
     """Nothing but itself is inside, so it does not matter that the loop shows no timers."""
-    uvloop = pytest.importorskip("uvloop")
 
     async def main() -> None:
         limiter = Limiter(limit=1)
@@ -1028,3 +1018,36 @@ def test_a_task_of_another_loop_is_no_proof_for_a_thread(timeout: float | None) 
     thread.join(SAFETY_NET)
     assert told == ["task"]
     wait_until(lambda: is_free(limiter))
+
+
+class _Crew(Crew):
+    """Threads that are given, of which one waits for each of some crews or calls."""
+
+    def __init__(self) -> None:
+        super().__init__(CancelScope())
+        self.its: list[Hand] = []
+        self.asked = 0
+
+    def wait_for(self, *others: Any) -> None:
+        for other in others:
+            hand = Hand(self)
+            hand.wait_for(other)
+            self.its.append(hand)
+
+    def hands(self) -> Collection[Hand]:
+        self.asked += 1
+        assert self.asked < 100
+        return self.its
+
+
+def test_crews_that_wait_for_each_other_are_gone_through_once() -> None:
+    """An item of each reads what the other yields, say; that is no deadlock of the limiter's."""
+    limiter = Limiter(limit=1)
+    crews = [_Crew(), _Crew()]
+    for crew, other in (crews, reversed(crews)):
+        crew.wait_for(other)
+    with limiter:
+        for crew in crews:
+            crew.hold_up_caller()
+
+    assert limiter.stats().rejected == 0
