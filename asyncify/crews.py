@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Self
 
 from asyncify.holds import Standstill, Waiter, hands_of_this_thread, stopped_with
-from asyncify.permits import Permit
+from asyncify.permits import Permit, wait_within
 from asyncify.scopes import CancelScope
 
 __all__ = ["Crew", "Hand", "crews_of"]
@@ -36,25 +36,11 @@ class Crew(ABC):
         """Return those of the threads of which one has to go on before the waiting one can; none if it can anyway."""
 
     def hold_up_caller(self) -> None:
-        """Note what this thread holds, which is about to wait, and only then look whether that proves a deadlock.
-
-        Who comes to wait in one of its threads does the same, so the last of them sees all.
-        """
+        """Note what this thread holds, which is about to wait."""
         self._caller.hold_up_this_thread()
-        for permit in self._caller.held:
-            permit.is_caller = True
+        wait_within(self._caller.held, self)
         for hand in self.outer_hands():
             hand.wait_for(self)
-        self.look()
-
-    def look(self) -> None:
-        """Look whether a call waits for itself, as no thread can go on; if so, have the last that came told.
-
-        Where they wait for several limiters there is no proof for any, so it does not matter at which one this looks.
-        """
-        if self._caller.held and (waits := self._waits()):
-            last = max(waits, key=lambda permit: permit.since)
-            last.issuer.look_at(last)
 
     def let_caller_go(self) -> None:
         """Note that this thread goes on."""
@@ -78,8 +64,10 @@ class Crew(ABC):
         """Return what stands in the waiting thread, or in those that wait for it, for others that do."""
         return [other for other in self._caller.held if isinstance(other, Hand)]
 
-    def _waits(self) -> list[Permit]:
+    def waits(self) -> list[Permit]:
         """Return what its threads wait with, and those that they wait for; nothing if one of them does not wait."""
+        if not self._caller.held:
+            return []
         found: list[Permit] = []
         crews: list[Crew] = [self]
         for crew in crews:

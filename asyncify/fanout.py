@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from asyncify.collector import in_collection
 from asyncify.crews import Crew, Hand
+from asyncify.deadlocks import look_at
 from asyncify.forks import check_not_ending, left_behind
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
@@ -464,6 +465,7 @@ class Threads(BlockingFan, Crew):
     def _wait(self) -> None:
         try:
             self.hold_up_caller()
+            look_at(self)  # who comes to wait in one of its threads looks too, so the last of them sees all
             super()._wait()
         finally:
             self.let_caller_go()
@@ -513,7 +515,7 @@ class Threads(BlockingFan, Crew):
         self._work_on()
         self._end_if_left()
         if self._all_awaited:  # by who is not woken by the end of each
-            self.look()
+            look_at(self)
 
     def _end_if_left(self) -> None:
         if self._is_left and not self._at_work:

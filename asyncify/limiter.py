@@ -120,11 +120,11 @@ class Limiter(Turnstile, BaseRateLimiter):
     def _try(self) -> bool:
         admitted = self._admit(Permit(self, 1, 0), queue=False)
         if not admitted:
-            self._count_rejected()
+            self.count_rejected()
         return admitted
 
     def _not_inside(self) -> str:
-        return f"{self._title()}: this context is not inside a call that it has admitted"
+        return f"{self.title()}: this context is not inside a call that it has admitted"
 
     def _leave_one(self, error: BaseException | None) -> None:
         """End a call whose permit is not the innermost here, or is not here at all.
@@ -245,7 +245,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     def __reduce__(self) -> Any:
         """Refuse: a limit holds in one process."""
         raise pickle.PicklingError(
-            f"{self._title()}: holds in one process, so it can't be pickled; make one where the calls are made"
+            f"{self.title()}: holds in one process, so it can't be pickled; make one where the calls are made"
         )
 
 

@@ -28,9 +28,6 @@ _PAUSE = 0.05
 _CANDIDATES = 10
 """Those who wait of whom it is asked whether nothing will let them in; the others are asked at another look."""
 
-_MANY = 10_000
-"""More than these are not looked at: it would hold the event loop for over a tenth of a second."""
-
 _SHARE = 20
 """A look is followed by as many times its length in which there is none."""
 
@@ -74,7 +71,7 @@ class Lookout:
         self._waiting = [weakref.ref(permit) for permit in waiting]
         if not waiting:
             return
-        has_told = len(waiting) <= _MANY and look(loop, waiting)
+        has_told = look(loop, waiting)
         end = loop.time()
         self._not_before = end if has_told else end + _SHARE * (end - start)
         pause = 0 if has_told else max(_PAUSE, end - self._last_came)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from _thread import get_ident
+from asyncio import AbstractEventLoop, Future
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
@@ -12,11 +14,24 @@ from asyncify.clock import Timer
 from asyncify.scopes import CancelScope
 from asyncify.wakeups import Wakeups
 
-__all__ = ["FREE_PASS", "Issuer", "Pass", "Permit", "get_innermost", "innermost", "permits", "set_innermost"]
+__all__ = [
+    "FREE_PASS",
+    "Issuer",
+    "Pass",
+    "Permit",
+    "get_innermost",
+    "innermost",
+    "permits",
+    "set_innermost",
+    "wait_within",
+]
 
 
 class Issuer(Protocol):
     """The limiter that has issued a permit, and that it gives its place back to."""
+
+    kept_by: set[weakref.ref[Any]]
+    """What may keep calls inside from ending: limiters at which some have come to wait within them, and crews."""
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended."""
@@ -34,8 +49,28 @@ class Issuer(Protocol):
         """Wake a call that still waits, to give up."""
         ...
 
-    def look_at(self, permit: Permit) -> None:
-        """Tell a call that waits in a thread if it waits for itself."""
+    def count_rejected(self) -> None:
+        """Count a call that is turned away."""
+        ...
+
+    def title(self) -> str:
+        """Return what errors call it."""
+        ...
+
+    def inside(self) -> frozenset[Permit]:
+        """Return the calls inside at this moment."""
+        ...
+
+    def places(self) -> float:
+        """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
+        ...
+
+    def waits(self) -> list[Permit]:
+        """Return those who wait and keep others from ending."""
+        ...
+
+    def waiting_on(self, loop: AbstractEventLoop) -> list[Future[None]]:
+        """Return what those wait on who wait in tasks of a loop, and without an end."""
         ...
 
 
@@ -58,6 +93,7 @@ class Permit:
         "cost",
         "ended",
         "in_task",
+        "is_called_off",
         "is_caller",
         "issuer",
         "outer",
@@ -83,7 +119,7 @@ class Permit:
     token: Token[Permit | None]
 
     is_caller: bool
-    """There as soon as another call has come to wait within it, at the same limiter, or the thread that holds it."""
+    """There as soon as another call has come to wait within it, or the thread that holds it."""
 
     # Only a call that has to wait has these:
     since: float
@@ -93,7 +129,8 @@ class Permit:
     blocks: tuple[Any, ...]
     """The calls that can't end before its wait does, and the crews that have it in one of their threads."""
     scope: CancelScope | None
-    """What its wait may be called off with; there if it is within a call of the same limiter, or blocks one."""
+    """What its wait may be called off with; there if it is within another call, or blocks one."""
+    is_called_off: bool
     told: Exception | None
     """What it is to raise, as it waits for itself."""
     timer: Timer | None
@@ -122,6 +159,7 @@ class Permit:
         self.since = since
         self.ahead = ahead
         self.blocks = ()
+        self.is_called_off = False
         self.timer = self.ready = self.told = None
         self.queue = queue
         queue.append(self)
@@ -198,7 +236,8 @@ class Permit:
     def gives_up(self) -> bool:
         """Tell whether it waits no longer, or is about to hear that it need not."""
         ready = self.ready  # read once: another thread may take it away
-        return self.queue is None or self.ended or (self.in_task and (ready is None or ready.done()))
+        is_told = self.in_task and (ready is None or ready.done())
+        return self.queue is None or self.ended or self.is_called_off or is_told
 
     def give_up(self) -> None:
         """Give the place back without having used it, be it waiting still or admitted already."""
@@ -266,3 +305,13 @@ def permits() -> Iterator[Permit]:
         if not permit.ended:
             yield permit
         yield from permit.around()
+
+
+def wait_within(calls: Iterable[Permit], keeper: Any) -> None:
+    """Note that a call has come to wait within these calls at a limiter, or a thread that holds them for a crew."""
+    for call in calls:
+        call.is_caller = True
+        if call.slots:
+            kept_by = call.issuer.kept_by
+            if weakref.ref(keeper) not in kept_by:
+                kept_by.add(weakref.ref(keeper, kept_by.discard))

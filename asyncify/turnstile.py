@@ -13,27 +13,25 @@ import gc
 import math
 import threading
 import weakref
-from _thread import allocate_lock, get_ident
-from asyncio import _get_running_loop
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from _thread import allocate_lock
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 from asyncify.adaptive import AdaptiveLimit
 from asyncify.arguments import check_cost, check_positive, shown
 from asyncify.clock import Clock, Timer
 from asyncify.congestion import congestion_of
-from asyncify.crews import Crew
-from asyncify.errors import DeadlockError, LimitTimeout
+from asyncify.deadlocks import come_to_wait
+from asyncify.errors import LimitTimeout
 from asyncify.forks import at_fork, in_worker
 from asyncify.holds import held_by_this_task, held_by_this_thread
-from asyncify.lookout import HeldUp, Lookout
 from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost, permits, set_innermost
-from asyncify.proofs import Held, is_proof, lasts
-from asyncify.scopes import CancelScope, get_scope
+from asyncify.scopes import get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
 __all__ = ["RECENT", "Turnstile", "check_affordable"]
@@ -101,8 +99,7 @@ class Turnstile:
         self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
-        self._blocked: Counter[Permit | Crew] = Counter()  # what the waiters keep from ending, each
-        self._lookouts = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lookout]()
+        self.kept_by: set[weakref.ref[Any]] = set()
         self._timer: Timer | None = None
         self._knows_permits = True  # a permit which looks held is held
 
@@ -191,7 +188,7 @@ class Turnstile:
                     if queue:
                         self._call_back_at(at)
                 if permit.cost > self._meter.largest_cost:
-                    check_affordable(permit.cost, self._meter.limits, self._title())
+                    check_affordable(permit.cost, self._meter.limits, self.title())
                 if queue:
                     permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
                     if not permit.slots:
@@ -241,68 +238,22 @@ class Turnstile:
         """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
         return not self._rate_only and self._meter.is_full
 
-    def _check_deadlock(self, permit: Permit, held: Iterable[Permit], timeout: float | None) -> None:
-        """Note what this waiter blocks: what can't end before its wait does.
+    # --- what a deadlock is looked for by; called without the lock, as others leave without it ---
 
-        A waiter that will give up some day lets what it blocks end, so it is no proof for others. Nor is what a
-        standstill stops, as that may be over before the wait is.
+    def inside(self) -> frozenset[Permit]:
+        """Return the calls inside at this moment."""
+        return frozenset(self._meter.inside)
 
-        Raises:
-            DeadlockError: the wait can never end, as all calls inside are blocked by this waiter or by others.
-        """
-        own = Held.of({*held, *self._frozen_by(permit)}, self._meter.inside)
-        if timeout is not None:
-            own.hands.clear()  # it gives up, and so sets free who waits for it among others
-        if not own:
-            return
-        permit.scope = get_scope()
-        for call in own.permits:
-            call.is_caller = True
-        for hand in own.hands:
-            hand.wait_for(permit)
-        blocks = own.blocks() if timeout is None else ()
-        loop = permit.ready.get_loop() if permit.in_task else None
-        is_certain = False
-        with self._lock:
-            if permit.queue is self._queue:
-                permit.blocks = blocks
-                self._blocked.update(blocks)
-                is_certain = self._is_certain(own, permit.scope, loop)
-                if is_certain and not permit.in_task:
-                    self._dequeue(permit)  # so that nobody tells it once more
-        self._settle()
-        if is_certain and not (permit.in_task and self._may_go_on(own)):
-            self._count_rejected()
-            raise self._deadlock_error(permit, own)
+    def places(self) -> float:
+        """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
+        limit = self._meter.limits.limit
+        return math.inf if limit is None or not self._knows_permits else limit
 
-    def look_at(self, permit: Permit) -> None:
-        """Look whether a call waits for itself, as a thread waits now for the one in which it does; if so, tell it.
+    def waits(self) -> list[Permit]:
+        """Return those who wait and keep others from ending."""
+        return [permit for permit in list(self._queue) if permit.blocks]  # copied in one step
 
-        Who waits in a task is looked at by its event loop.
-        """
-        if permit.in_task:
-            return
-        with self._lock:
-            own = Held.by(permit)
-            waits = bool(own) and permit.queue is self._queue and permit.told is None
-            is_certain = waits and self._is_certain(own, permit.scope)
-            if is_certain:
-                permit.told = self._deadlock_error(permit, own)
-        self._settle()
-        if is_certain:
-            self._count_rejected()
-            self.call_off(permit)
-
-    def _may_go_on(self, own: Held) -> bool:
-        """Tell whether something may end a call inside, which this task does not keep from ending."""
-        stopped = own.stops(self._inside())
-        if self._meter.inside.issubset(stopped):
-            return False
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        held_up = HeldUp([task, *self._waiting_on(loop)])
-        return self._holds_others(stopped.union(held_up.permits)) or held_up.doomed(loop, [task]) is None
-
-    def _waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+    def waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
         """Return what those wait on who wait in tasks of a loop, and without an end."""
         with self._lock:
             waiting = [permit for permit in self._queue if permit.in_task and permit.timer is None]
@@ -310,36 +261,15 @@ class Turnstile:
         futures = [permit.ready for permit in waiting if permit.queue is not None]  # not of an empty place
         return [future for future in futures if future is not None and future.get_loop() is loop and not future.done()]
 
-    def _holds_others(self, known: set[Permit]) -> bool:
-        """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
-        thread = get_ident()
-        return any(permit.in_task and permit.thread == thread and permit not in known for permit in self._inside())
+    def title(self) -> str:
+        """Return what errors call it."""
+        return f"limiter {self.name}" if self.name else "limiter"
 
-    def _inside(self) -> frozenset[Permit]:
-        """Return the calls inside at this moment: others leave without the lock."""
-        return frozenset(self._meter.inside)
-
-    def _is_certain(self, own: Held, scope: CancelScope | None, loop: asyncio.AbstractEventLoop | None = None) -> bool:
-        """Tell whether a wait can never end; with the lock held."""
-        inside = self._inside()
-        held_up = own.stops_at_most(inside) if own.holds_up_others() else ()
-        if not self._knows_permits or self._somebody_runs(inside.difference(held_up)):
-            return False
-        gone = {permit for permit, _ in tuple(self._departed)}
-        waiting = (each for each in self._queue if each.blocks and not each.gives_up() and each not in gone)
-        # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
-        slots = max(self._meter.limits.limit or math.inf, len(inside))
-        return is_proof(own, waiting, inside=inside, slots=slots, scope=scope, loop=loop)
-
-    def _somebody_runs(self, calls: Iterable[Permit]) -> bool:
-        """Tell whether one of these calls inside is certain to be stopped by nobody who waits; what follows is slow."""
-        return any(not hasattr(call, "is_caller") and call not in self._blocked for call in calls)
-
-    def _frozen_by(self, permit: Permit) -> set[Permit]:
-        """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
-        if permit.in_task or _get_running_loop() is None:
-            return set()
-        return {other for other in self._inside() if other.thread == permit.thread and other.in_task}
+    def count_rejected(self) -> None:
+        """Count a call that is turned away."""
+        with self._lock:
+            self._rejected += 1
+        self._settle()
 
     def _guard_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
         """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
@@ -347,41 +277,9 @@ class Turnstile:
         if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_OUTER_ENDED)
         if permit.slots and (permit.outer is not None or not permit.in_task):
-            callers = [other for other in permit.around() if other.issuer is self]
-            for caller in callers:
-                caller.is_caller = True
-            self._check_deadlock(permit, held(), timeout)
-            if permit.in_task and timeout is None and (callers or permit.blocks):
-                permit.scope = scope
-                loop = permit.ready.get_loop()
-                self._lookouts.setdefault(loop, Lookout()).note(permit, loop, self._look)
+            come_to_wait(permit, held(), scope, gives_up=timeout is not None)
         if permit.queue is not None and timeout is not None:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
-
-    def _look(self, loop: asyncio.AbstractEventLoop, waiting: list[Permit]) -> bool:
-        """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
-        if self._somebody_runs(self._inside()):
-            return False
-        scope = waiting[-1].scope
-        permits_of = {each.ready: each for each in waiting if not each.gives_up() and lasts(each, scope)}
-        held_up = HeldUp(permits_of)
-        own = Held.of(held_up.permits, self._meter.inside)
-        if not own:
-            return False
-        with self._lock:
-            is_certain = self._is_certain(own, scope, loop)
-        self._settle()
-        if not is_certain or self._holds_others(own.stops(self._inside()).union(held_up.permits)):
-            return False
-        needed = {ready for other in own.all() for ready in held_up.permits[other]}
-        everybody = HeldUp(self._waiting_on(loop))  # those within no call, too: they may be siblings of those that are
-        ready = everybody.doomed(loop, (ready for ready in reversed(permits_of) if ready in needed))
-        if ready is None:
-            return False
-        self._count_rejected()
-        ready.set_exception(self._deadlock_error(permits_of[ready], own))
-        ready.exception()  # its task may be cancelled at this moment, and not hear of it
-        return True
 
     def _expire(self, permit: Permit) -> None:
         """Turn a waiter away whose time is up; the clock calls this."""
@@ -403,10 +301,10 @@ class Turnstile:
             if waits or permit.ended:
                 permit.give_up()
                 raise asyncio.CancelledError(_OUTER_ENDED)
-            check_affordable(permit.cost, self._meter.limits, self._title())
+            check_affordable(permit.cost, self._meter.limits, self.title())
             paused = self._paused_for()
             raise LimitTimeout(
-                f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
+                f"{self.title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
                 "ahead of it when it came. "
                 + (
                     f"By a Retry-After all calls are paused for another {paused:.4g} s."
@@ -478,10 +376,6 @@ class Turnstile:
         if not permit.slots:
             while self._rate_only and self._rate_only[0].queue is None:
                 self._rate_only.popleft()
-        for other in permit.blocks:
-            self._blocked[other] -= 1
-            if self._blocked[other] <= 0:  # less if an interrupt came before it was counted
-                del self._blocked[other]
         permit.blocks = ()
 
     def _close_up(self) -> None:
@@ -591,6 +485,7 @@ class Turnstile:
     def call_off(self, permit: Permit) -> None:
         """Have a call give up that still waits: its place is taken at once, and it is woken to hear of it."""
         if permit.queue is not None:
+            permit.is_called_off = True
             self._departed.append((permit, _CALLED_OFF))
             self._settle()
 
@@ -601,7 +496,7 @@ class Turnstile:
             pause = None if congestion is None else congestion.retry_after
             return _Failure(pause, congested=self._adaptive is not None and self._adaptive.config.on(error))
         except Exception as failure:  # noqa: BLE001  (the error's own attributes, or the user's `on=`)
-            error.add_note(f"{self._title()}: whether this is a congestion can't be told: {failure!r}")
+            error.add_note(f"{self.title()}: whether this is a congestion can't be told: {failure!r}")
             return _Failure(pause=None, congested=False)
 
     def _pass_on(self) -> None:
@@ -659,34 +554,12 @@ class Turnstile:
             self._timer = None
         self._settle()
 
-    def _count_rejected(self) -> None:
-        with self._lock:
-            self._rejected += 1
-        self._settle()
-
     def _entered(self) -> Permit | None:
         """Return the innermost permit of this limiter that this context runs under."""
         permit = get_innermost()
         while permit is not None and (permit.issuer is not self or permit.ended):
             permit = permit.outer
         return permit
-
-    def _title(self) -> str:
-        return f"limiter {self.name}" if self.name else "limiter"
-
-    def _deadlock_error(self, permit: Permit, own: Held) -> DeadlockError:
-        """Return what a call is told that waits for itself."""
-        slots = f"{self._title()}: all slots ({self._meter.limits.limit}) are held by calls that"
-        holds_loop = not permit.in_task and _get_running_loop() is not None
-        if (holds_loop or own.holds_up_loop()) and not own.stops_at_most(self._inside()).issubset(permit.around()):
-            return DeadlockError(
-                f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
-                "On an event loop, await the async side: ainvoke or acall."
-            )
-        return DeadlockError(
-            f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "
-            "limiter of its own, or call its unlimited .func or .afunc."
-        )
 
 
 def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:

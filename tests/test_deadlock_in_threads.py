@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, each
+from asyncify.permits import Permit
 from asyncify.scopes import current_scope
-from asyncify.turnstile import Turnstile
 from tests.at_once import MANY, end_of, identity, is_free, limited, one_besides
 from tests.waiting import SAFETY_NET, run_program, until, wait_until
 
@@ -462,20 +462,20 @@ def _over_a_bridge(inner: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("stream", [_each_in_threads, _each_in_tasks, _dict_in_threads, _over_a_bridge])
-def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
+def test_a_stream_that_is_collected_as_a_call_comes_to_wait_waits_for_nobody(
     stream: Callable[[Any], Iterator[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The collector may run where the limiter's lock is held, which the stream's own calls wait for."""
     limiter = Limiter(limit=2)
     inner = limited(limiter)
-    somebody_runs = Turnstile._somebody_runs
+    queue_up = Permit.queue_up
     is_inside, is_dropped, is_collected = threading.Event(), threading.Event(), threading.Event()
 
-    def looked_at(turnstile: Turnstile, calls: Any) -> bool:
+    def collect(permit: Permit, *args: Any) -> None:
         if threading.current_thread() is thread:
             gc.collect()
             is_collected.set()
-        return somebody_runs(turnstile, calls)
+        queue_up(permit, *args)
 
     def drop() -> None:
         chunks = stream(inner)
@@ -495,7 +495,7 @@ def test_a_stream_that_is_collected_while_a_call_is_looked_at_waits_for_nobody(
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     is_inside.wait(SAFETY_NET)
-    monkeypatch.setattr(Turnstile, "_somebody_runs", looked_at)
+    monkeypatch.setattr(Permit, "queue_up", collect)
     gc.disable()
     try:
         drop()

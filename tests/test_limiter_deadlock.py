@@ -8,24 +8,23 @@ from typing import Any
 
 import pytest
 
-from asyncify import turnstile
+from asyncify import deadlocks, turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
-from asyncify.turnstile import Turnstile
 from tests.waiting import SAFETY_NET, until, wait_until
 
 
 def _end_while_looking(call: Permit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a call end as soon as it is asked who runs, which is while the turnstile's lock is held."""
+    """Have a call end as soon as it is looked whether one who waits is stuck."""
 
-    def somebody_runs(*_: object) -> bool:
+    def is_anybody_free(*_: object) -> bool:
         call.end()
         return True
 
-    monkeypatch.setattr(Turnstile, "_somebody_runs", somebody_runs)
+    monkeypatch.setattr(deadlocks, "is_anybody_free", is_anybody_free)
 
 
 class TestDeadlock:
@@ -300,7 +299,7 @@ class TestDeadlock:
     def test_a_slot_that_comes_free_as_a_thread_is_looked_at_is_passed_on(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
+        """Whoever leaves lets it in, which finds that as it is about to wait."""
         limiter = Limiter(limit=2)
         other = contextvars.Context().run(limiter.enter)
         _end_while_looking(other, monkeypatch)
@@ -313,7 +312,7 @@ class TestDeadlock:
     async def test_a_slot_that_comes_free_as_a_task_is_looked_at_is_passed_on(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whoever leaves then finds the lock taken, and leaves it to who has it to look."""
+        """Whoever leaves lets it in, which finds that as it is about to wait."""
         limiter = Limiter(limit=2)
         other = contextvars.Context().run(limiter.enter)
         _end_while_looking(other, monkeypatch)

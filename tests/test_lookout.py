@@ -156,21 +156,6 @@ def test_a_long_look_is_followed_by_a_long_pause() -> None:
     assert watch.moments == [0, 0.21, 0.42, 0.63, 0.84]
 
 
-def test_so_many_that_it_would_take_long_are_not_looked_at() -> None:
-    """Until they are fewer."""
-    watch = _Watch()
-    permits = [watch.note() for _ in range(10_001)]
-    watch.loop.run_until(101)
-
-    assert watch.seen == []
-
-    permits[0].queue = None
-    watch.loop.run_until(102)
-
-    assert watch.moments == [1.6]
-    assert len(watch.seen[0][1]) == 10_000
-
-
 async def _held_up(future: Any) -> tuple[HeldUp, "asyncio.Task[Any]"]:
     task = asyncio.ensure_future(_await(future))
     await asyncio.sleep(0)

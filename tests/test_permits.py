@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ class Issuer:
         self.given_up: list[Permit] = []
         self.others: list[BaseException | None] = []
         self.called_off: list[Permit] = []
+        self.kept_by: set[weakref.ref[Any]] = set()
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         self.taken.append((permit, error))
@@ -35,7 +37,22 @@ class Issuer:
     def call_off(self, permit: Permit) -> None:
         self.called_off.append(permit)
 
-    def look_at(self, permit: Permit) -> None:
+    def count_rejected(self) -> None:
+        raise NotImplementedError
+
+    def title(self) -> str:
+        raise NotImplementedError
+
+    def inside(self) -> frozenset[Permit]:
+        raise NotImplementedError
+
+    def places(self) -> float:
+        raise NotImplementedError
+
+    def waits(self) -> list[Permit]:
+        raise NotImplementedError
+
+    def waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
         raise NotImplementedError
 
 

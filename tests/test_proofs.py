@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import uvloop
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, turnstile
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, deadlocks
 from asyncify.crews import Crew, Hand
 from asyncify.fanout import Threads, gather
 from asyncify.holds import held_by_this_thread
+from asyncify.proofs import Held, stuck_limiters
 from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
 from tests.at_once import end_of, is_free, limited, one_besides
@@ -314,14 +315,14 @@ def test_a_call_at_once_is_told_only_once(monkeypatch: pytest.MonkeyPatch) -> No
     limiter, unrelated = Limiter(limit=1), Limiter(limit=1)
     inner = limited(limiter)
     is_told = threading.Event()
-    make_error = Turnstile._deadlock_error
+    make_error = deadlocks._deadlock_error
 
     def tell(*args: Any) -> DeadlockError:
         is_told.set()
         time.sleep(0.2)
         return make_error(*args)
 
-    monkeypatch.setattr(Turnstile, "_deadlock_error", tell)
+    monkeypatch.setattr(deadlocks, "_deadlock_error", tell)
 
     def wait(value: int) -> None:
         time.sleep(0.05)  # so that the caller waits already
@@ -369,24 +370,17 @@ class _Lock:
         self._lock.release()
 
 
-@pytest.mark.parametrize("look", ["_waiting_on", "_check_deadlock"])
-async def test_a_slot_that_comes_free_as_others_are_looked_at_is_handed_on(look: str) -> None:
+async def test_a_slot_that_comes_free_as_others_are_looked_at_is_handed_on() -> None:
     """Whoever holds the lock meanwhile has to see to that."""
     limiter = Limiter(limit=1)
     permit = limiter.enter()
     permit.step_out()
     waiter = asyncio.create_task(limiter.aenter())
     await until(lambda: limiter.stats().waiting == 1)
-    waiting = limiter._queue[0]
-    waiting.scope = None
-    loop = asyncio.get_running_loop()
     monkeypatched = _Lock(limiter._lock, permit.end)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limiter, "_lock", monkeypatched)
-        if look == "_waiting_on":
-            limiter._waiting_on(loop)
-        else:
-            limiter._check_deadlock(waiting, [permit], None)
+        limiter.waiting_on(asyncio.get_running_loop())
 
     (await asyncio.wait_for(waiter, SAFETY_NET)).end()
 
@@ -472,7 +466,8 @@ def test_a_reader_of_calls_at_once_that_waits_no_longer_keeps_nothing() -> None:
 def test_calls_at_once_are_looked_at_only_where_their_caller_may_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """For each limiter once as it waits, and not at all if it holds nothing."""
     looks: list[Any] = []
-    monkeypatch.setattr(Turnstile, "look_at", lambda turnstile, permit: looks.append(permit))
+    by = Held.by
+    monkeypatch.setattr(Held, "by", lambda permit: _noted(looks, permit, by)(permit))
     limiter, unrelated = Limiter(limit=1), Limiter(limit=1)
     inner = limited(limiter)
 
@@ -507,7 +502,7 @@ def test_calls_at_once_are_looked_at_only_where_their_caller_may_be_waited_for(m
 def test_who_can_be_no_proof_does_not_look_through_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call elsewhere has a slot, so a wait within a call costs the same however many wait."""
     looked: list[Any] = []
-    monkeypatch.setattr(turnstile, "is_proof", lambda *args, **_: looked.append(args))
+    monkeypatch.setattr(deadlocks, "stuck_limiters", lambda *args, **_: looked.append(args))
     limiter = Limiter(limit=2)
     permit = contextvars.Context().run(limiter.enter)
     permit.step_out()
@@ -617,8 +612,17 @@ def test_a_wait_that_is_called_off_as_others_are_looked_at_is_no_proof() -> None
             is_inside.set()
             wait_until(lambda: limiter.stats().waiting == 1)
             waiting = limiter._queue[0]
+
+            def call_off_first(*args: Any, **rest: Any) -> Any:
+                with limiter._lock:  # so that it is taken out of the queue only afterwards
+                    waiting.call_off()
+                try:
+                    return stuck_limiters(*args, **rest)
+                finally:
+                    limiter._settle()
+
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(limiter, "_lock", _Lock(limiter._lock, waiting.call_off))
+                patch.setattr(deadlocks, "stuck_limiters", call_off_first)
                 permit = limiter.enter()
             permit.leave()
             return "in"
@@ -663,8 +667,8 @@ async def test_tasks_that_can_be_no_proof_are_looked_at_only_now_and_then(
 ) -> None:
     """Not in each turn of the event loop."""
     looks: list[Any] = []
-    look = Turnstile._look
-    monkeypatch.setattr(Turnstile, "_look", lambda *args: _noted(looks, args, look)(*args))
+    look = deadlocks._look
+    monkeypatch.setattr(deadlocks, "_look", lambda *args: _noted(looks, args, look)(*args))
     limiter = Limiter(limit=1 + (why == "a call elsewhere"))
     elsewhere = contextvars.Context().run(limiter.enter) if why == "a call elsewhere" else None
 
@@ -749,13 +753,13 @@ async def test_a_task_that_is_cancelled_as_it_is_told_leaves_no_error_unheard(mo
     reports: list[Any] = []
     loop.set_exception_handler(lambda loop, context: reports.append(context))
     limiter = Limiter(limit=1)
-    make_error = Turnstile._deadlock_error
+    make_error = deadlocks._deadlock_error
 
     def tell(*args: Any) -> DeadlockError:
         loop.call_soon(task.cancel)
         return make_error(*args)
 
-    monkeypatch.setattr(Turnstile, "_deadlock_error", tell)
+    monkeypatch.setattr(deadlocks, "_deadlock_error", tell)
 
     async def nest() -> None:
         async with limiter:

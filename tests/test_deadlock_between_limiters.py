@@ -1,0 +1,524 @@
+"""Calls that hold a slot of one limiter and wait for another, where those inside wait for the first."""
+
+import asyncio
+import contextvars
+import gc
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, deadlocks, dual
+from tests.at_once import is_free, limited
+from tests.waiting import SAFETY_NET, until, wait_until
+
+
+def two() -> tuple[Limiter, Limiter]:
+    """Return two limiters of one slot each."""
+    return Limiter(limit=1, name="left"), Limiter(limit=1, name="right")
+
+
+def told(ends: Sequence[Any]) -> list[str]:
+    """Return what those were told that got a DeadlockError; the others must have got in."""
+    errors = [str(end) for end in ends if isinstance(end, DeadlockError)]
+    assert [end for end in ends if end != "in"] == [end for end in ends if isinstance(end, DeadlockError)]
+    return errors
+
+
+def ends_in_threads(*works: Callable[[], Any]) -> list[Any]:
+    """Run each in a thread and a context of its own; return what comes of them: results, or errors."""
+    ends: dict[int, Any] = {}
+
+    def run(at: int, work: Callable[[], Any]) -> None:
+        try:
+            ends[at] = contextvars.Context().run(work)
+        except Exception as error:  # noqa: BLE001  (it is looked at)
+            ends[at] = error
+
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SAFETY_NET)
+    assert len(ends) == len(works)
+    return [ends[at] for at in range(len(works))]
+
+
+async def ends_of_tasks(*works: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """Run each in a task and a context of its own; return what comes of them: results, or errors."""
+
+    async def run(work: Callable[[], Awaitable[Any]]) -> Any:
+        return await work()
+
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(run(work), context=contextvars.Context()) for work in works]
+    return await asyncio.gather(*tasks, return_exceptions=True)  # a timeout here might end their waits
+
+
+class TestInThreads:
+    def nest(self, outer: Limiter, inner: Limiter, barrier: threading.Barrier) -> str:
+        """Take a slot of one limiter, and when all have theirs one of another."""
+        with outer:
+            barrier.wait(SAFETY_NET)
+            with inner:
+                return "in"
+
+    def test_two_that_take_two_limiters_crosswise(self) -> None:
+        """The last to come is told, by way of which limiter it waits for itself, and the other gets in."""
+        left, right = two()
+        barrier = threading.Barrier(2)
+
+        ends = ends_in_threads(partial(self.nest, left, right, barrier), partial(self.nest, right, left, barrier))
+
+        (message,) = told(ends)
+        waited, other = (right, left) if isinstance(ends[0], DeadlockError) else (left, right)
+        assert message == (
+            f"limiter {waited.name}: all slots (1) are held by calls that wait, by way of limiter {other.name}, for a "
+            "slot of this very limiter, so none can ever come free. Have all calls take slots of these limiters in the "
+            "same order."
+        )
+        assert waited.stats().rejected == 1
+        assert other.stats().rejected == 0
+        assert is_free(left)
+        assert is_free(right)
+
+    @pytest.mark.parametrize("size", [3, 5])
+    def test_a_ring(self, size: int) -> None:
+        """One of them is told, however many there are and whoever comes last, and sets the others free."""
+        for _ in range(5):
+            limiters = [Limiter(limit=1, name=str(at)) for at in range(size)]
+            barrier = threading.Barrier(size)
+
+            ends = ends_in_threads(
+                *(partial(self.nest, limiters[at], limiters[at - 1], barrier) for at in range(size)),
+            )
+
+            assert len(told(ends)) == 1
+            assert all(map(is_free, limiters))
+
+    def test_two_keys_of_one_limit_crosswise(self) -> None:
+        """Each key has a limiter for itself, so that is the same."""
+        barrier = threading.Barrier(2)
+
+        @concurrency(limit=1, key=lambda given: given["account"], name="accounts")
+        def transfer(account: str, to: str) -> str:
+            if not to:
+                return "in"
+            barrier.wait(SAFETY_NET)
+            return transfer(to, "")
+
+        ends = ends_in_threads(partial(transfer, "ann", "bob"), partial(transfer, "bob", "ann"))
+
+        (message,) = told(ends)
+        assert "by way of limiter accounts['" in message
+
+    def test_limiters_with_several_slots(self) -> None:
+        """Nobody is told as long as one call inside may end; when it waits too, it is told."""
+        left, right = Limiter(limit=2), Limiter(limit=1)
+        barrier = threading.Barrier(3)
+
+        def last() -> str:
+            with left:
+                barrier.wait(SAFETY_NET)
+                wait_until(lambda: left.stats().waiting == right.stats().waiting == 1)
+                with right:
+                    return "in"
+
+        ends = ends_in_threads(partial(self.nest, left, right, barrier), partial(self.nest, right, left, barrier), last)
+
+        assert len(told(ends)) == 1
+        assert isinstance(ends[2], DeadlockError)
+
+    def test_a_call_inside_one_of_them_that_goes_on_is_no_proof(self) -> None:
+        """It gives its slot back in the end."""
+        left, right = Limiter(limit=1), Limiter(limit=2)
+        barrier = threading.Barrier(3)
+
+        def goes_on() -> str:
+            with right:
+                barrier.wait(SAFETY_NET)
+                wait_until(lambda: left.stats().waiting == right.stats().waiting == 1)
+                return "in"
+
+        ends = ends_in_threads(
+            partial(self.nest, left, right, barrier), partial(self.nest, right, left, barrier), goes_on
+        )
+
+        assert told(ends) == []
+
+    def test_a_wait_with_a_timeout_is_no_proof(self) -> None:
+        """When it is over the other gets in."""
+        left, right = two()
+        barrier = threading.Barrier(2)
+
+        def gives_up() -> None:
+            with left:
+                barrier.wait(SAFETY_NET)
+                right.enter(timeout=0.2)
+
+        def nest() -> str:
+            with right:
+                barrier.wait(SAFETY_NET)
+                wait_until(lambda: right.stats().waiting == 1)
+                with left:
+                    return "in"
+
+        gave_up, end = ends_in_threads(gives_up, nest)
+
+        assert isinstance(gave_up, LimitTimeout)
+        assert end == "in"
+
+    def test_calls_at_once(self) -> None:
+        """Each caller waits for all of its calls, which wait for the other's caller."""
+        left, right = two()
+        barrier = threading.Barrier(2)
+
+        def nest(outer: Limiter, inner: Limiter) -> str:
+            with outer:
+                barrier.wait(SAFETY_NET)
+                limited(inner).batch([1, 2])
+            return "in"
+
+        assert len(told(ends_in_threads(partial(nest, left, right), partial(nest, right, left)))) == 1
+        wait_until(lambda: is_free(left) and is_free(right))
+
+    def test_calls_at_once_of_which_one_goes_on_are_no_proof(self) -> None:
+        """It fails, and so sets its caller free."""
+        left, right = two()
+        barrier = threading.Barrier(2)
+        inner = limited(right)
+
+        def call(value: int) -> None:
+            if value:
+                inner.invoke(value)
+            wait_until(lambda: left.stats().waiting == right.stats().waiting == 1)
+            raise ValueError("failed")
+
+        def fails() -> None:
+            with left:
+                barrier.wait(SAFETY_NET)
+                Dual(call).batch([0, 1])
+
+        failed, end = ends_in_threads(fails, partial(self.nest, right, left, barrier))
+
+        assert str(failed) == "failed"
+        assert end == "in"
+
+    def test_over_a_bridge(self) -> None:
+        """The coroutine waits for what its caller's slot keeps."""
+        left, right = two()
+        barrier = threading.Barrier(2)
+
+        def nest(outer: Limiter, inner: Limiter) -> str:
+            async def over(value: int) -> str:
+                async with inner:
+                    return "in"
+
+            with outer:
+                barrier.wait(SAFETY_NET)
+                return Dual(over).invoke(1)
+
+        assert len(told(ends_in_threads(partial(nest, left, right), partial(nest, right, left)))) == 1
+
+    def test_a_limiter_is_kept_by_nobody_who_has_waited_for_it(self) -> None:
+        """Nor by the limiter within whose calls that was."""
+        left, right = two()
+        known = weakref.ref(right)
+        permit = right.enter()
+        permit.step_out()
+        timer = threading.Timer(0.05, permit.end)
+        timer.start()
+        with left, right:
+            pass
+        timer.join()
+        del permit, timer, right
+        gc.collect()
+
+        assert known() is None
+        assert not left.kept_by
+
+
+class TestInTasks:
+    async def nest(self, outer: Limiter, inner: Limiter, barrier: asyncio.Barrier) -> str:
+        """Take a slot of one limiter, and when all have theirs one of another."""
+        async with outer:
+            await barrier.wait()
+            async with inner:
+                return "in"
+
+    async def test_two_that_take_two_limiters_crosswise(self) -> None:
+        """The last to come is told, by way of which limiter it waits for itself, and the other gets in."""
+        left, right = two()
+        barrier = asyncio.Barrier(2)
+
+        ends = await ends_of_tasks(partial(self.nest, left, right, barrier), partial(self.nest, right, left, barrier))
+
+        (message,) = told(ends)
+        waited, other = (right, left) if isinstance(ends[0], DeadlockError) else (left, right)
+        assert (
+            f"limiter {waited.name}: all slots (1) are held by calls that wait, by way of limiter {other.name}"
+            in message
+        )
+        assert waited.stats().rejected == 1
+        assert other.stats().rejected == 0
+        assert is_free(left)
+        assert is_free(right)
+
+    @pytest.mark.parametrize("size", [3, 5])
+    async def test_a_ring(self, size: int) -> None:
+        """One of them is told, however many there are and whoever comes last, and sets the others free."""
+        limiters = [Limiter(limit=1, name=str(at)) for at in range(size)]
+        barrier = asyncio.Barrier(size)
+
+        ends = await ends_of_tasks(
+            *(partial(self.nest, limiters[at], limiters[at - 1], barrier) for at in range(size)),
+        )
+
+        assert len(told(ends)) == 1
+        assert all(map(is_free, limiters))
+
+    async def test_two_keys_of_one_limit_crosswise(self) -> None:
+        """Each key has a limiter for itself, so that is the same."""
+        barrier = asyncio.Barrier(2)
+
+        @concurrency(limit=1, key=lambda given: given["account"], name="accounts")
+        async def transfer(account: str, to: str) -> str:
+            if not to:
+                return "in"
+            await barrier.wait()
+            return await transfer(to, "")
+
+        ends = await ends_of_tasks(partial(transfer, "ann", "bob"), partial(transfer, "bob", "ann"))
+
+        (message,) = told(ends)
+        assert "by way of limiter accounts['" in message
+
+    async def test_limiters_with_several_slots(self) -> None:
+        """Nobody is told as long as one call inside may end; when it waits too, it is told."""
+        left, right = Limiter(limit=2), Limiter(limit=1)
+        barrier = asyncio.Barrier(3)
+
+        async def last() -> str:
+            async with left:
+                await barrier.wait()
+                await until(lambda: left.stats().waiting == right.stats().waiting == 1)
+                async with right:
+                    return "in"
+
+        ends = await ends_of_tasks(
+            partial(self.nest, left, right, barrier), partial(self.nest, right, left, barrier), last
+        )
+
+        assert len(told(ends)) == 1
+        assert isinstance(ends[2], DeadlockError)
+
+    async def test_a_call_inside_one_of_them_that_goes_on_is_no_proof(self) -> None:
+        """It gives its slot back in the end."""
+        left, right = Limiter(limit=1), Limiter(limit=2)
+        barrier = asyncio.Barrier(3)
+
+        async def goes_on() -> str:
+            async with right:
+                await barrier.wait()
+                await until(lambda: left.stats().waiting == right.stats().waiting == 1)
+                await asyncio.sleep(0.2)
+                return "in"
+
+        ends = await ends_of_tasks(
+            partial(self.nest, left, right, barrier), partial(self.nest, right, left, barrier), goes_on
+        )
+
+        assert told(ends) == []
+
+    async def test_a_wait_with_a_timeout_is_no_proof(self) -> None:
+        """When it is over the other gets in."""
+        left, right = two()
+        barrier = asyncio.Barrier(2)
+
+        async def gives_up() -> None:
+            async with left:
+                await barrier.wait()
+                await right.aenter(timeout=0.2)
+
+        async def nest() -> str:
+            async with right:
+                await barrier.wait()
+                await until(lambda: right.stats().waiting == 1)
+                async with left:
+                    return "in"
+
+        gave_up, end = await ends_of_tasks(gives_up, nest)
+
+        assert isinstance(gave_up, LimitTimeout)
+        assert end == "in"
+
+    async def test_a_wait_that_a_timer_of_its_caller_may_end_is_no_proof(self) -> None:
+        """When it is over the other gets in."""
+        left, right = two()
+        barrier = asyncio.Barrier(2)
+
+        async def gives_up() -> str:
+            async with asyncio.timeout(0.2):
+                return await self.nest(left, right, barrier)
+
+        async def nest() -> str:
+            async with right:
+                await barrier.wait()
+                await until(lambda: right.stats().waiting == 1)
+                async with left:
+                    return "in"
+
+        gave_up, end = await ends_of_tasks(gives_up, nest)
+
+        assert isinstance(gave_up, TimeoutError)
+        assert end == "in"
+
+    async def test_calls_at_once(self) -> None:
+        """Each caller waits for all of its calls, which wait for the other's caller."""
+        left, right = two()
+        barrier = asyncio.Barrier(2)
+
+        async def nest(outer: Limiter, inner: Limiter) -> str:
+            async with outer:
+                await barrier.wait()
+                await limited(inner).abatch([1, 2])
+            return "in"
+
+        assert len(told(await ends_of_tasks(partial(nest, left, right), partial(nest, right, left)))) == 1
+        assert is_free(left)
+        assert is_free(right)
+
+    async def test_calls_at_once_of_which_one_goes_on_are_no_proof(self) -> None:
+        """It fails, and so sets its caller free."""
+        left, right = two()
+        barrier = asyncio.Barrier(2)
+        inner = limited(right)
+
+        async def call(value: int) -> None:
+            if value:
+                await inner.ainvoke(value)
+            await until(lambda: left.stats().waiting == right.stats().waiting == 1)
+            await asyncio.sleep(0.2)
+            raise ValueError("failed")
+
+        async def fails() -> None:
+            async with left:
+                await barrier.wait()
+                await Dual(call).abatch([0, 1])
+
+        failed, end = await ends_of_tasks(fails, partial(self.nest, right, left, barrier))
+
+        assert str(failed) == "failed"
+        assert end == "in"
+
+    async def test_over_a_bridge(self) -> None:
+        """The thread waits for what its caller's slot keeps."""
+        left, right = two()
+        barrier = asyncio.Barrier(2)
+
+        async def nest(outer: Limiter, inner: Limiter) -> str:
+            def over(value: int) -> str:
+                with inner:
+                    return "in"
+
+            async with outer:
+                await barrier.wait()
+                return await Dual(over).ainvoke(1)
+
+        assert len(told(await ends_of_tasks(partial(nest, left, right), partial(nest, right, left)))) == 1
+
+    async def test_a_limiter_is_kept_by_nobody_who_has_waited_for_it(self) -> None:
+        """Nor by the limiter within whose calls that was."""
+        left, right = two()
+        known = weakref.ref(right)
+        permit = right.enter()
+        asyncio.get_running_loop().call_later(0.05, permit.end)
+        permit.step_out()
+        async with left, right:
+            pass
+        del permit, right
+        await asyncio.sleep(0)
+        gc.collect()
+
+        assert known() is None
+        assert not left.kept_by
+
+
+@pytest.mark.parametrize("last", ["thread", "task"])
+def test_a_thread_and_a_task_crosswise(last: str) -> None:
+    """Whoever comes last, one of them is told."""
+    left, right = two()
+    barrier = threading.Barrier(2)
+
+    def in_thread() -> str:
+        with left:
+            barrier.wait(SAFETY_NET)
+            if last == "thread":
+                wait_until(lambda: left.stats().waiting == 1)
+            with right:
+                return "in"
+
+    async def in_task() -> str:
+        async with right:
+            barrier.wait(SAFETY_NET)
+            if last == "task":
+                await until(lambda: right.stats().waiting == 1)
+            async with left:
+                return "in"
+
+    assert len(told(ends_in_threads(in_thread, lambda: asyncio.run(in_task())))) == 1
+
+
+async def test_the_sides_of_a_pair_crosswise() -> None:
+    """A sync side in a thread of its own, whose caller awaits it, and an async one."""
+    left, right = two()
+    barrier = threading.Barrier(2)
+
+    async def anest(limiters: tuple[Limiter, Limiter]) -> str:
+        async with limiters[0]:
+            await asyncio.to_thread(barrier.wait, SAFETY_NET)
+            async with limiters[1]:
+                return "in"
+
+    @dual(async_=anest)
+    def nest(limiters: tuple[Limiter, Limiter]) -> str:
+        with limiters[0]:
+            barrier.wait(SAFETY_NET)
+            with limiters[1]:
+                return "in"
+
+    ends = await ends_of_tasks(partial(nest.acall, (left, right)), partial(asyncio.to_thread, nest.call, (right, left)))
+
+    assert len(told(ends)) == 1
+
+
+async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until they are fewer; those do not count that wait where somebody goes on."""
+    monkeypatch.setattr(deadlocks, "_MANY", 2)
+    limiter, busy, outer = Limiter(limit=1), Limiter(limit=1), Limiter(limit=10)
+    permit = busy.enter()
+    permit.step_out()
+
+    async def wait(for_: Limiter) -> None:
+        async with outer, for_:
+            pass
+
+    async def call(count: int) -> None:
+        async with limiter:
+            await asyncio.gather(*(limiter.aenter() for _ in range(count)))
+
+    elsewhere = [asyncio.create_task(wait(busy)) for _ in range(5)]
+    await until(lambda: busy.stats().waiting == 5)
+    many = asyncio.create_task(call(3))
+    await asyncio.sleep(0.2)
+    assert limiter.stats().rejected == 0
+    many.cancel()
+    await asyncio.wait([many])
+
+    with pytest.raises(DeadlockError):
+        await asyncio.wait_for(call(2), SAFETY_NET)
+    permit.end()
+    await asyncio.wait(elsewhere)
