@@ -126,7 +126,8 @@ def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
             permits_of = {ready: permit for ready, permit in permits_of.items() if permit.issuer in stuck}
         if not stuck or _holds_others(own, held_up, stuck):
             return False
-        needed = {ready for other in own.all() for ready in held_up.permits[other]}
+        inside = frozenset[Permit]().union(*stuck.values())
+        needed = {ready for other in own.keeps(inside) for ready in held_up.permits[other]}
         everybody = HeldUp(
             _waiting_on(loop, stuck)
         )  # those within no call, too: they may be siblings of those that are

@@ -49,9 +49,9 @@ class Held:
     def __bool__(self) -> bool:
         return bool(self.permits or self.standstills or self.hands)
 
-    def all(self) -> tuple[Permit, ...]:
-        """Return all of it."""
-        return (*self.permits, *self.standstills, *self.hands)
+    def keeps(self, inside: Collection[Permit]) -> tuple[Permit, ...]:
+        """Return all of it by which it may keep these calls from ending."""
+        return (*self.permits.intersection(inside), *self.standstills, *self.hands)
 
     def blocks(self) -> tuple[Permit | Crew, ...]:
         """Return what is kept from ending for as long as the wait lasts; what a standstill stops may end before."""

@@ -495,6 +495,31 @@ async def test_the_sides_of_a_pair_crosswise() -> None:
     assert len(told(ends)) == 1
 
 
+async def test_who_waits_for_them_and_keeps_none_of_them_is_not_the_one_that_is_told() -> None:
+    """It would not set them free, and gets in when another is told, though it came last."""
+    limiter, elsewhere = Limiter(limit=1), Limiter(limit=1)
+
+    async def nest() -> None:
+        async with limiter:
+            pass
+
+    async def call() -> None:
+        async with limiter:
+            await asyncio.gather(nest(), nest(), until(lambda: limiter.stats().waiting == 3))
+
+    async def besides() -> str:
+        async with elsewhere:
+            await until(lambda: limiter.stats().waiting == 2)
+            async with limiter:
+                return "in"
+
+    end, end_besides = await ends_of_tasks(call, besides)
+
+    assert isinstance(end, DeadlockError)
+    assert end_besides == "in"
+    assert limiter.stats().rejected == 1
+
+
 async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until they are fewer; those do not count that wait where somebody goes on."""
     monkeypatch.setattr(deadlocks, "_MANY", 2)
