@@ -24,7 +24,8 @@ class Join:
     """A wait for several tasks or futures, its parts; it ends with the last of them, or before if one fails.
 
     Attributes:
-        whole: the future that is set then; it is one for all parts. If nobody waits yet, what will have it.
+        whole: the future that is set then, or what a thread waits with; it is one for all parts. If nobody waits yet,
+            what will have it.
         parts: how many of them have not ended; infinitely many if nobody waits yet, or more of them may come.
         cancels_parts: whether they are cancelled with who waits.
         fails_at_once: whether they are also cancelled when one of them fails.

@@ -16,7 +16,7 @@ from itertools import islice
 from math import inf
 from typing import Any
 
-from asyncify.holds import callbacks_of, waiting_for
+from asyncify.holds import Waiter, callbacks_of, waiting_for
 from asyncify.joins import Join, join_of
 from asyncify.permits import Permit
 
@@ -102,6 +102,8 @@ class HeldUp:
     def _walk(self, start: int) -> None:
         """Go up to what awaits those in the chain, and what awaits that; with what keeps it, if it is stuck."""
         for awaited, keepers in islice(self._chain, start, None):
+            if keepers and isinstance(awaited, Waiter):  # a thread
+                self.permits.update(dict.fromkeys(awaited.held, keepers))
             for callback, context in callbacks_of(awaited):
                 waiter, held = waiting_for(awaited, callback, context)
                 if keepers:

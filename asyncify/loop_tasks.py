@@ -11,6 +11,7 @@ from typing import Any, Self
 from asyncify.background import background
 from asyncify.collector import in_collection
 from asyncify.fanout import Alive, BlockingFan, Ended, Width, ended_task, is_raised
+from asyncify.holds import Waiter
 from asyncify.joins import Join, Joining
 
 __all__ = ["LoopTasks"]
@@ -38,6 +39,7 @@ class LoopTasks(BlockingFan, Joining):
         self._start = start
         self._width = width
         self._alive = Alive(ordered=ordered)
+        self._caller = Waiter()
         self._drain_is_due = False
 
     def __enter__(self) -> Self:
@@ -59,9 +61,19 @@ class LoopTasks(BlockingFan, Joining):
         while self._alive.items:
             await asyncio.wait(self._alive.items)
 
+    def _wait(self) -> None:
+        try:
+            self._caller.hold_up_this_thread()
+            super()._wait()
+        finally:
+            self._caller.let_go()
+
     def join(self) -> Join:
-        """Return the wait for the items: that of another thread, which may be busy."""
-        return Join(self, inf, fails_at_once=True)
+        """Return the wait for the items: that of another thread, which may be busy, or about to be."""
+        starts_more = self._drain_is_due or (self._inbox and len(self._alive.items) < self._width())
+        if not self._awaited or self._ended or starts_more:
+            return Join(self._caller, inf, fails_at_once=True)
+        return Join(self._caller, len(self._alive.items), fails_at_once=True)
 
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input, as tasks end."""

@@ -117,6 +117,53 @@ def test_any_tree_of_calls_comes_to_an_end(tree: Tree, slots: int) -> None:
         assert not told
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("window", [None, 2])
+def test_calls_by_tasks_that_all_wait_for_their_caller_are_told(*, ordered: bool, window: int | None) -> None:
+    """Their thread waits for the tasks of another, those that are about to start included."""
+    limiter = Limiter(limit=1)
+
+    async def nest(value: int) -> int:
+        async with limiter:
+            return value
+
+    def call(values: list[int]) -> int:
+        return len(list(each(Dual(nest), values, via="async", ordered=ordered, window=window)))
+
+    outer = limited(limiter, call)
+
+    assert isinstance(end_of(lambda: outer.invoke([1, 2, 3, 4])), DeadlockError)
+    wait_until(lambda: is_free(limiter))
+    assert end_of(lambda: call([1, 2, 3, 4])) == 4
+
+
+@pytest.mark.parametrize("why", ["fails", "ends", "caller"])
+def test_calls_by_tasks_are_no_proof_as_long_as_one_goes_on(why: str) -> None:
+    """It may fail, and so set the caller free; or end, and the caller does something else, or stops."""
+    limiter = Limiter(limit=1)
+
+    async def call(value: int) -> int:
+        if value:
+            async with limiter:
+                return value
+        await until(lambda: limiter.stats().waiting == 2)
+        await asyncio.sleep(0.2)
+        if why == "fails":
+            raise ValueError("failed")
+        return value
+
+    def first(values: list[int]) -> str:
+        for _, end in each(Dual(call), values, via="async", ordered=False):
+            if why == "caller":
+                time.sleep(0.2)
+            return f"{end}"
+        return "none"
+
+    assert str(end_of(lambda: limited(limiter, first).invoke([1, 0, 1]))) == ("failed" if why == "fails" else "0")
+    assert limiter.stats().rejected == 0
+    wait_until(lambda: is_free(limiter))
+
+
 def test_calls_at_once_of_which_one_may_fail_are_no_proof() -> None:
     """It sets their caller free."""
     limiter = Limiter(limit=1)
