@@ -48,10 +48,7 @@ class Joining(ABC):
 def join_of(callback: Any) -> Join | None:
     """Return the wait for several of which somebody is a part who has this called back at the end."""
     if isinstance(callback, MethodType):
-        owner = callback.__self__
-        if isinstance(owner, Joining):
-            return owner.join()
-        return _of_group(owner) if callback.__func__ is _END_OF_PART else None
+        return _of_method(callback.__func__, callback.__self__)
     if isinstance(callback, partial):  # of `asyncio.wait_for`, in Python 3.11
         return Join(callback.args[0], 1) if callback.func is _RELEASE else None
     if isinstance(callback, FunctionType):
@@ -63,12 +60,21 @@ def join_of(callback: Any) -> Join | None:
     return None
 
 
+def _of_method(method: Any, owner: Any) -> Join | None:
+    if isinstance(owner, Joining):
+        return owner.join()
+    if method is _END_OF_NEXT:  # of `asyncio.as_completed`, from Python 3.13 on
+        return _of_next(owner._done, owner._todo, owner._timeout_handle)
+    return _of_group(owner) if method is _END_OF_PART else None
+
+
 def _closure(function: FunctionType) -> dict[str, Any]:
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
 _END_OF_PART: Any = getattr(asyncio.TaskGroup, "_on_task_done", None)
+_END_OF_NEXT: Any = getattr(getattr(asyncio.tasks, "_AsCompletedIterator", None), "_handle_completion", None)
 _RELEASE: Any = getattr(asyncio.tasks, "_release_waiter", None)
 
 
@@ -88,6 +94,18 @@ def _of_wait(seen: dict[str, Any]) -> Join | None:
     return Join(seen["waiter"], seen["counter"], cancels_parts=False) if seen["timeout_handle"] is None else None
 
 
+def _of_as_completed(seen: dict[str, Any]) -> Join | None:
+    return _of_next(seen["done"], seen["todo"], seen["timeout_handle"])
+
+
+def _of_next(done: Any, todo: Any, timeout_handle: Any) -> Join | None:
+    """Return the wait for the next of several, which ends when any of them does."""
+    readers = [reader for reader in done._getters if not reader.done()]
+    if timeout_handle is not None or len(readers) != 1 or not done.empty():
+        return None
+    return Join(readers[0], len(todo), cancels_parts=False)
+
+
 def _of_shield(seen: dict[str, Any]) -> Join:
     return Join(seen["outer"], 1, cancels_parts=False)
 
@@ -99,6 +117,7 @@ def _of_anyio_group(seen: dict[str, Any]) -> Join:
 _READERS: dict[tuple[str, str], Callable[[dict[str, Any]], Join | None]] = {
     ("asyncio.tasks", "gather.<locals>._done_callback"): _of_gather,
     ("asyncio.tasks", "_wait.<locals>._on_completion"): _of_wait,
+    ("asyncio.tasks", "as_completed.<locals>._on_completion"): _of_as_completed,
     ("asyncio.tasks", "shield.<locals>._inner_done_callback"): _of_shield,
     ("anyio._backends._asyncio", "TaskGroup._spawn.<locals>.task_done"): _of_anyio_group,
 }

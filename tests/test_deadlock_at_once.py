@@ -76,6 +76,10 @@ async def _wait(*calls: Coroutine[Any, Any, int]) -> int:
     return await _gather(*done)
 
 
+async def _as_completed(*calls: Coroutine[Any, Any, int]) -> int:
+    return sum([await end for end in asyncio.as_completed(calls)])
+
+
 async def _shield(*calls: Coroutine[Any, Any, int]) -> int:
     return sum(await asyncio.gather(*map(asyncio.shield, calls)))
 
@@ -90,7 +94,12 @@ ENDED_BY_AN_ERROR: dict[str, Together] = {
 }
 """Ways to await several coroutines, to the end or to the first error."""
 
-TOGETHER: dict[str, Together] = {**ENDED_BY_AN_ERROR, "gather with errors": _gather_all, "wait": _wait}
+TOGETHER: dict[str, Together] = {
+    **ENDED_BY_AN_ERROR,
+    "gather with errors": _gather_all,
+    "wait": _wait,
+    "as_completed": _as_completed,
+}
 """Ways to await several coroutines."""
 
 

@@ -117,9 +117,8 @@ def test_any_tree_of_calls_comes_to_an_end(tree: Tree, slots: int) -> None:
         assert not told
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("window", [None, 2])
-def test_calls_by_tasks_that_all_wait_for_their_caller_are_told(*, ordered: bool, window: int | None) -> None:
+@pytest.mark.parametrize("how", [{}, {"window": 2}, {"ordered": False}, {"ordered": False, "window": 2}])
+def test_calls_by_tasks_that_all_wait_for_their_caller_are_told(how: dict[str, Any]) -> None:
     """Their thread waits for the tasks of another, those that are about to start included."""
     limiter = Limiter(limit=1)
 
@@ -128,7 +127,7 @@ def test_calls_by_tasks_that_all_wait_for_their_caller_are_told(*, ordered: bool
             return value
 
     def call(values: list[int]) -> int:
-        return len(list(each(Dual(nest), values, via="async", ordered=ordered, window=window)))
+        return len(list(each(Dual(nest), values, via="async", **how)))
 
     outer = limited(limiter, call)
 

@@ -44,6 +44,11 @@ async def _wait_for_the_first_error(parts: Parts) -> None:
     await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
 
 
+async def _as_completed(parts: Parts) -> None:
+    for part in asyncio.as_completed(parts):
+        await part
+
+
 async def _abatch(parts: Parts) -> None:
     await Dual(_part).abatch(parts)
 
@@ -72,6 +77,7 @@ WAYS: list[Callable[[Parts], Coroutine[Any, Any, None]]] = [
     _anyio_group,
     _wait,
     _wait_for_the_first_error,
+    _as_completed,
     _abatch,
     _branches,
 ]
@@ -120,7 +126,7 @@ async def test_a_wait_for_several_counts_those_that_are_left(way: Callable[[Part
 async def test_a_wait_for_several_tells_whether_they_are_cancelled_with_it(
     way: Callable[[Parts], Coroutine[Any, Any, None]],
 ) -> None:
-    """As all are but those of `asyncio.wait`."""
+    """As all are but those of `asyncio.wait` and `as_completed`."""
     parts: Parts = [asyncio.get_running_loop().create_future() for _ in range(3)]
     waiting = asyncio.create_task(way(parts))
     await _settle()
@@ -129,7 +135,7 @@ async def test_a_wait_for_several_tells_whether_they_are_cancelled_with_it(
     await asyncio.wait([waiting])
 
     assert join.cancels_parts == all(part.cancelled() for part in parts)
-    assert join.cancels_parts != way.__name__.startswith("_wait")
+    assert join.cancels_parts != way.__name__.startswith(("_wait", "_as_completed"))
 
 
 async def test_a_shielded_wait_is_one_for_a_single_part() -> None:
@@ -156,13 +162,47 @@ async def test_a_group_is_an_open_wait_before_the_end_of_its_block() -> None:
 async def test_a_wait_with_a_timeout_is_none() -> None:
     """It ends by itself."""
     part: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    waiting = asyncio.create_task(asyncio.wait([part], timeout=30))
+
+    async def read() -> None:
+        for end in asyncio.as_completed([part], timeout=30):
+            await end
+
+    waiting = [asyncio.create_task(work) for work in (asyncio.wait([part], timeout=30), read())]
     await _settle()
 
     assert _joins_above(part) == []
 
     part.set_result(1)
-    await waiting
+    await asyncio.wait(waiting)
+
+
+async def test_the_next_of_several_is_waited_for_only_while_somebody_does() -> None:
+    """Who has the last one may do something else."""
+    parts: Parts = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    go_on = asyncio.Event()
+
+    async def read() -> None:
+        for end in asyncio.as_completed(parts):
+            await end
+            await go_on.wait()
+
+    reading = asyncio.create_task(read())
+    await _settle()
+    parts[0].set_result(1)
+    await _settle()
+
+    assert _joins_above(parts[1]) == []
+
+    go_on.set()
+    await _settle()
+
+    assert [join.parts for join in _joins_above(parts[1])] == [1]
+
+    parts[1].set_result(1)
+
+    assert _joins_above(parts[1]) == []
+
+    await reading
 
 
 async def test_a_batch_whose_input_goes_on_is_an_open_wait() -> None:
