@@ -45,6 +45,12 @@ def is_free(limiter: Limiter) -> bool:
     return limiter.stats().in_flight == limiter.stats().waiting == 0
 
 
+def are_looked_at(limiter: Limiter, waits: int) -> bool:
+    """Tell whether so many wait within calls, and have looked for a deadlock, so that they saw none who comes next."""
+    queue = [permit for permit in list(limiter._queue) if permit.queue is not None]  # without the places left empty
+    return len(queue) == waits and all(permit.blocks for permit in queue)
+
+
 @contextmanager
 def one_besides(limiter: Limiter, others: int) -> Iterator[list[Any]]:
     """Have a thread take a slot, and wait for another when so many others wait; yield a list of what comes of it."""
@@ -54,7 +60,7 @@ def one_besides(limiter: Limiter, others: int) -> Iterator[list[Any]]:
     def nest() -> str:
         with limiter:
             is_inside.set()
-            wait_until(lambda: limiter.stats().waiting == others)
+            wait_until(lambda: are_looked_at(limiter, others))
             with limiter:
                 return "in"
 

@@ -5,7 +5,6 @@ import contextvars
 import gc
 import operator
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
@@ -18,8 +17,8 @@ from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency, dual, each
 from asyncify.testing import FakeClock
-from tests.at_once import one_besides
-from tests.waiting import SAFETY_NET, until
+from tests.at_once import are_looked_at, one_besides
+from tests.waiting import SAFETY_NET, until, wait_until
 
 
 async def _identity(value: int) -> int:
@@ -633,20 +632,15 @@ async def test_calls_that_have_waited_within_others_keep_nothing_of_theirs() -> 
     assert sum(kept() is not None for kept in requests) <= 1  # what was read last may be in hand still
 
 
-def _fail_soon(_: int) -> int:
-    time.sleep(0.15)
-    raise ValueError("failed")
-
-
-def _in_threads(way: str, call: Any) -> None:
+def _in_threads(way: str, call: Callable[[], Any], fail: Callable[[], Any]) -> None:
     """Have a call made beside another that fails, so that its wait is called off."""
-    beside: Any = dual(lambda value: call(value) if value else _fail_soon(value), name="beside")
+    beside: Any = dual(lambda value: call() if value else fail(), name="beside")
     if way == "batch":
         beside.batch([1, 0])
     elif way == "each":
         list(each(beside, [1, 0], ordered=False))
     else:
-        pipe: Any = Dual(list[int]) | {"call": Dual(lambda _: call(1)), "fail": Dual(lambda _: _fail_soon(0))}
+        pipe: Any = Dual(list[int]) | {"call": Dual(lambda _: call()), "fail": Dual(lambda _: fail())}
         if way == "a dict":
             pipe.invoke([1])
         else:
@@ -660,8 +654,12 @@ def test_a_call_is_no_proof_whose_wait_is_called_off_when_a_sibling_in_threads_f
     inner: Any = concurrency(limiter=limiter)(dual(lambda value: value, name="inner"))
     blocked: Any = concurrency(limiter=limiter)(dual(inner.call, name="blocked"))
 
+    def fail() -> None:
+        wait_until(lambda: are_looked_at(limiter, 2))
+        raise ValueError("failed")
+
     with one_besides(limiter, 1) as besides, pytest.raises(ValueError, match="failed"):
-        _in_threads(way, blocked.call)
+        _in_threads(way, partial(blocked.call, 1), fail)
 
     assert besides == ["in"]
     assert limiter.stats().rejected == 0

@@ -21,7 +21,7 @@ from asyncify.holds import held_by_this_thread
 from asyncify.proofs import Held, stuck_limiters
 from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
-from tests.at_once import end_of, is_free, limited, one_besides
+from tests.at_once import are_looked_at, end_of, is_free, limited, one_besides
 from tests.waiting import SAFETY_NET, until, wait_until
 
 
@@ -36,7 +36,7 @@ def test_a_call_at_once_that_will_give_up_is_told_no_deadlock_of_others() -> Non
 
     def call(value: int) -> None:
         if value:
-            wait_until(lambda: limiter.stats().waiting == 2)
+            wait_until(lambda: are_looked_at(limiter, 2))
             limiter.enter(timeout=0.05)
         else:
             with limiter, limiter:
@@ -167,7 +167,7 @@ def test_a_thread_that_holds_a_slot_and_will_give_up_is_no_proof() -> None:
     def wait() -> str:
         with limiter:
             all_inside.wait(SAFETY_NET)
-            wait_until(lambda: limiter.stats().waiting == 1)
+            wait_until(lambda: ends != [] or any(permit.timer for permit in list(limiter._queue)))
             with limiter:
                 return "in"
 
@@ -856,8 +856,7 @@ def test_calls_at_once_of_which_one_has_given_up_are_told_with_who_waits_besides
         with limiter:
             thread.start()
             is_over.wait(SAFETY_NET)
-            wait_until(lambda: limiter.stats().waiting == 1)
-            time.sleep(0.05)
+            wait_until(lambda: are_looked_at(limiter, 1) and len(limiter._queue[0].blocks[0].hands()) == 1)
             with limiter:
                 pass
 
