@@ -21,7 +21,7 @@ from langchain_core.runnables import RunnableLambda
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, dual
 from asyncify.holds import Link
 from asyncify.testing import FakeClock
-from tests.waiting import SAFETY_NET, until, wait_until
+from tests.waiting import SAFETY_NET, timeout_once, until, wait_until
 
 LIMIT = 2
 """Calls at once; a call nested more deeply than that waits for itself."""
@@ -644,6 +644,7 @@ class _Left:
     def __init__(self, limit: int = 1, *, over_a_bridge: bool = False) -> None:
         self.limiter = Limiter(limit=limit)
         self.may_wait, self.may_go, self.ended = threading.Event(), asyncio.Event(), threading.Event()
+        has_begun = threading.Event()
         self.outcome: list[str] = []
 
         async def aenter(word: str) -> None:
@@ -660,6 +661,7 @@ class _Left:
 
         @dual(name="left", warn=False)
         def left(word: str) -> str:
+            has_begun.set()
             try:
                 wait(word)
             except DeadlockError:
@@ -670,7 +672,7 @@ class _Left:
         @dual(name="leave", warn=False)
         async def leave(word: str) -> str:
             try:
-                async with asyncio.timeout(0.05):
+                async with timeout_once(has_begun.is_set, 0.05):
                     return await left.ainvoke(word)
             except TimeoutError:
                 return "gave up"
@@ -1266,9 +1268,10 @@ async def test_a_caller_that_has_left_is_no_proof(bridge: str) -> None:
     limiter = Limiter(limit=1)
     inner = _inner(limiter)
     results: queue.SimpleQueue[int] = queue.SimpleQueue()
-    left = threading.Event()
+    has_begun, left = threading.Event(), threading.Event()
 
     def slow(value: int) -> int:
+        has_begun.set()
         assert left.wait(SAFETY_NET)
         results.put(inner.call(value))
         return value
@@ -1276,7 +1279,7 @@ async def test_a_caller_that_has_left_is_no_proof(bridge: str) -> None:
     pair = _by_threads(bridge, slow)
     async with limiter:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01):
+            async with timeout_once(has_begun.is_set, 0.01):
                 await _last(pair.astream(1))
         left.set()
         await until(lambda: limiter.stats().waiting == 1)
@@ -1308,7 +1311,7 @@ async def test_a_caller_that_has_left_a_wait_proves_nothing_to_others() -> None:
         await is_in.wait()
         async with limiter:
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.1):
+                async with timeout_once(lambda: limiter.stats().waiting == 1, 0.05):
                     await slow.acall(1)
             go_on.set()
             await until(lambda: limiter.stats().waiting == 2)

@@ -20,7 +20,7 @@ from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, each
 from asyncify.permits import Permit
 from asyncify.scopes import current_scope
 from tests.at_once import MANY, end_of, identity, is_free, limited, one_besides
-from tests.waiting import SAFETY_NET, run_program, until, wait_until
+from tests.waiting import SAFETY_NET, run_program, timeout_once, until, wait_until
 
 
 @pytest.mark.parametrize("way", MANY)
@@ -408,10 +408,11 @@ async def test_calls_at_once_in_a_thread_that_was_left_are_no_proof() -> None:
     """The event loop that was held up for it goes on, as its task has given up, and with it who has the slot."""
     limiter = Limiter(limit=1)
     inner = limited(limiter)
-    is_left = threading.Event()
+    has_begun, is_left = threading.Event(), threading.Event()
     ends: list[Any] = []
 
     def call(value: int) -> Any:
+        has_begun.set()
         is_left.wait(SAFETY_NET)
         return inner.invoke(value)
 
@@ -423,7 +424,7 @@ async def test_calls_at_once_in_a_thread_that_was_left_are_no_proof() -> None:
 
     async def over(value: int) -> None:
         try:
-            async with asyncio.timeout(0.1):
+            async with timeout_once(has_begun.is_set, 0.1):
                 await Dual(work).acall(value)
         except TimeoutError:
             is_left.set()

@@ -22,7 +22,7 @@ from asyncify.proofs import Held, stuck_limiters
 from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
 from tests.at_once import are_looked_at, end_of, is_free, limited, one_besides
-from tests.waiting import SAFETY_NET, until, wait_until
+from tests.waiting import SAFETY_NET, timeout_once, until, wait_until
 
 
 def _noted(notes: list[Any], note: Any, then: Any) -> Any:
@@ -237,7 +237,7 @@ def test_calls_at_once_of_which_one_waits_no_longer_for_its_thread_are_no_proof(
 
     async def give_up(value: int) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(0.1):
+            async with timeout_once(lambda: limiter.stats().waiting >= 1, 0.05):
                 await Dual(inner.invoke).ainvoke(value)
         has_given_up.set()
         await until(lambda: limiter.stats().waiting >= 2)

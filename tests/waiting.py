@@ -4,7 +4,8 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 SAFETY_NET = 30  # seconds after which a wait that should have ended is a failure
 
@@ -14,6 +15,22 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(SAFETY_NET):
         while not holds():  # noqa: ASYNC110  (other threads bring it about, which can't set an asyncio.Event)
             await asyncio.sleep(0.0005)
+
+
+@asynccontextmanager
+async def timeout_once(has_begun: Callable[[], bool], seconds: float) -> AsyncIterator[None]:
+    """Time out so long after something has begun: a thread, say, which never does for who has given up before."""
+
+    async def watch() -> None:
+        await until(has_begun)
+        limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
+    async with asyncio.timeout(None) as limit:
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
