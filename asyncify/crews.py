@@ -65,9 +65,11 @@ class Crew(ABC):
         return [other for other in self._caller.held if isinstance(other, Hand)]
 
     def waits(self) -> list[Permit]:
-        """Return what its threads wait with, and those that they wait for; nothing if one of them does not wait."""
-        if not self._caller.held:
-            return []
+        """Return what its threads wait with, and those that they wait for, if by that somebody else may be stuck.
+
+        That is who waits for them; or, if one of them holds something itself, whoever else waits for that, as none of
+        them is left to call that off. Nothing, if one of them does not wait.
+        """
         found: list[Permit] = []
         crews: list[Crew] = [self]
         for crew in crews:
@@ -82,7 +84,8 @@ class Crew(ABC):
                     return []
             if not hands:
                 return []
-        return found
+        keeps_others = self._caller.held or any(other is not self for permit in found for other in permit.blocks)
+        return found if keeps_others else []
 
 
 class Hand(Standstill):

@@ -1,6 +1,7 @@
 """Calls at once in threads, under a limiter that they may wait for themselves at."""
 
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 
 from asyncify import Dual, Limiter, concurrency, each
+from asyncify.deadlocks import come_to_wait
 from tests.waiting import SAFETY_NET, wait_until
 
 
@@ -48,7 +50,14 @@ def is_free(limiter: Limiter) -> bool:
 def are_looked_at(limiter: Limiter, waits: int) -> bool:
     """Tell whether so many wait within calls, and have looked for a deadlock, so that they saw none who comes next."""
     queue = [permit for permit in list(limiter._queue) if permit.queue is not None]  # without the places left empty
-    return len(queue) == waits and all(permit.blocks for permit in queue)
+    return len(queue) == waits and all(permit.blocks and not _is_looking(permit.thread) for permit in queue)
+
+
+def _is_looking(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code is not come_to_wait.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, deadlocks, dual
-from tests.at_once import is_free, limited
+from tests.at_once import are_looked_at, is_free, limited
 from tests.waiting import SAFETY_NET, until, wait_until
 
 
@@ -123,7 +123,7 @@ class TestInThreads:
         def last() -> str:
             with left:
                 barrier.wait(SAFETY_NET)
-                wait_until(lambda: left.stats().waiting == right.stats().waiting == 1)
+                wait_until(lambda: are_looked_at(left, 1) and are_looked_at(right, 1))
                 with right:
                     return "in"
 
@@ -162,7 +162,7 @@ class TestInThreads:
         def nest() -> str:
             with right:
                 barrier.wait(SAFETY_NET)
-                wait_until(lambda: right.stats().waiting == 1)
+                wait_until(lambda: any(permit.timer for permit in list(right._queue)))
                 with left:
                     return "in"
 

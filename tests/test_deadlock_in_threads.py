@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, each
 from asyncify.permits import Permit
 from asyncify.scopes import current_scope
-from tests.at_once import MANY, end_of, identity, is_free, limited, one_besides
+from tests.at_once import MANY, are_looked_at, end_of, identity, is_free, limited, one_besides
 from tests.waiting import SAFETY_NET, run_program, timeout_once, until, wait_until
 
 
@@ -285,6 +285,26 @@ def test_calls_at_once_that_others_call_off_are_no_proof_for_who_waits_besides()
 
     assert isinstance(end, ValueError | DeadlockError)  # who is called off would never have been admitted
     assert besides == ["in"]
+
+
+@pytest.mark.parametrize("way", MANY)
+def test_a_call_at_once_that_nobody_can_call_off_any_more_is_told_with_who_waits_besides(way: str) -> None:
+    """Who might have failed beside it has ended, and their caller holds nothing."""
+    limiter = Limiter(limit=2)
+
+    def call(value: int) -> int:
+        if value:
+            with limiter, limiter:
+                return 1
+        wait_until(lambda: are_looked_at(limiter, 2))
+        return 0
+
+    with one_besides(limiter, 1) as besides:
+        end = end_of(lambda: MANY[way](Dual(call), [1, 0]))
+
+    assert isinstance(end, DeadlockError) or ("errors" in way and end == 0)
+    assert besides == ["in"]
+    assert limiter.stats().rejected == 1
 
 
 def test_calls_at_once_in_batches_of_one_another_are_told() -> None:
