@@ -285,6 +285,7 @@ class _Source:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._error = None  # its traceback holds this object
         if self._close is not None:
             try:
                 self._close()

@@ -107,8 +107,11 @@ class Journal:
                     self._rows.append(self._checkpoint.row(key, output, error))
                 except CheckpointError as refusal:  # the others have been paid for as well
                     refused = refusal
-        if refused is not None:
-            raise refused
+        try:
+            if refused is not None:
+                raise refused
+        finally:
+            del refused  # its traceback holds this frame
         return keys
 
     def note_last(self, group: Sequence[Ended]) -> None:

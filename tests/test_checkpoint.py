@@ -1,6 +1,7 @@
 """The checkpoint: no call is paid for twice, whatever ends a run."""
 
 import asyncio
+import gc
 import itertools
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import re
 import sqlite3
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -35,6 +37,7 @@ from asyncify.checkpoint import Checkpoint
 from asyncify.fingerprints import fingerprint, work_of
 from asyncify.journal import Journal
 from asyncify.pools import ThreadPool
+from tests.obvious_loop import Document
 from tests.waiting import until
 
 Pair = Dual[Any, Any]
@@ -690,6 +693,43 @@ def test_an_error_of_key_is_raised_in_its_place(way: str, path: Path) -> None:
         collect(way, pair, range(5), checkpoint=path, key=key, progress=lambda told: done.append(told.done))
 
     assert done == [1, 2, 3]
+
+
+def no_id(document: Document) -> str:
+    """Fail to name an input."""
+    raise LookupError(document)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("key", "output"), [(no_id, 1), (lambda _: "one", (1,))], ids=["key", "output"])
+def test_an_error_of_key_or_of_the_codec_lets_the_inputs_go(
+    way: str, path: Path, key: Callable[[Document], str], output: object
+) -> None:
+    """They are not left to a garbage collection."""
+    pair: Pair = Dual(lambda _: output, name="constant")
+
+    async def arun(inputs: list[Document]) -> None:
+        with suppress(LookupError, CheckpointError):  # here, for `asyncio.run` itself keeps what it raises
+            [_ async for _ in aeach(pair, inputs, checkpoint=path, key=key)]
+
+    def run(inputs: list[Document]) -> None:
+        if way == "aeach":
+            asyncio.run(arun(inputs))
+            return
+        with suppress(LookupError, CheckpointError):
+            collect(way, pair, inputs, checkpoint=path, key=key)
+
+    gone = threading.Event()
+    inputs = [Document()]
+    weakref.finalize(inputs[0], gone.set)
+    gc.disable()
+    try:
+        run(inputs)
+        del inputs
+
+        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
+    finally:
+        gc.enable()
 
 
 async def test_what_can_not_be_kept_does_not_hide_why_a_stream_was_left(path: Path) -> None:

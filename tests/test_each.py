@@ -21,7 +21,7 @@ from asyncify import Dual, aeach, concurrency, each
 from asyncify.loop_tasks import LoopTasks
 from asyncify.progress import Progress
 from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
-from tests.waiting import SAFETY_NET
+from tests.waiting import SAFETY_NET, until
 
 Pair = Dual[Any, Any]
 
@@ -965,17 +965,49 @@ def leave_early(way: str, inputs: list[Document]) -> None:
 
 def run_to_an_error(way: str, inputs: list[Document]) -> None:
     """Have the first call fail, with others in flight and others that never start."""
-    pair = Pair(refuse, refuse_async)
+    _see_it_fail(way, Pair(refuse, refuse_async), inputs, window=2)
 
+
+def run_to_an_error_in_the_source(way: str, inputs: list[Document]) -> None:
+    """Have the source fail after the inputs."""
+
+    def source() -> Iterator[Document]:
+        yield from inputs
+        raise OddError(0)
+
+    _see_it_fail(way, Pair(same, same_async), source())
+
+
+def leave_before_an_error_in_the_source(way: str, inputs: list[Document]) -> None:
+    """Take one result of a stream whose source has failed by then."""
+    failed = threading.Event()
+
+    def source() -> Iterator[Document]:
+        yield from inputs
+        failed.set()
+        raise OddError(0)
+
+    def call(document: Document) -> Document:
+        assert failed.wait(SAFETY_NET)
+        return document
+
+    async def call_async(document: Document) -> Document:
+        await until(failed.is_set)
+        return document
+
+    collect(way, Pair(call, call_async), source(), take=1)
+
+
+def _see_it_fail(way: str, pair: Pair, inputs: Iterable[Document], **options: Any) -> None:
     async def main() -> None:
         with suppress(OddError):  # here, for `asyncio.run` itself keeps what it raises
-            await _acollect(pair, slowly(inputs) if way == SOURCE else inputs, None, {"window": 2})
+            await _acollect(pair, slowly(inputs) if way == SOURCE else inputs, None, options)
 
     if way in ASYNC_WAYS:
         asyncio.run(main())
         return
     with suppress(OddError):
-        collect(way, pair, inputs, window=2)
+        collect(way, pair, inputs, **options)
 
 
 def run_to_the_end(way: str, inputs: list[Document]) -> None:
@@ -983,7 +1015,16 @@ def run_to_the_end(way: str, inputs: list[Document]) -> None:
     collect(way, Pair(same, same_async), inputs)
 
 
-@pytest.mark.parametrize("run", [run_to_the_end, run_to_an_error, leave_early])
+@pytest.mark.parametrize(
+    "run",
+    [
+        run_to_the_end,
+        run_to_an_error,
+        run_to_an_error_in_the_source,
+        leave_before_an_error_in_the_source,
+        leave_early,
+    ],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stream_that_is_over_lets_its_inputs_go(way: str, run: Callable[[str, list[Document]], None]) -> None:
     """However it has ended, they are not left to a garbage collection."""
