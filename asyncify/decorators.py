@@ -305,7 +305,9 @@ def concurrency(
         raise type(error)(f"@concurrency{_on_function(sys._getframe(1))}: {error}") from None
 
     def gate_for(fn: Function) -> Gate:
-        return new_gate(name=name or (_name_of(fn) if limiter is None else None))
+        gate = new_gate(name=name)
+        gate.rename(_name_of(fn))
+        return gate
 
     def decorate(fn: Function, /) -> Any:
         pair = unwrapped(fn)
@@ -379,7 +381,10 @@ def _make_pair(
     pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
     pair.bind_as(_binding_of(decorated))
     former = unwrapped(decorated)
-    registry.add(pair, fn, name, instead_of=former if is_pair(former) else None)
+    replaced = former if is_pair(former) else None
+    registry.add(pair, fn, name, instead_of=replaced)
+    if replaced is not None and replaced.gate is not None:
+        replaced.gate.rename(_name_of(pair))
     pair.pickle_by_reference()
     watch_class_body()
     return pair

@@ -80,8 +80,14 @@ class Gate:
     limiter: Limiter | KeyedLimiter | ForeignLimiter
     cost: float | Callable[[Any], float] = 1
     timeout: float | None = None
+    _is_nameless: bool = False
     _title: str = ""
     _input: Callable[[tuple[Any, ...], dict[str, Any]], Any] = _first_argument
+
+    def rename(self, name: str | None) -> None:
+        """Call the limiter as the pair is called that it is put on, unless it has a name of its own or is shared."""
+        if self._is_nameless and not isinstance(self.limiter, ForeignLimiter):
+            self.limiter.name = name
 
     def before(self, fn: Function) -> Gate:
         """Return this gate for the calls of `fn`, whose arguments make the input of `cost` and `key`.
@@ -182,7 +188,8 @@ def make_gate(
         cost = check_cost("cost", cost)
     if cost is not None or timeout is not None:
         _check_usable(made, cost)
-    return Gate(made, 1 if cost is None else cost, timeout)
+    is_nameless = limiter is None and limits.get("name") is None
+    return Gate(made, 1 if cost is None else cost, timeout, is_nameless)
 
 
 def _check_takes_input(name: str, function: Function) -> None:

@@ -245,6 +245,7 @@ def test_a_limiter_is_called_as_its_function() -> None:
     assert repr(Desk.quote.limiter) == "<Limiter Desk.quote 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1)(dual(news)).limiter) == "<Limiter news 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1)(dual(news, name="wire")).limiter) == "<Limiter wire 0/1 in flight, 0 waiting>"
+    assert repr(dual(concurrency(limit=1)(news), name="post").limiter) == "<Limiter post 0/1 in flight, 0 waiting>"
     assert repr(concurrency(limit=1, name="paper")(news).limiter) == "<Limiter paper 0/1 in flight, 0 waiting>"
     for nameless in (lambda query: query, partial(round, ndigits=1), itemgetter("a"), Mock()):
         assert repr(concurrency(limit=1)(nameless).limiter) == "<Limiter 0/1 in flight, 0 waiting>"
