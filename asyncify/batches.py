@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from contextvars import Context, copy_context
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from langchain_core.runnables.base import Runnable, RunnableBindingBase
 from langchain_core.runnables.config import RunnableConfig, get_config_list
@@ -81,10 +81,16 @@ class Items:
         return context.run(self._runnable.invoke, value, self._config_of(index), **self._kwargs)
 
     def start(self, index: int, value: Any) -> asyncio.Task[Any]:
-        """Start one input in a task of its own, with a copy of the context in which this object was made."""
-        if self._aquiet is not None:
-            return self._context.run(self._aquiet.start_unobserved, value, self._shared_by(index), self._kwargs)
-        return self._context.run(self._start, index, value)
+        """Start one input in a task of its own, with a copy of the context in which this object was made.
+
+        What keeps it from being started, such as a config that LangChain can't read, is how it ends.
+        """
+        try:
+            if self._aquiet is not None:
+                return self._context.run(self._aquiet.start_unobserved, value, self._shared_by(index), self._kwargs)
+            return self._context.run(self._start, index, value)
+        except Exception as error:  # noqa: BLE001  (whoever takes the item gets it)
+            return asyncio.get_running_loop().create_task(_fail(error))
 
     def _start(self, index: int, value: Any) -> asyncio.Task[Any]:
         config = self._config_of(index)
@@ -188,6 +194,13 @@ class Batches:
             """Run as `abatch` does and yield index and output as each input ends; leaving the loop cancels the rest."""
             items = _items(self, inputs, config, kwargs)
             return aas_completed(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
+
+
+async def _fail(error: Exception) -> Never:
+    try:
+        raise error
+    finally:
+        del error  # its traceback holds this frame
 
 
 def _items(runnable: Any, inputs: Sequence[Any], config: Configs, kwargs: dict[str, Any]) -> Items:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from operator import itemgetter
 from types import FrameType
 from typing import Any, Self, cast
 
@@ -1029,6 +1030,19 @@ def test_each_item_has_its_own_config_of_a_list(path: str, run: Callable[..., li
 
     expected = [(str(number),) for number in range(5)]
     assert sorted(found) == (expected if run is batch else list(enumerate(expected)))
+
+
+@pytest.mark.parametrize("run", [batch, completed])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_config_that_keeps_an_input_from_being_started_is_its_failure(path: str, run: Callable[..., Any]) -> None:
+    """The others go on, as they do in a batch of LangChain's."""
+    unreadable: Any = {"metadata": ["a list"]}
+    configs: list[RunnableConfig] = [{}, unreadable, {}]
+
+    found = run(path, Pair(times_ten, times_ten_async), [1, 2, 3], configs, return_exceptions=True)
+    outputs = found if run is batch else [output for _, output in sorted(found, key=itemgetter(0))]
+
+    assert [outputs[0], type(outputs[1]), outputs[2]] == [10, TypeError, 30]
 
 
 @pytest.mark.parametrize("path", PATHS)

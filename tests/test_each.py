@@ -173,6 +173,16 @@ def test_an_input_that_can_not_be_started_is_a_failure() -> None:
     assert sorted(found, key=lambda ended: ended[0]) == [(0, "a", None), (1, None, OddError(1))]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_config_that_keeps_an_input_from_being_started_is_its_failure(way: str) -> None:
+    """It is told of in the place of each output, on both paths."""
+    unreadable: Any = {"metadata": ["a list"]}
+
+    found = collect(way, Pair(same, same_async), range(3), config=unreadable, return_exceptions=True)
+
+    assert [type(output) for output in found] == [TypeError] * 3
+
+
 # --- sources ---
 
 
