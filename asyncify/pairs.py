@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from inspect import Signature
 from types import CodeType, TracebackType
@@ -145,7 +145,8 @@ class Registry:
     def add(self, pair: AnyDual, fn: Function, name: str | None = None, *, instead_of: AnyDual | None = None) -> None:
         """Register a pair under `name`, or else under that of the function that stands for it.
 
-        A function without a name of its own, and one that another pair stands for already, get a number.
+        A function without a name of its own, or with the name that a decorator has given to another one too, and one
+        that another pair stands for already, get a number.
 
         Args:
             pair: the pair.
@@ -182,7 +183,10 @@ class Registry:
 
     def _needs_number(self, full_name: str, fn: Function) -> bool:
         taken = self._pairs.get(full_name)
-        return not _is_named(fn) or (taken is not None and inspect.unwrap(taken) is inspect.unwrap(fn))
+        if not _is_named(fn) or taken is None:
+            return not _is_named(fn)
+        own, other = inspect.unwrap(fn), inspect.unwrap(taken)
+        return own is other or _are_wrapped_alike(own, other)
 
     def _numbered(self, name: str) -> str:
         """Return a free name for a function that has none of its own."""
@@ -412,6 +416,24 @@ def _run_of(module: str) -> weakref.ref[CodeType] | None:
             return weakref.ref(frame.f_code)
         frame = frame.f_back
     return None
+
+
+def _are_wrapped_alike(one: Function, other: Function) -> bool:
+    """Tell whether two functions are what one decorator, which hides it, has put around functions of other names."""
+    if getattr(one, "__code__", one) is not getattr(other, "__code__", other):
+        return False
+    ones, others = _held_by(one), _held_by(other)
+    return any(ones[name] != others[name] for name in ones.keys() & others.keys())
+
+
+def _held_by(fn: Function) -> dict[str, tuple[object, object]]:
+    """Return module and name of the functions that a closure holds, by the names of its variables."""
+    held: dict[str, tuple[object, object]] = {}
+    for name, cell in zip(fn.__code__.co_freevars, getattr(fn, "__closure__", None) or (), strict=False):
+        with suppress(ValueError):  # nothing is in it yet
+            if inspect.isroutine(value := cell.cell_contents):
+                held[name] = getattr(value, "__module__", None), value.__qualname__
+    return held
 
 
 def _is_named(fn: Function) -> bool:

@@ -106,6 +106,26 @@ def test_functions_without_a_name_get_a_number() -> None:
     assert names == [prefix, f"{prefix}#2", f"{__name__}.quote#2", f"{__name__}.quote#3"]
 
 
+def test_functions_that_a_decorator_gives_one_name_get_a_number() -> None:
+    """Without `functools.wraps` all of them are called `wrapper`; the same one, made again, keeps its place."""
+
+    def decorate(fn: Any) -> Any:
+        def wrapper(query: str) -> Any:
+            return fn(query)
+
+        return wrapper
+
+    def bid(query: str) -> None: ...
+
+    def ask(query: str) -> None: ...
+
+    pairs = [dual(decorate(bid)), dual(decorate(ask))]
+    again = dual(decorate(bid))
+    name = f"{__name__}.{again.__qualname__}"
+
+    assert [registry[name].pair, registry[f"{name}#2"].pair] == [again, pairs[1]]
+
+
 def test_two_pairs_of_one_function_are_both_known() -> None:
     """A second pair of the same function gets a number; the first keeps its name."""
 
