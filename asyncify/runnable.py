@@ -480,7 +480,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def input_schema(self) -> TypeBaseModel:
         """The schema of the input; for LangChain's `tool`, of the function's parameters."""
         if asks_for_tool(sys._getframe().f_back):
-            return self._keys_schema() or tool_schema(self.__wrapped__, self.get_name("Input"))
+            name = getattr(self, "__name__", self.get_name())  # that of the tool, if it is given no other
+            return self._keys_schema() or tool_schema(self.__wrapped__, name)
         return self.get_input_schema()
 
     def _keys_schema(self) -> type[BaseModel] | None:

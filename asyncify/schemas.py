@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeGuard, get_args, get_origin, get_type_hin
 from langchain_core.callbacks import Callbacks
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool, InjectedToolArg, StructuredTool
-from pydantic import BaseModel, ConfigDict, RootModel, create_model
+from pydantic import BaseModel, ConfigDict, Field, RootModel, create_model
 from typing_extensions import is_typeddict
 
 from asyncify.errors import PairError
@@ -139,18 +139,24 @@ def _arguments_schema(fn: Function, name: str, base: type[BaseModel]) -> type[Ba
     _check_types(fn)
     injected: dict[str, Any] = dict.fromkeys(_configs(fn), (Annotated[Any, InjectedToolArg], None))
     fields = {name: field for name, field in _fields(fn).items() if name != _CALLBACKS}
-    return create_model(name, __base__=base, **fields | injected)
+    return create_model(name, __base__=base, __doc__=inspect.getdoc(without_partials(fn)), **fields | injected)
 
 
 def _fields(fn: Function) -> dict[str, Any]:
     hints = _hints(fn)
     return {
         parameter.name: (
-            hints.get(parameter.name, Any),
+            _described(hints.get(parameter.name, Any)),
             ... if parameter.default is Parameter.empty else parameter.default,
         )
         for parameter in _parameters(fn)
     }
+
+
+def _described(kind: Any) -> Any:
+    """Return a type with a text beside it, as in `Annotated[str, "a city"]`, for its description, as LangChain does."""
+    said = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, str)]
+    return Annotated[kind, Field(description=said[0])] if said else kind
 
 
 def _configs(fn: Function) -> list[str]:

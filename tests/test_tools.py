@@ -10,7 +10,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler, Callbacks
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig, RunnableLambda
-from langchain_core.tools import InjectedToolArg, tool
+from langchain_core.tools import InjectedToolArg, StructuredTool, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import InjectedState, ToolNode
@@ -166,6 +166,23 @@ def test_a_tool_shows_the_functions_parameters(make: Any, pair: Any, given: Any,
     assert (made.name, made.description) == (pair.name, pair.__doc__)
     assert set(given) <= set(made.args)
     assert set(made.args) == set(convert_to_openai_tool(pair)["function"]["parameters"]["properties"])
+
+
+def book(room: Annotated[str, "its number"], nights: Annotated[int, Field(ge=1), "how many"] = 1) -> str:
+    """Book a room."""
+    return room * nights
+
+
+@pytest.mark.parametrize("make", [tool, lambda pair: pair.as_tool()], ids=["tool", "as_tool"])
+def test_a_tool_is_told_to_a_model_as_that_of_the_function(make: Any) -> None:
+    """So are the title and the docs of its schema, and a text that describes a parameter."""
+    made: Any = make(dual(book, name="book"))
+    expected: Any = StructuredTool.from_function(book)
+
+    assert made.args_schema.model_json_schema() == expected.args_schema.model_json_schema()
+    assert made.tool_call_schema.model_json_schema() == expected.tool_call_schema.model_json_schema()
+    assert convert_to_openai_tool(made) == convert_to_openai_tool(expected)
+    assert made.args["room"]["description"] == "its number"
 
 
 def test_a_tool_refuses_what_the_function_would() -> None:
