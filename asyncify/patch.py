@@ -151,6 +151,7 @@ def dual_patch(
     async_: Function | None = None,
     name: str | None = None,
     bridge: Bridge = "thread",
+    warn: bool = True,
 ) -> Patch:
     """Make a pair of a function or a method that is not yours, in its place.
 
@@ -161,7 +162,7 @@ def dual_patch(
             imported yet, it is patched when it is.
         sync: the sync side, for an async function.
         async_: the async side, for a sync function.
-        name, bridge: as for `dual`.
+        name, bridge, warn: as for `dual`.
 
     Returns:
         The patch, whose `undo()` puts the function back; also a context manager.
@@ -173,6 +174,6 @@ def dual_patch(
     if sync is not None and async_ is not None:
         raise PairError(f"dual_patch: {target} is one side already; give the other one only, as sync= or async_=")
     any_dual: Any = dual  # which of its overloads is meant is known only now
-    patch = Patch(target, any_dual(sync=sync, async_=async_, name=name, bridge=bridge))
+    patch = Patch(target, any_dual(sync=sync, async_=async_, name=name, bridge=bridge, warn=warn))
     patch._start()
     return patch

@@ -16,6 +16,7 @@ import pytest
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import Dual, PairError, concurrency, dual_patch, registry
+from asyncify.traps import MANY_BRIDGED
 from tests.waiting import SAFETY_NET
 
 SOURCE = '''
@@ -130,6 +131,14 @@ async def test_a_patch_without_a_side_is_bridged_and_may_be_limited(module: Modu
 
         assert await module.fetch.ainvoke("EUR") == "sync EUR"
         assert repr(module.fetch) == "<Dual fetch sync (async bridged) 0/1 in flight, 0 waiting>"
+
+
+async def test_a_patch_may_be_silent(module: ModuleType) -> None:
+    """Whoever patches somebody else's function may know of the traps already."""
+    with dual_patch(f"{module.__name__}:fetch", warn=False) as patch:
+        pair: Any = patch.pair
+
+        assert await pair.abatch(["EUR"] * MANY_BRIDGED) == ["sync EUR"] * MANY_BRIDGED  # a warning is an error here
 
 
 async def test_methods_of_every_kind_are_patched(module: ModuleType) -> None:
