@@ -108,7 +108,10 @@ async def until_ended(tasks: Collection[asyncio.Future[Any]]) -> asyncio.Cancell
             await asyncio.wait(alive)
         except asyncio.CancelledError as interruption:
             interrupted = interruption
-    return interrupted
+    try:
+        return interrupted
+    finally:
+        del interrupted  # its traceback holds this frame
 
 
 class _Signal:
@@ -217,8 +220,11 @@ class Tasks(Joining):
         del self._start, self._feeder  # what the one calls may hold this object, and the other's frame does
         if not is_closed and not feeder.cancelled() and (closing := feeder.exception()) is not None:
             raise_or_note(closing, interrupted or error)
-        if interrupted is not None:
-            raise interrupted
+        try:
+            if interrupted is not None:
+                raise interrupted
+        finally:
+            del interrupted  # its traceback holds this frame
 
     async def take(self) -> deque[Ended]:
         """Wait until an item has ended and return all that have; none when the source is at its end.

@@ -265,6 +265,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)
         tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
+        interrupted: asyncio.CancelledError | None = None
         try:
             if tasks:
                 (await _Branches(tasks).decisive()).result()
@@ -272,11 +273,13 @@ class DualParallel(Piped, RunnableParallel[Input]):
         except BaseException:  # of a branch, or because this task was cancelled
             for task in tasks:
                 task.cancel()
-            if (interrupted := await until_ended(tasks)) is not None:
+            interrupted = await until_ended(tasks)
+            if interrupted is not None:
                 raise interrupted from None
             raise
         finally:
             tasks.clear()  # an error's traceback holds this frame
+            del interrupted
 
     def start_unobserved(
         self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]

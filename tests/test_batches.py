@@ -946,6 +946,50 @@ def test_a_batch_that_has_failed_lets_its_inputs_go(
         gc.enable()
 
 
+def in_batch(pair: Pair, document: Document) -> Any:
+    """Run a pair in a batch."""
+    return pair.abatch([document])
+
+
+def in_dict(pair: Pair, document: Document) -> Any:
+    """Run a pair in a dict."""
+    return (Pair(same, same_async) | {"one": pair}).ainvoke(document)
+
+
+@pytest.mark.parametrize("run", [in_batch, in_dict])
+def test_what_is_cancelled_again_as_it_ends_lets_its_inputs_go(run: Callable[[Pair, Document], Any]) -> None:
+    """The second cancellation, which is the one that is raised, leaves nothing to a garbage collection either."""
+    has_begun, is_ending, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def end_slowly(document: object) -> None:
+        has_begun.set()
+        try:
+            await asyncio.sleep(SAFETY_NET)
+        finally:
+            is_ending.set()
+            await may_end.wait()
+
+    async def main() -> weakref.ref[Document]:
+        document = Document()
+        gone = weakref.ref(document)
+        running = asyncio.ensure_future(run(Pair(same, end_slowly), document))
+        await has_begun.wait()
+        running.cancel()
+        await is_ending.wait()
+        running.cancel()
+        await asyncio.sleep(0)
+        may_end.set()
+        with suppress(asyncio.CancelledError):
+            await running
+        return gone
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
+
+
 # --- configs, kwargs, contexts ---
 
 
