@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Self
 
 from asyncify.holds import Standstill, Waiter, hands_of_this_thread, stopped_with
-from asyncify.permits import Permit, wait_within
+from asyncify.permits import Permit, keep, let_go
 from asyncify.scopes import CancelScope
 
 __all__ = ["Crew", "Hand", "crews_of"]
@@ -38,7 +38,7 @@ class Crew(ABC):
     def hold_up_caller(self) -> None:
         """Note what this thread holds, which is about to wait."""
         self._caller.hold_up_this_thread()
-        wait_within(self._caller.held, self)
+        keep(self._caller.held, self)
         for hand in self.outer_hands():
             hand.wait_for(self)
 
@@ -46,7 +46,15 @@ class Crew(ABC):
         """Note that this thread goes on."""
         for hand in self.outer_hands():
             hand.goes_on(self)
-        self._caller.let_go()
+        let_go(self._caller.let_go(), self)
+
+    def is_waiting(self) -> bool:
+        """Tell whether its caller waits."""
+        return bool(self._caller.held)
+
+    def keeps(self, call: Permit) -> bool:
+        """Tell whether a call can't end while none of its threads goes on."""
+        return bool(self.stops((call,)))
 
     def stops(self, inside: Collection[Permit]) -> set[Permit]:
         """Return those of a limiter's permits that can't end while none of its threads goes on."""

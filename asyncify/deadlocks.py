@@ -11,14 +11,15 @@ import threading
 import weakref
 from _thread import get_ident
 from asyncio import AbstractEventLoop, _get_running_loop
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from asyncify.crews import Crew
 from asyncify.errors import DeadlockError
 from asyncify.forks import at_fork
 from asyncify.lookout import HeldUp, Lookout
-from asyncify.permits import Issuer, Permit, wait_within
-from asyncify.proofs import Held, is_anybody_free, lasts, stuck_limiters
+from asyncify.permits import Issuer, Permit
+from asyncify.proofs import Held, Proof, is_anybody_free, lasts
 from asyncify.scopes import CancelScope
 
 __all__ = ["come_to_wait", "look_at"]
@@ -26,8 +27,19 @@ __all__ = ["come_to_wait", "look_at"]
 Stuck = Mapping[Issuer, frozenset[Permit]]
 """Limiters that nobody can leave, with the calls inside."""
 
-# One looks at a time, and who is told blocks nothing any more: so only one of those is told who wait for one another.
+By = Mapping[Permit, Collection[Permit]]
+"""Some of the waits that keep a call, or what stands for calls."""
+
+# One looks at a time, and who is told counts as called off: so only one of those is told who wait for one another.
 _looking = threading.RLock()
+
+_NOTHING = Held(set(), [], [])
+
+_CANDIDATES = 10
+"""Of so many it is asked whether they are to be told, and so often it is begun anew without those that may go on."""
+
+_NAMED = 5
+"""Limiters that an error names beside its own, if there are more."""
 
 _MANY = 10_000
 """More than these are not looked at: it would hold the event loop for over a tenth of a second."""
@@ -36,9 +48,11 @@ _lookouts: weakref.WeakKeyDictionary[AbstractEventLoop, Lookout] = weakref.WeakK
 
 
 def come_to_wait(permit: Permit, held: Collection[Permit], scope: CancelScope | None, *, gives_up: bool) -> None:
-    """Note what a call blocks that has come to wait: what can't end before its wait does.
+    """Note what a call keeps from ending that has come to wait, and only then look whether that is a deadlock.
 
-    A waiter that will give up some day lets what it blocks end, so it is no proof for others. Nor is what a standstill
+    Whoever comes to wait does the same, so the last of those that wait for one another sees all.
+
+    A waiter that will give up some day lets what it keeps end, so it is no proof for others. Nor is what a standstill
     stops, as that may be over before the wait is.
 
     Args:
@@ -48,25 +62,24 @@ def come_to_wait(permit: Permit, held: Collection[Permit], scope: CancelScope | 
         gives_up: whether it waits for some time only.
 
     Raises:
-        DeadlockError: the wait can never end, as all calls inside are blocked by this waiter or by others.
+        DeadlockError: the wait can never end, as all calls inside are kept by this waiter or by others.
     """
-    loop = permit.ready.get_loop() if permit.in_task else None
     own = Held.of(held if permit.in_task else [*held, *_frozen_by(permit)])
     if gives_up:
         own.hands.clear()  # who waits for it among others is set free
-    wait_within(own.permits.union(permit.around()), permit.issuer)
-    if own:
-        permit.scope = scope
-        for hand in own.hands:
-            hand.wait_for(permit)
-        permit.blocks = () if gives_up else own.blocks()
-        if permit.queue is None:
-            permit.blocks = ()  # it was let in meanwhile
-        elif stuck := _stuck_by(permit, own, loop):
-            permit.issuer.count_rejected()
-            raise _deadlock_error(permit, own, stuck)
-    if loop is not None and permit.outer is not None and not gives_up:
-        permit.scope = scope
+    permit.scope = scope
+    permit.wait_within(own.permits.union(permit.around()))
+    permit.blocks = () if gives_up else own.blocks()
+    for hand in own.hands:
+        hand.wait_for(permit)
+    if permit.queue is None:
+        permit.end_wait()  # it was let in meanwhile
+        return
+    loop = permit.ready.get_loop() if permit.in_task else None
+    if own and (stuck := _stuck_by(permit, own, loop)):
+        permit.issuer.count_rejected()
+        raise _deadlock_error(permit, own, stuck)
+    if loop is not None and permit.within and not gives_up:
         _lookouts.setdefault(loop, Lookout()).note(permit, loop, _look)
 
 
@@ -75,81 +88,156 @@ def look_at(crew: Crew) -> None:
 
     Who waits in a task is looked at by its event loop.
     """
-    if not (waits := crew.waits()):
-        return
-    last = max(waits, key=lambda permit: permit.since)
-    own = Held.by(last)
-    if own and not last.in_task and (stuck := _stuck_by(last, own, None)):
-        last.told = _deadlock_error(last, own, stuck)
-        last.issuer.count_rejected()
-        last.call_off()
+    waits = sorted(crew.waits(), key=lambda permit: permit.since, reverse=True)
+    for permit in waits[:_CANDIDATES]:
+        own = Held.by(permit)
+        if not own or permit.in_task:
+            continue
+        if not _proof(permit, own, None):
+            return  # nor can the others be stuck
+        if stuck := _stuck_by(permit, own, None):
+            permit.told = _deadlock_error(permit, own, stuck)
+            permit.issuer.count_rejected()
+            permit.call_off()
+            return
 
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:
-    """Return the limiters that are stuck with this wait, if it can never end; it blocks nothing any more then."""
-    limiter = permit.issuer
-    if is_anybody_free(limiter.inside(), own):
+    """Return the limiters that are stuck by this wait, if it can never end; it is taken for called off then."""
+    if is_anybody_free(permit.issuer.inside(), own) or not _proof(permit, own, loop):
         return None
     with _looking:
-        stuck = stuck_limiters(own, [limiter], scope=permit.scope, loop=loop)
-        if limiter not in stuck or permit.gives_up() or (permit.in_task and _may_go_on(limiter, own, stuck)):
+        stuck = _proof(permit, own, loop)
+        is_certain = stuck and not permit.gives_up() and not _may_go_on(permit, own, stuck)
+        if not is_certain or not _is_needed(permit, loop, _NOTHING, {}):
             return None
-        permit.blocks = ()
+        permit.is_called_off = True
         return stuck
 
 
-def _may_go_on(limiter: Issuer, own: Held, stuck: Stuck) -> bool:
+def _proof(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck:
+    return Proof(own, scope=permit.scope, loop=loop).stuck([permit.issuer])
+
+
+def _is_needed(permit: Permit, loop: AbstractEventLoop | None, own: Held, by: By) -> bool:
+    """Tell whether its limiter would not be stuck if this wait, and so all that ends with it, were over.
+
+    Else others wait for one another, and it waits for them: to tell it would set nobody free.
+    """
+    return not Proof(own, scope=None, loop=loop, by=by, without=permit).stuck([permit.issuer])
+
+
+def _may_go_on(permit: Permit, own: Held, stuck: Stuck) -> bool:
     """Tell whether something may end a call inside, which this task does not keep from ending."""
-    if stuck[limiter] <= own.stops(stuck[limiter]):
+    inside = stuck[permit.issuer]
+    if not permit.in_task or inside <= own.stops(inside):
         return False
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     held_up = HeldUp([task, *_waiting_on(loop, stuck)])
-    return _holds_others(own, held_up, stuck) or held_up.doomed(loop, [task]) is None
+    return _holds_others(own, held_up.permits, stuck) or held_up.doomed(loop, [task]) is None
 
 
 def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
     """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
-    busy = {limiter for limiter in {permit.issuer for permit in waiting} if is_anybody_free(limiter.inside())}
-    waiting = [permit for permit in waiting if permit.issuer not in busy]
+    busy = {limiter for limiter in {permit.issuer for permit in waiting} if _is_busy(limiter)}
+    waiting = [permit for permit in waiting if permit.issuer not in busy and not permit.gives_up()]
     if not 0 < len(waiting) <= _MANY:
         return False
-    scope = waiting[-1].scope
-    permits_of = {each.ready: each for each in waiting if not each.gives_up() and lasts(each, scope)}
     with _looking:
-        while True:
-            held_up = HeldUp(permits_of)
-            own = Held.of(held_up.permits)
-            at = {permit.issuer for permit in permits_of.values()}
-            stuck = stuck_limiters(own, at, scope=scope, loop=loop) if own else {}
-            if stuck.keys() >= at:
-                break
-            permits_of = {ready: permit for ready, permit in permits_of.items() if permit.issuer in stuck}
-        if not stuck or _holds_others(own, held_up, stuck):
-            return False
-        inside = frozenset[Permit]().union(*stuck.values())
-        needed = {ready for other in own.keeps(inside) for ready in held_up.permits[other]}
-        everybody = HeldUp(
-            _waiting_on(loop, stuck)
-        )  # those within no call, too: they may be siblings of those that are
-        ready = everybody.doomed(loop, (ready for ready in reversed(permits_of) if ready in needed))
-        if ready is None:
-            return False
-        permit = permits_of[ready]
-        ready.set_exception(_deadlock_error(permit, own, stuck))
-    ready.exception()  # its task may be cancelled at this moment, and not hear of it
+        return any(_tell_one(loop, part) for part in _parts(waiting))
+
+
+def _is_busy(limiter: Issuer) -> bool:
+    """Tell whether one of the calls inside is certain to be kept by nobody who waits."""
+    return any(not call.keepers() for call in limiter.inside())
+
+
+def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
+    """Return those that may wait for one another, apart from others; in the order in which they came."""
+    groups = _Groups()
+    for call, waits in _held_by(waiting)[1].items():
+        if call.slots:
+            groups.join(call.issuer, (permit.issuer for permit in waits))
+    for limiter in {permit.issuer for permit in waiting}:
+        for call in limiter.inside():
+            groups.join(limiter, (keeper.issuer for keeper in call.keepers() if isinstance(keeper, Permit)))
+    parts: defaultdict[Issuer, list[Permit]] = defaultdict(list)
+    for permit in waiting:
+        parts[groups.of(permit.issuer)].append(permit)
+    return parts.values()
+
+
+def _tell_one(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
+    """Tell one of these if they wait for themselves."""
+    scope = waiting[-1].scope
+    waits = [permit for permit in waiting if lasts(permit, scope)]
+    for _ in range(_CANDIDATES):
+        own, by = _held_by(waits)
+        stuck = Proof(own, scope=scope, loop=loop, by=by).stuck({permit.issuer for permit in waits})
+        left = [permit for permit in waits if permit.issuer in stuck]
+        if len(left) == len(waits):
+            break
+        waits = left
+    else:
+        return False
+    if not stuck or _holds_others(own, by, stuck) or (permit := _whom_to_tell(loop, waits, own, by, stuck)) is None:
+        return False
+    permit.ready.set_exception(_deadlock_error(permit, own, stuck))
+    permit.ready.exception()  # its task may be cancelled at this moment, and not hear of it
     permit.issuer.count_rejected()
     return True
+
+
+def _held_by(waits: Iterable[Permit]) -> tuple[Held, By]:
+    """Return what can't go on before these waits in tasks end, and some of them that keep each of it."""
+    permits_of = {permit.ready: permit for permit in waits}
+    kept = HeldUp(permits_of).permits
+    return Held.of(kept), {other: [permits_of[future] for future in futures] for other, futures in kept.items()}
+
+
+def _whom_to_tell(loop: AbstractEventLoop, waits: list[Permit], own: Held, by: By, stuck: Stuck) -> Permit | None:
+    """Return one that nothing will let in, and by whose error others go on; None if there is none."""
+    inside = frozenset[Permit]().union(*stuck.values())
+    needed = {permit for other in own.keeps(inside) for permit in by[other]}
+    left = {permit.ready: permit for permit in reversed(waits) if permit in needed}
+    everybody = HeldUp(_waiting_on(loop, stuck))  # those within no call, too: they may be siblings of those that are
+    for _ in range(_CANDIDATES):
+        ready = everybody.doomed(loop, left)
+        if ready is None:
+            break
+        permit = left.pop(ready)
+        if _is_needed(permit, loop, *_held_by(other for other in waits if other is not permit)):
+            return permit
+    return None
+
+
+class _Groups:
+    """Which of some limiters belong together."""
+
+    def __init__(self) -> None:
+        self._of: dict[Issuer, Issuer] = {}
+
+    def of(self, limiter: Issuer) -> Issuer:
+        """Return the one that stands for its group."""
+        while (other := self._of.get(limiter, limiter)) is not limiter:
+            self._of[limiter] = limiter = self._of.get(other, other)
+        return limiter
+
+    def join(self, one: Issuer, others: Iterable[Issuer]) -> None:
+        """Note that these belong together."""
+        for other in others:
+            self._of[self.of(other)] = self.of(one)
 
 
 def _waiting_on(loop: AbstractEventLoop, limiters: Iterable[Issuer]) -> list[asyncio.Future[None]]:
     return [future for limiter in limiters for future in limiter.waiting_on(loop)]
 
 
-def _holds_others(own: Held, held_up: HeldUp, stuck: Stuck) -> bool:
+def _holds_others(own: Held, known: Collection[Permit], stuck: Stuck) -> bool:
     """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
     thread = get_ident()
     return any(
-        permit.in_task and permit.thread == thread and permit not in held_up.permits
+        permit.in_task and permit.thread == thread and permit not in known
         for inside in stuck.values()
         for permit in inside.difference(own.stops(inside))
     )
@@ -172,10 +260,11 @@ def _deadlock_error(permit: Permit, own: Held, stuck: Stuck) -> DeadlockError:
             f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
             "On an event loop, await the async side: ainvoke or acall."
         )
-    if others := [other.title() for other in stuck if other is not limiter]:
+    if others := sorted({other.title() for other in stuck if other is not limiter}):
+        way = " and ".join(others if len(others) <= _NAMED else [*others[:_NAMED], f"{len(others) - _NAMED} others"])
         return DeadlockError(
-            f"{slots} wait, by way of {' and '.join(others)}, for a slot of this very limiter, so none can ever come "
-            "free. Have all calls take slots of these limiters in the same order."
+            f"{slots} wait, by way of {way}, for a slot of this very limiter, so none can ever come free. Have all "
+            "calls take slots of these limiters in the same order."
         )
     return DeadlockError(
         f"{slots} wait for a slot of this very limiter, so none can ever come free. Give the inner function a "

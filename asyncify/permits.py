@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from _thread import get_ident
 from asyncio import AbstractEventLoop, Future
@@ -11,6 +12,7 @@ from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
 from asyncify.clock import Timer
+from asyncify.forks import at_fork
 from asyncify.scopes import CancelScope
 from asyncify.wakeups import Wakeups
 
@@ -21,17 +23,15 @@ __all__ = [
     "Permit",
     "get_innermost",
     "innermost",
+    "keep",
+    "let_go",
     "permits",
     "set_innermost",
-    "wait_within",
 ]
 
 
 class Issuer(Protocol):
     """The limiter that has issued a permit, and that it gives its place back to."""
-
-    kept_by: set[weakref.ref[Any]]
-    """What may keep calls inside from ending: limiters at which some have come to wait within them, and crews."""
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended."""
@@ -65,10 +65,6 @@ class Issuer(Protocol):
         """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
         ...
 
-    def waits(self) -> list[Permit]:
-        """Return those who wait and keep others from ending."""
-        ...
-
     def waiting_on(self, loop: AbstractEventLoop) -> list[Future[None]]:
         """Return what those wait on who wait in tasks of a loop, and without an end."""
         ...
@@ -94,8 +90,8 @@ class Permit:
         "ended",
         "in_task",
         "is_called_off",
-        "is_caller",
         "issuer",
+        "kept_by",
         "outer",
         "queue",
         "ready",
@@ -108,6 +104,7 @@ class Permit:
         "token",
         "told",
         "wakeups",
+        "within",
     )
 
     outer: Permit | None
@@ -118,8 +115,8 @@ class Permit:
 
     token: Token[Permit | None]
 
-    is_caller: bool
-    """There as soon as another call has come to wait within it, or the thread that holds it."""
+    kept_by: set[weakref.ref[Any]]
+    """What may keep it from ending: calls that wait within it, and crews. There as soon as there has been one."""
 
     # Only a call that has to wait has these:
     since: float
@@ -128,6 +125,8 @@ class Permit:
     """Where it waits; None when it does so no longer."""
     blocks: tuple[Any, ...]
     """The calls that can't end before its wait does, and the crews that have it in one of their threads."""
+    within: tuple[Permit, ...] | None
+    """The calls that may be kept by it: these, and those around it. None if nobody has looked yet."""
     scope: CancelScope | None
     """What its wait may be called off with; there if it is within another call, or blocks one."""
     is_called_off: bool
@@ -159,6 +158,7 @@ class Permit:
         self.since = since
         self.ahead = ahead
         self.blocks = ()
+        self.within = None
         self.is_called_off = False
         self.timer = self.ready = self.told = None
         self.queue = queue
@@ -223,6 +223,29 @@ class Permit:
             if not permit.ended:
                 yield permit
             permit = permit.outer
+
+    def keepers(self) -> list[Any]:
+        """Return what may keep it from ending now."""
+        known = [ref() for ref in list(getattr(self, "kept_by", ()))]  # copied in one step
+        return [keeper for keeper in known if keeper is not None and keeper.is_waiting()]
+
+    def is_waiting(self) -> bool:
+        """Tell whether it waits."""
+        return self.queue is not None
+
+    def keeps(self, call: Permit) -> bool:
+        """Tell whether a call can't end before its wait does."""
+        return call in self.blocks
+
+    def wait_within(self, calls: Iterable[Permit]) -> None:
+        """Note, as a wait begins, the calls that may be kept by it."""
+        self.within = tuple(call for call in calls if call.slots)
+        keep(self.within, self)
+
+    def end_wait(self) -> None:
+        """Note that it waits no longer, and so keeps nobody."""
+        within, self.within, self.blocks = self.within, (), ()
+        let_go(within or (), self)
 
     def is_on(self, loops: Collection[Wakeups]) -> bool:
         """Tell whether it waits on one of these loops."""
@@ -307,11 +330,31 @@ def permits() -> Iterator[Permit]:
         yield from permit.around()
 
 
-def wait_within(calls: Iterable[Permit], keeper: Any) -> None:
-    """Note that a call has come to wait within these calls at a limiter, or a thread that holds them for a crew."""
+def keep(calls: Iterable[Permit], keeper: Any) -> None:
+    """Note what may keep these calls from ending."""
+    ref = weakref.ref(keeper)
     for call in calls:
-        call.is_caller = True
-        if call.slots:
-            kept_by = call.issuer.kept_by
-            if weakref.ref(keeper) not in kept_by:
-                kept_by.add(weakref.ref(keeper, kept_by.discard))
+        if not hasattr(call, "kept_by"):
+            nobody: set[weakref.ref[Any]] = set()
+            with _first_keeper:  # another thread may be about to do the same
+                call.kept_by = getattr(call, "kept_by", nobody)
+        call.kept_by.add(ref)
+
+
+def let_go(calls: Iterable[Permit], keeper: Any) -> None:
+    """Note that it keeps these calls no longer."""
+    ref = weakref.ref(keeper)
+    for call in calls:
+        if hasattr(call, "kept_by"):  # else an interrupt came before there was one
+            call.kept_by.discard(ref)
+
+
+_first_keeper = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _first_keeper  # noqa: PLW0603  (another thread may have held it)
+    _first_keeper = threading.Lock()
+
+
+at_fork(after_in_child=_after_fork)

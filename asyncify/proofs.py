@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Collection, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from asyncify.holds import Standstill, loose
 from asyncify.permits import Issuer, Permit
 from asyncify.scopes import CancelScope
 
-__all__ = ["Held", "is_anybody_free", "lasts", "stuck_limiters"]
+__all__ = ["Held", "Proof", "is_anybody_free", "lasts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,11 @@ class Held:
         return any(other.holds_up_loop() for other in (*self.standstills, *self.hands))
 
 
-def is_anybody_free(inside: Collection[Permit], own: Held | None = None) -> bool:
-    """Tell whether one of the calls inside is certain to be stopped by nobody; what follows is slow."""
-    free = (call for call in inside if not hasattr(call, "is_caller"))
+def is_anybody_free(inside: Collection[Permit], own: Held) -> bool:
+    """Tell whether nobody has ever waited within one of the calls inside, nor holds it up; what follows is slow."""
+    free = (call for call in inside if not hasattr(call, "kept_by"))
     some = next(free, None)
-    if some is None or own is None or not own.holds_up_others():
+    if some is None or not own.holds_up_others():
         return some is not None
     return not own.stops_at_most(inside).issuperset((some, *free))
 
@@ -88,13 +89,15 @@ def lasts(permit: Permit, scope: CancelScope | None, stuck: Collection[CancelSco
     return permit.scope is None or permit.scope.is_within(scope, stuck)
 
 
-def stuck_limiters(
-    own: Held, at: Iterable[Issuer], *, scope: CancelScope | None, loop: AbstractEventLoop | None
-) -> dict[Issuer, frozenset[Permit]]:
-    """Return the limiters that nobody can leave, as all inside wait for this wait or for others, and so nobody enters.
+class Proof:
+    """Which limiters nobody can leave and so nobody enter, as all inside wait for this wait or for others.
 
-    That is a largest fixed point: it is supposed that all limiters and crews are stuck and all waits last, and those
-    for which that does not follow from the others are taken out, again and again.
+    That is a largest fixed point. It is supposed that whatever is come across is stuck: a limiter, a wait, a crew. What
+    is found to go on sets free what waits for nothing else, and so on. What is left is stuck indeed.
+
+    - A limiter is stuck if each call inside is kept by something that is, and no place is free.
+    - A wait is, if its limiter is, and nothing calls it off.
+    - A crew is, if what each of its threads waits for is.
 
     No lock is held, so the calls inside are those of a moment, and another moment for each limiter. But nobody waits
     twice with one permit: whoever waits before and after all of these moments has waited throughout, and what waits
@@ -102,79 +105,138 @@ def stuck_limiters(
 
     Args:
         own: what can't go on before this wait ends, which is supposed to last.
-        at: the limiters to begin with. What waits within their calls leads to others.
         scope: what the wait is called off with. Who may be called off alone is no proof.
         loop: the event loop in whose thread this is asked, if one runs there. What the timers of others may end is not
             known, so their tasks are no proof; each loop looks at its own.
-
-    Returns:
-        each of these limiters, with the calls inside it.
+        by: if this is about several waits at once, some of those that keep each of the calls that they hold; it goes
+            on if one of these does.
+        without: a wait that does not count.
     """
-    seen = _Seen(own, at, loop)
-    crews, waits, limiters = seen.crews, seen.waits, seen.limiters
-    while True:
-        crews, waits = _largest(crews, waits, own.hands, scope)
-        blocked: set[Any] = {other for permit in waits for other in permit.blocks}
-        full: dict[Issuer, frozenset[Permit]] = {}
-        for limiter, inside in limiters.items():
-            calls = own.stops(inside).union(blocked.intersection(inside), *(crew.stops(inside) for crew in crews))
-            # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
-            if sum(not call.ended and call not in loose for call in calls) >= max(limiter.places(), len(inside)):
-                full[limiter] = inside
-        lasting = {permit for permit in waits if permit.issuer in full}
-        if len(lasting) == len(waits):
-            return {} if any(permit.gives_up() for permit in waits) else full
-        waits, limiters = lasting, full
 
-
-class _Seen:
-    """What may be stuck, as one leads to the other: limiters, those who wait within their calls, and crews."""
-
-    def __init__(self, own: Held, at: Iterable[Issuer], loop: AbstractEventLoop | None) -> None:
-        self.limiters: dict[Issuer, frozenset[Permit]] = {}
-        self.waits: set[Permit] = set()
-        self.crews: set[Crew] = set()
+    def __init__(
+        self,
+        own: Held,
+        *,
+        scope: CancelScope | None,
+        loop: AbstractEventLoop | None,
+        by: Mapping[Permit, Collection[Permit]] | None = None,
+        without: Permit | None = None,
+    ) -> None:
         self._own = own
+        self._scope = scope
         self._loop = loop
-        chain: list[Any] = [*{*at, *(hand.crew for hand in own.hands)}]
-        known = set(chain)
-        for each in chain:
-            others = set(self._led_to(each)) - known
-            known |= others
-            chain += others
+        self._by = by or {}
+        self._without = without
+        self._crews = crews_of(own.hands) if own.hands else set[Crew]()
+        self._free: set[Any] = set()
+        self._inside: dict[Issuer, frozenset[Permit]] = {}
+        self._waits: list[Permit] = []
+        self._left: Counter[Permit] = Counter()  # by how many a call inside is kept
+        self._keeps: defaultdict[Any, list[Permit]] = defaultdict(list)  # which calls a wait or a crew keeps
+        self._waits_for: defaultdict[Any, list[Any]] = defaultdict(list)  # what goes on as soon as this does
 
-    def _led_to(self, each: Any) -> Iterable[Any]:
-        if isinstance(each, Crew):
-            self.crews.add(each)
-            waits = (hand.waits_for() for hand in each.hands())
-            return [*(hand.crew for hand in each.outer_hands()), *(wait for wait in waits if wait is not None)]
+    def stuck(self, at: Iterable[Issuer]) -> dict[Issuer, frozenset[Permit]]:
+        """Return those of these limiters that are stuck, and those that lead to it, with the calls inside each.
+
+        Nothing, if none of the given ones is.
+        """
+        roots = set(at)
+        known = set[Any]()
+        steps: list[Iterator[Any]] = [iter([*roots, *self._crews])]
+        while steps:
+            if roots <= self._free:
+                return {}
+            each = next(steps[-1], None)
+            if each is None:
+                steps.pop()
+            elif each not in known:
+                known.add(each)
+                steps.append(self._led_to(each))
+        self._check_waits()
+        if roots <= self._free:
+            return {}
+        return {limiter: inside for limiter, inside in self._inside.items() if limiter not in self._free}
+
+    def _led_to(self, each: Any) -> Iterator[Any]:
+        """Yield what this can be stuck by, as far as it is not found to go on."""
         if isinstance(each, Permit):
-            if each.gives_up() or (each.in_task and not each.is_of(self._loop)):
-                return ()
-            self.waits.add(each)
-            return [each.issuer, *(other for other in each.blocks if isinstance(other, Crew))]
-        inside = each.inside()
-        if is_anybody_free(inside, self._own):
-            return ()
-        self.limiters[each] = inside
-        kept_by = (known() for known in list(each.kept_by))
-        return [*each.waits(), *(keeper for keeper in kept_by if keeper is not None)]
+            return self._from_wait(each)
+        return self._from_crew(each) if isinstance(each, Crew) else self._from_limiter(each)
 
+    def _from_limiter(self, limiter: Issuer) -> Iterator[Any]:
+        self._inside[limiter] = inside = limiter.inside()
+        stopped = self._own.stops(inside)
+        # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
+        if len(inside) < limiter.places():
+            self._set_free(limiter)
+        for call in inside:
+            if limiter in self._free:
+                return
+            if call.ended or call in loose:
+                self._set_free(limiter)
+            elif call in self._by:
+                for wait in self._by[call]:
+                    yield from self._needs(limiter, wait)
+            elif call not in stopped:
+                yield from self._from_call(call)
 
-def _largest(
-    crews: set[Crew], waiting: set[Permit], stuck: Collection[Hand], scope: CancelScope | None
-) -> tuple[set[Crew], set[Permit]]:
-    """Return the crews that are stuck, if these hands of theirs are, and those whose waits last."""
-    hands = {crew: crew.hands() for crew in crews}
-    while True:
-        scopes = {crew.scope for crew in crews}
-        lasting = {permit for permit in waiting if lasts(permit, scope, scopes)}
-        by = {*lasting, *crews}
-        still = {crew for crew in crews if hands[crew] and all(_is_stuck(hand, stuck, by) for hand in hands[crew])}
-        if len(still) == len(crews) and len(lasting) == len(waiting):
-            return crews, waiting
-        crews, waiting = still, lasting
+    def _from_call(self, call: Permit) -> Iterator[Any]:
+        may_keep = {*call.keepers(), *(crew for crew in self._crews if crew.holds_up_others())} - self._free
+        keepers = [keeper for keeper in may_keep if keeper is not self._without and keeper.keeps(call)]
+        self._left[call] = len(keepers)
+        for keeper in keepers:
+            self._keeps[keeper].append(call)
+        if not keepers:
+            self._set_free(call.issuer)
+        for keeper in keepers:
+            if call.issuer not in self._free:
+                yield keeper
 
+    def _from_wait(self, wait: Permit) -> Iterator[Any]:
+        self._waits.append(wait)
+        if wait.gives_up() or (wait.in_task and not wait.is_of(self._loop)):
+            self._set_free(wait)
+        else:
+            yield from self._needs(wait, wait.issuer)
+            yield from (crew for crew in wait.blocks if isinstance(crew, Crew))  # by its scope it is called off
 
-def _is_stuck(hand: Hand, stuck: Collection[Hand], by: Collection[object]) -> bool:
-    return hand not in loose and (hand in stuck or hand.waits_for() in by)
+    def _from_crew(self, crew: Crew) -> Iterator[Any]:
+        self._crews.add(crew)
+        yield from (hand.crew for hand in crew.outer_hands())
+        hands = crew.hands()
+        if not hands or not loose.isdisjoint(hands):
+            self._set_free(crew)
+        for hand in hands:
+            if hand not in self._own.hands and crew not in self._free:
+                yield from self._needs(crew, hand.waits_for())
+
+    def _needs(self, each: Any, other: Any) -> Iterator[Any]:
+        """Note that this goes on as soon as that other does; which is yielded, to be looked at."""
+        if other is None or other is self._without or other in self._free:
+            self._set_free(each)
+        else:
+            self._waits_for[other].append(each)
+            yield other
+
+    def _set_free(self, each: Any) -> None:
+        """Note that something goes on, and so what is stuck by nothing else."""
+        chain = [each]
+        for other in chain:
+            if other in self._free:
+                continue
+            self._free.add(other)
+            chain += self._waits_for.pop(other, ())
+            for call in self._keeps.pop(other, ()):
+                self._left[call] -= 1
+                if not self._left[call]:
+                    chain.append(call.issuer)
+
+    def _check_waits(self) -> None:
+        """Set free those whose wait is over, or may be called off."""
+        gone: list[Permit] | None = None
+        while gone is None or gone:
+            scopes = {crew.scope for crew in self._crews.difference(self._free)}
+            left = (wait for wait in self._waits if wait not in self._free)
+            gone = [wait for wait in left if wait.gives_up() or not lasts(wait, self._scope, scopes)]
+            for wait in gone:
+                self._set_free(wait)

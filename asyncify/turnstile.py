@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any
 
 from asyncify.adaptive import AdaptiveLimit
 from asyncify.arguments import check_cost, check_positive, shown
@@ -99,7 +98,6 @@ class Turnstile:
         self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
-        self.kept_by: set[weakref.ref[Any]] = set()
         self._timer: Timer | None = None
         self._knows_permits = True  # a permit which looks held is held
 
@@ -249,10 +247,6 @@ class Turnstile:
         limit = self._meter.limits.limit
         return math.inf if limit is None or not self._knows_permits else limit
 
-    def waits(self) -> list[Permit]:
-        """Return those who wait and keep others from ending."""
-        return [permit for permit in list(self._queue) if permit.blocks]  # copied in one step
-
     def waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
         """Return what those wait on who wait in tasks of a loop, and without an end."""
         with self._lock:
@@ -337,7 +331,7 @@ class Turnstile:
     def _let_in(self, permit: Permit, now: float) -> None:
         """Take a waiter that the meter has admitted out of the queue, count it, and wake it."""
         permit.at = now  # before it leaves the queue, as who finds itself outside looks whether it was admitted
-        if permit.slots and not permit.blocks and not self._abandoned:
+        if permit.slots and permit.within is None and not self._abandoned:
             permit.queue = None  # `_dequeue()` of the first, without a call
             self._queue.popleft()
         else:
@@ -376,7 +370,8 @@ class Turnstile:
         if not permit.slots:
             while self._rate_only and self._rate_only[0].queue is None:
                 self._rate_only.popleft()
-        permit.blocks = ()
+        if permit.within is not None:
+            permit.end_wait()
 
     def _close_up(self) -> None:
         """Drop the empty places; as they must become most of the queue in between, a waiter pays O(1) for it."""

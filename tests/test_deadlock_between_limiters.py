@@ -4,14 +4,18 @@ import asyncio
 import contextvars
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, deadlocks, dual
+from asyncify.permits import Permit
+from asyncify.proofs import Proof
 from tests.at_once import are_looked_at, is_free, limited
 from tests.waiting import SAFETY_NET, until, wait_until
 
@@ -35,7 +39,7 @@ def ends_in_threads(*works: Callable[[], Any]) -> list[Any]:
     def run(at: int, work: Callable[[], Any]) -> None:
         try:
             ends[at] = contextvars.Context().run(work)
-        except Exception as error:  # noqa: BLE001  (it is looked at)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (it is looked at)
             ends[at] = error
 
     threads = [threading.Thread(target=run, args=each, daemon=True) for each in enumerate(works)]
@@ -238,7 +242,6 @@ class TestInThreads:
         gc.collect()
 
         assert known() is None
-        assert not left.kept_by
 
 
 class TestInTasks:
@@ -444,7 +447,163 @@ class TestInTasks:
         gc.collect()
 
         assert known() is None
-        assert not left.kept_by
+
+
+def test_who_comes_before_others_have_looked_is_not_told_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for who waits for itself, and gets in when that is told."""
+    limiter, elsewhere = two()
+    looks, has_noted = deadlocks._stuck_by, threading.Event()
+
+    def look_late(permit: Permit, *args: Any) -> Any:
+        if permit.outer is not None and permit.outer.issuer is limiter:
+            has_noted.set()
+            time.sleep(0.2)
+        return looks(permit, *args)
+
+    monkeypatch.setattr(deadlocks, "_stuck_by", look_late)
+
+    def nest() -> None:
+        with limiter, limiter:
+            pass
+
+    def besides() -> str:
+        with elsewhere:
+            has_noted.wait(SAFETY_NET)
+            with limiter:
+                return "in"
+
+    end, end_besides = ends_in_threads(nest, besides)
+
+    assert isinstance(end, DeadlockError)
+    assert end_besides == "in"
+
+
+def test_of_two_that_look_at_once_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other finds that this one does not wait any more."""
+    left, right = two()
+    inside, looking = threading.Barrier(2), threading.Barrier(2)
+    proof = deadlocks._proof
+
+    def look_together(*args: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):  # one of them looks alone, as it has to
+            looking.wait(0.3)
+        return proof(*args)
+
+    monkeypatch.setattr(deadlocks, "is_anybody_free", lambda *_: False)
+    monkeypatch.setattr(deadlocks, "_proof", look_together)
+    nest = TestInThreads().nest
+
+    assert len(told(ends_in_threads(partial(nest, left, right, inside), partial(nest, right, left, inside)))) == 1
+
+
+@pytest.mark.parametrize("is_one_of_them", [True, False])
+def test_a_wait_that_is_called_off_during_a_look(monkeypatch: pytest.MonkeyPatch, *, is_one_of_them: bool) -> None:
+    """It is no proof any more; and of no matter if it was none."""
+    left, right, elsewhere = *two(), Limiter(limit=1)
+    inside = threading.Barrier(2)
+    may_look = threading.Event()
+    others: list[Permit] = []
+    places = Limiter.places
+
+    def call_off_late(limiter: Limiter) -> float:
+        if limiter is left and threading.current_thread().name == "last":
+            for wait in others:
+                wait.call_off()
+        return places(limiter)
+
+    def last() -> str:
+        with right:
+            inside.wait(SAFETY_NET)
+            may_look.wait(SAFETY_NET)
+            threading.current_thread().name = "last"
+            with left:
+                return "in"
+
+    def besides() -> None:
+        wait_until(lambda: are_looked_at(right, 1))
+        with elsewhere:
+            threading.Thread(target=note, daemon=True).start()
+            with left:
+                pass
+
+    def note() -> None:
+        wait_until(lambda: are_looked_at(left, 1))
+        others.extend((right if is_one_of_them else left)._queue)
+        may_look.set()
+
+    monkeypatch.setattr(Limiter, "places", call_off_late)
+    ends = ends_in_threads(partial(TestInThreads().nest, left, right, inside), last, besides)
+
+    assert isinstance(ends[1], DeadlockError) != is_one_of_them
+    assert ends[0] == "in" or is_one_of_them
+
+
+@pytest.mark.parametrize("what", ["ends", "waits elsewhere", "ends in a batch of a batch"])
+def test_an_item_of_a_batch_whose_siblings_can_not_call_it_off_any_more_is_told(what: str) -> None:
+    """When the last of them ends, or comes to wait."""
+    left, right, elsewhere = *two(), Limiter(limit=1)
+    is_in_left, is_in_right = threading.Event(), threading.Event()
+
+    def item(value: int) -> str:
+        if value:
+            with left:
+                is_in_left.set()
+                is_in_right.wait(SAFETY_NET)
+                with right:
+                    return "in"
+        if what == "waits elsewhere":
+            is_in_right.wait(SAFETY_NET)
+            with elsewhere:
+                return "in"
+        wait_until(lambda: are_looked_at(left, 1))
+        time.sleep(0.05)
+        return "in"
+
+    def batch() -> str:
+        if what == "ends in a batch of a batch":
+            return str(Dual(lambda value: Dual(item).batch([1, 0])[0] if value else "in").batch([1, 0])[0])
+        return str(Dual(item).batch([1, 0])[0])
+
+    def besides() -> str:
+        with elsewhere if what == "waits elsewhere" else nullcontext(), right:
+            is_in_right.set()
+            is_in_left.wait(SAFETY_NET)
+            wait_until(lambda: are_looked_at(right, 1))
+            if what == "waits elsewhere":
+                wait_until(lambda: are_looked_at(elsewhere, 1))
+            with left:
+                return "in"
+
+    assert len(told(ends_in_threads(batch, besides))) == 1
+
+
+def test_a_wait_looks_no_further_than_to_the_first_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait where it does, each within a call elsewhere."""
+    outer, middle, inner = Limiter(limit=99), Limiter(limit=9), Limiter(limit=1)
+    looks: list[Permit] = []
+    from_wait = Proof._from_wait
+
+    def look(proof: Proof, wait: Permit) -> Any:
+        looks.append(wait)
+        return from_wait(proof, wait)
+
+    monkeypatch.setattr(Proof, "_from_wait", look)
+    permit = inner.enter()
+    permit.step_out()
+
+    def nest(*limiters: Limiter) -> str:
+        with ExitStack() as stack:
+            for limiter in limiters:
+                stack.enter_context(limiter)
+        return "in"
+
+    def let_in() -> str:
+        wait_until(lambda: middle.stats().waiting == 50)
+        permit.end()
+        return "in"
+
+    assert told(ends_in_threads(let_in, *[partial(nest, outer, middle, inner)] * 59)) == []
+    assert len(looks) <= 59
 
 
 @pytest.mark.parametrize("last", ["thread", "task"])
@@ -518,6 +677,70 @@ async def test_who_waits_for_them_and_keeps_none_of_them_is_not_the_one_that_is_
     assert isinstance(end, DeadlockError)
     assert end_besides == "in"
     assert limiter.stats().rejected == 1
+
+
+async def test_who_holds_something_that_nobody_wants_is_not_told() -> None:
+    """Though it came last, and waits for those who wait for one another."""
+    left, right = two()
+    elsewhere = Limiter(limit=1)
+    barrier = asyncio.Barrier(3)
+
+    async def nest(outer: Limiter, inner: Limiter) -> str:
+        async with outer:
+            await barrier.wait()
+            permits = await asyncio.gather(inner.aenter())
+            permits[0].end()
+        return "in"
+
+    async def besides() -> str:
+        async with elsewhere:
+            await barrier.wait()
+            for _ in range(2):
+                await asyncio.sleep(0)
+            async with left:
+                return "in"
+
+    ends = await ends_of_tasks(partial(nest, left, right), partial(nest, right, left), besides)
+
+    assert len(told(ends)) == 1
+    assert ends[2] == "in"
+
+
+@pytest.mark.parametrize("why", ["a timer", "a thread"])
+async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
+    """Those who wait on the same event loop, and for nobody else, are looked at by themselves."""
+    left, right = two()
+    limiter = Limiter(limit=1)
+
+    async def nest(inner: Limiter) -> None:
+        async with inner:
+            pass
+
+    async def hurry() -> None:
+        async with left:
+            await asyncio.gather(nest(left), asyncio.wait_for(nest(left), SAFETY_NET))
+
+    async def over_a_thread() -> None:
+        async with right:
+            await Dual(lambda _: left.enter().end()).ainvoke(1)
+
+    async def other() -> None:
+        async with left:
+            await until(lambda: left.stats().waiting == 1)
+            await asyncio.gather(nest(right), asyncio.sleep(SAFETY_NET))
+
+    async def call() -> None:
+        async with limiter:
+            await asyncio.gather(nest(limiter), nest(limiter))
+
+    elsewhere = [hurry()] if why == "a timer" else [other(), over_a_thread()]
+    tasks = [asyncio.create_task(work, context=contextvars.Context()) for work in elsewhere]
+    await until(lambda: left.stats().waiting + right.stats().waiting == 2)
+    with pytest.raises(DeadlockError):
+        await asyncio.create_task(call(), context=contextvars.Context())
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,9 @@ class TestMemory:
         waiting = [asyncio.create_task(limiter.aenter(), context=contextvars.Context()) for _ in range(2000)]
         await until(lambda: limiter.stats().waiting == 2000)
         permits = (permit for permit in gc.get_objects() if isinstance(permit, Permit))
-        seen = weakref.WeakSet(permit for permit in permits if permit.issuer is limiter)
+        seen = weakref.WeakSet(
+            permit for permit in permits if getattr(permit, "issuer", None) is limiter
+        )  # of another thread one may be half made
         for task in waiting[1:-1]:
             task.cancel()
         await asyncio.wait(waiting[1:-1])

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +22,6 @@ class Issuer:
         self.given_up: list[Permit] = []
         self.others: list[BaseException | None] = []
         self.called_off: list[Permit] = []
-        self.kept_by: set[weakref.ref[Any]] = set()
 
     def give_back(self, permit: Permit, error: BaseException | None) -> None:
         self.taken.append((permit, error))
@@ -47,9 +45,6 @@ class Issuer:
         raise NotImplementedError
 
     def places(self) -> float:
-        raise NotImplementedError
-
-    def waits(self) -> list[Permit]:
         raise NotImplementedError
 
     def waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:

@@ -18,7 +18,7 @@ from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, deadlocks
 from asyncify.crews import Crew, Hand
 from asyncify.fanout import Threads, gather
 from asyncify.holds import held_by_this_thread
-from asyncify.proofs import Held, stuck_limiters
+from asyncify.proofs import Held, Proof
 from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
 from tests.at_once import are_looked_at, end_of, is_free, limited, one_besides
@@ -502,7 +502,7 @@ def test_calls_at_once_are_looked_at_only_where_their_caller_may_be_waited_for(m
 def test_who_can_be_no_proof_does_not_look_through_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call elsewhere has a slot, so a wait within a call costs the same however many wait."""
     looked: list[Any] = []
-    monkeypatch.setattr(deadlocks, "stuck_limiters", lambda *args, **_: looked.append(args))
+    monkeypatch.setattr(Proof, "_from_wait", lambda *args: looked.append(args))
     limiter = Limiter(limit=2)
     permit = contextvars.Context().run(limiter.enter)
     permit.step_out()
@@ -611,18 +611,18 @@ def test_a_wait_that_is_called_off_as_others_are_looked_at_is_no_proof() -> None
         with limiter:
             is_inside.set()
             wait_until(lambda: limiter.stats().waiting == 1)
-            waiting = limiter._queue[0]
+            waiting, proof = limiter._queue[0], deadlocks._proof
 
-            def call_off_first(*args: Any, **rest: Any) -> Any:
+            def call_off_first(*args: Any) -> Any:
                 with limiter._lock:  # so that it is taken out of the queue only afterwards
                     waiting.call_off()
                 try:
-                    return stuck_limiters(*args, **rest)
+                    return proof(*args)
                 finally:
                     limiter._settle()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(deadlocks, "stuck_limiters", call_off_first)
+                patch.setattr(deadlocks, "_proof", call_off_first)
                 permit = limiter.enter()
             permit.leave()
             return "in"
