@@ -208,6 +208,7 @@ def _whom_to_tell(loop: AbstractEventLoop, waits: list[Permit], own: Held, by: B
         permit = left.pop(ready)
         if _is_needed(permit, loop, *_held_by(other for other in waits if other is not permit)):
             return permit
+        left = dict(reversed(left.items()))  # those that came first are more likely to be needed
     return None
 
 

@@ -706,6 +706,38 @@ async def test_who_holds_something_that_nobody_wants_is_not_told() -> None:
     assert ends[2] == "in"
 
 
+async def test_who_keeps_others_from_ending_and_waits_for_who_waits_for_itself_is_not_told() -> None:
+    """Though it came last: when the other has been told, it gets in, and so do those that it keeps."""
+    left, elsewhere = Limiter(limit=1), Limiter(limit=20)
+    others = [Limiter(limit=1) for _ in range(20)]
+
+    async def nest(inner: Limiter) -> str:
+        async with inner:
+            return "in"
+
+    async def call() -> str:
+        async with left:
+            go_on = until(lambda: left.stats().waiting == 22 and all(other.stats().waiting for other in others))
+            await asyncio.gather(nest(left), nest(left), go_on)
+        return "in"
+
+    async def keep_others(right: Limiter) -> str:
+        async with right:
+            await until(lambda: left.stats().waiting >= 2 and right.stats().waiting == 1)
+            (end,) = await asyncio.gather(nest(left))
+            return end
+
+    async def besides(right: Limiter) -> str:
+        async with elsewhere:
+            return await nest(right)
+
+    works = [partial(work, other) for other in others for work in (keep_others, besides)]
+    ends = await ends_of_tasks(call, *works)
+
+    assert len(told(ends)) == 1
+    assert isinstance(ends[0], DeadlockError)
+
+
 @pytest.mark.parametrize("why", ["a timer", "a thread"])
 async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
     """Those who wait on the same event loop, and for nobody else, are looked at by themselves."""
