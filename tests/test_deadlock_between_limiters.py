@@ -481,16 +481,16 @@ def test_who_comes_before_others_have_looked_is_not_told_in_their_place(monkeypa
 def test_of_two_that_look_at_once_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other finds that this one does not wait any more."""
     left, right = two()
-    inside, looking = threading.Barrier(2), threading.Barrier(2)
-    proof = deadlocks._proof
+    inside, both_wait, looking = (threading.Barrier(2) for _ in range(3))
+    is_needed = deadlocks._is_needed
 
-    def look_together(*args: Any) -> Any:
+    def look_together(*args: Any) -> bool:
         with suppress(threading.BrokenBarrierError):  # one of them looks alone, as it has to
             looking.wait(0.3)
-        return proof(*args)
+        return is_needed(*args)
 
-    monkeypatch.setattr(deadlocks, "is_anybody_free", lambda *_: False)
-    monkeypatch.setattr(deadlocks, "_proof", look_together)
+    monkeypatch.setattr(deadlocks, "is_anybody_free", lambda *_: both_wait.wait(SAFETY_NET) < 0)
+    monkeypatch.setattr(deadlocks, "_is_needed", look_together)
     nest = TestInThreads().nest
 
     assert len(told(ends_in_threads(partial(nest, left, right, inside), partial(nest, right, left, inside)))) == 1
@@ -750,7 +750,7 @@ async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
 
     async def hurry() -> None:
         async with left:
-            await asyncio.gather(nest(left), asyncio.wait_for(nest(left), SAFETY_NET))
+            await asyncio.gather(nest(left), asyncio.wait_for(nest(left), 2 * SAFETY_NET))
 
     async def over_a_thread() -> None:
         async with right:
@@ -759,7 +759,7 @@ async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
     async def other() -> None:
         async with left:
             await until(lambda: left.stats().waiting == 1)
-            await asyncio.gather(nest(right), asyncio.sleep(SAFETY_NET))
+            await nest(right)
 
     async def call() -> None:
         async with limiter:
@@ -768,8 +768,10 @@ async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
     elsewhere = [hurry()] if why == "a timer" else [other(), over_a_thread()]
     tasks = [asyncio.create_task(work, context=contextvars.Context()) for work in elsewhere]
     await until(lambda: left.stats().waiting + right.stats().waiting == 2)
-    with pytest.raises(DeadlockError):
-        await asyncio.create_task(call(), context=contextvars.Context())
+    told_one = asyncio.create_task(call(), context=contextvars.Context())
+    await asyncio.wait([told_one], timeout=SAFETY_NET)
+
+    assert isinstance(told_one.exception(), DeadlockError)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
