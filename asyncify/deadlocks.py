@@ -88,18 +88,14 @@ def look_at(crew: Crew) -> None:
 
     Who waits in a task is looked at by its event loop.
     """
-    waits = sorted(crew.waits(), key=lambda permit: permit.since, reverse=True)
-    for permit in waits[:_CANDIDATES]:
-        own = Held.by(permit)
-        if not own or permit.in_task:
-            continue
-        if not _proof(permit, own, None):
-            return  # nor can the others be stuck
-        if stuck := _stuck_by(permit, own, None):
-            permit.told = _deadlock_error(permit, own, stuck)
-            permit.issuer.count_rejected()
-            permit.call_off()
-            return
+    if not (waits := crew.waits()):
+        return
+    last = max(waits, key=lambda permit: permit.since)
+    own = Held.by(last)
+    if own and not last.in_task and (stuck := _stuck_by(last, own, None)):
+        last.told = _deadlock_error(last, own, stuck)
+        last.issuer.count_rejected()
+        last.call_off()
 
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:

@@ -503,11 +503,13 @@ def test_a_wait_that_is_called_off_during_a_look(monkeypatch: pytest.MonkeyPatch
     inside = threading.Barrier(2)
     may_look = threading.Event()
     others: list[Permit] = []
+    looks: list[Limiter] = []
     places = Limiter.places
 
     def call_off_late(limiter: Limiter) -> float:
-        if limiter is left and threading.current_thread().name == "last":
-            for wait in others:
+        if limiter is right and threading.current_thread().name == "last":
+            looks.append(limiter)
+            for wait in others if len(looks) == 2 else ():  # in the look that counts, when they have been seen
                 wait.call_off()
         return places(limiter)
 
@@ -677,6 +679,37 @@ async def test_who_waits_for_them_and_keeps_none_of_them_is_not_the_one_that_is_
     assert isinstance(end, DeadlockError)
     assert end_besides == "in"
     assert limiter.stats().rejected == 1
+
+
+@pytest.mark.parametrize("how", ["by itself", "in a batch"])
+def test_a_call_keeps_nothing_of_what_has_waited_within_it(how: str) -> None:
+    """However often that was."""
+    left, right = two()
+    permits: list[Permit] = []
+
+    def wait(_: object) -> None:
+        with right:
+            pass
+
+    def nest() -> str:
+        with left as permit:
+            permits.append(permit)
+            if how == "by itself":
+                wait(None)
+            else:
+                Dual(wait).batch([1, 2])
+            return "in"
+
+    def let_in() -> str:
+        wait_until(lambda: right.stats().waiting == (1 if how == "by itself" else 2))
+        elsewhere.end()
+        return "in"
+
+    elsewhere = right.enter()
+    elsewhere.step_out()
+
+    assert told(ends_in_threads(nest, let_in)) == []
+    assert permits[0].kept_by == set()
 
 
 async def test_who_holds_something_that_nobody_wants_is_not_told() -> None:
