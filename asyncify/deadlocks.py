@@ -42,7 +42,7 @@ _NAMED = 5
 """Limiters that an error names beside its own, if there are more."""
 
 _MANY = 10_000
-"""More than these are not looked at: it would hold the event loop for over a tenth of a second."""
+"""More than these are not looked at: it would hold the event loop for tenths of a second."""
 
 _lookouts: weakref.WeakKeyDictionary[AbstractEventLoop, Lookout] = weakref.WeakKeyDictionary()
 
@@ -150,11 +150,14 @@ def _is_busy(limiter: Issuer) -> bool:
 
 def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
     """Return those that may wait for one another, apart from others; in the order in which they came."""
+    limiters = {permit.issuer for permit in waiting}
+    if len(limiters) == 1:
+        return [waiting]
     groups = _Groups()
     for call, waits in _held_by(waiting)[1].items():
         if call.slots:
             groups.join(call.issuer, (permit.issuer for permit in waits))
-    for limiter in {permit.issuer for permit in waiting}:
+    for limiter in limiters:
         for call in limiter.inside():
             groups.join(limiter, (keeper.issuer for keeper in call.keepers() if isinstance(keeper, Permit)))
     parts: defaultdict[Issuer, list[Permit]] = defaultdict(list)
