@@ -33,10 +33,8 @@ By = Mapping[Permit, Collection[Permit]]
 # One looks at a time, and who is told counts as called off: so only one of those is told who wait for one another.
 _looking = threading.RLock()
 
-_NOTHING = Held(set(), [], [])
-
-_CANDIDATES = 10
-"""Of so many it is asked whether they are to be told, and so often it is begun anew without those that may go on."""
+_ROUNDS = 10
+"""So often it is begun anew without those that may go on."""
 
 _NAMED = 5
 """Limiters that an error names beside its own, if there are more."""
@@ -100,37 +98,37 @@ def look_at(crew: Crew) -> None:
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:
     """Return the limiters that are stuck by this wait, if it can never end; it is taken for called off then."""
-    if is_anybody_free(permit.issuer.inside(), own) or not _proof(permit, own, loop):
+    limiter = permit.issuer
+    if is_anybody_free(limiter.inside(), own) or not Proof(own, [limiter], scope=permit.scope, loop=loop).stuck:
         return None
     with _looking:
-        stuck = _proof(permit, own, loop)
-        is_certain = stuck and not permit.gives_up() and not _may_go_on(permit, own, stuck)
-        if not is_certain or not _is_needed(permit, loop, _NOTHING, {}):
+        proof = Proof(own, [limiter], scope=permit.scope, loop=loop)
+        is_certain = proof.stuck and not permit.gives_up() and not _may_go_on(permit, own, proof)
+        if not is_certain or not _is_needed(permit, loop):
             return None
         permit.is_called_off = True
-        return stuck
+        return proof.stuck
 
 
-def _proof(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck:
-    return Proof(own, scope=permit.scope, loop=loop).stuck([permit.issuer])
-
-
-def _is_needed(permit: Permit, loop: AbstractEventLoop | None, own: Held, by: By) -> bool:
+def _is_needed(permit: Permit, loop: AbstractEventLoop | None) -> bool:
     """Tell whether its limiter would not be stuck if this wait, and so all that ends with it, were over.
 
     Else others wait for one another, and it waits for them: to tell it would set nobody free.
     """
-    return not Proof(own, scope=None, loop=loop, by=by, without=permit).stuck([permit.issuer])
+    return not Proof(Held.of(()), [permit.issuer], scope=None, loop=loop, without=permit).stuck
 
 
-def _may_go_on(permit: Permit, own: Held, stuck: Stuck) -> bool:
+def _may_go_on(permit: Permit, own: Held, proof: Proof) -> bool:
     """Tell whether something may end a call inside, which this task does not keep from ending."""
-    inside = stuck[permit.issuer]
+    inside = proof.stuck[permit.issuer]
     if not permit.in_task or inside <= own.stops(inside):
         return False
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    held_up = HeldUp([task, *_waiting_on(loop, stuck)])
-    return _holds_others(own, held_up.permits, stuck) or held_up.doomed(loop, [task]) is None
+    held_up = HeldUp([task, *_waiting_on(loop, proof.stuck)])
+    if _holds_others(own, held_up.permits, proof.stuck):
+        return True
+    kept = Held.of(held_up.permits).keeps(_all_inside(proof.stuck))
+    return held_up.doomed(loop, [task], kept) is None
 
 
 def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
@@ -166,25 +164,38 @@ def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
     return parts.values()
 
 
-def _tell_one(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
+def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
     """Tell one of these if they wait for themselves."""
-    scope = waiting[-1].scope
-    waits = [permit for permit in waiting if lasts(permit, scope)]
-    for _ in range(_CANDIDATES):
+    scope = waits[-1].scope
+    for _ in range(_ROUNDS):
         own, by = _held_by(waits)
-        stuck = Proof(own, scope=scope, loop=loop, by=by).stuck({permit.issuer for permit in waits})
-        left = [permit for permit in waits if permit.issuer in stuck]
+        proof = Proof(own, {permit.issuer for permit in waits}, scope=scope, loop=loop, by=by)
+        left = [permit for permit in waits if permit.issuer in proof.stuck and lasts(permit, scope, proof.scopes)]
         if len(left) == len(waits):
             break
         waits = left
     else:
         return False
-    if not stuck or _holds_others(own, by, stuck) or (permit := _whom_to_tell(loop, waits, own, by, stuck)) is None:
+    stuck = _smallest(own, by, scope, loop, proof.stuck)
+    if not stuck or _holds_others(own, by, stuck):
+        return False
+    everybody = HeldUp(_waiting_on(loop, proof.stuck))  # also those within no call: they may be siblings of these
+    if (permit := _whom_to_tell(loop, own, by, stuck, everybody)) is None:
         return False
     permit.ready.set_exception(_deadlock_error(permit, own, stuck))
     permit.ready.exception()  # its task may be cancelled at this moment, and not hear of it
     permit.issuer.count_rejected()
     return True
+
+
+def _smallest(own: Held, by: By, scope: CancelScope | None, loop: AbstractEventLoop, stuck: Stuck) -> Stuck:
+    """Return as few of these limiters as are stuck by themselves; the others wait for them."""
+    for limiter in list(stuck):
+        if limiter in stuck:
+            fewer = Proof(own, [limiter], scope=scope, loop=loop, by=by).stuck
+            if 0 < len(fewer) < len(stuck):
+                stuck = fewer
+    return stuck
 
 
 def _held_by(waits: Iterable[Permit]) -> tuple[Held, By]:
@@ -194,21 +205,19 @@ def _held_by(waits: Iterable[Permit]) -> tuple[Held, By]:
     return Held.of(kept), {other: [permits_of[future] for future in futures] for other, futures in kept.items()}
 
 
-def _whom_to_tell(loop: AbstractEventLoop, waits: list[Permit], own: Held, by: By, stuck: Stuck) -> Permit | None:
-    """Return one that nothing will let in, and by whose error others go on; None if there is none."""
-    inside = frozenset[Permit]().union(*stuck.values())
-    needed = {permit for other in own.keeps(inside) for permit in by[other]}
-    left = {permit.ready: permit for permit in reversed(waits) if permit in needed}
-    everybody = HeldUp(_waiting_on(loop, stuck))  # those within no call, too: they may be siblings of those that are
-    for _ in range(_CANDIDATES):
-        ready = everybody.doomed(loop, left)
-        if ready is None:
-            break
-        permit = left.pop(ready)
-        if _is_needed(permit, loop, *_held_by(other for other in waits if other is not permit)):
-            return permit
-        left = dict(reversed(left.items()))  # those that came first are more likely to be needed
-    return None
+def _whom_to_tell(loop: AbstractEventLoop, own: Held, by: By, stuck: Stuck, everybody: HeldUp) -> Permit | None:
+    """Return the last of those by whom these limiters are stuck, if nothing may cancel another of them."""
+    inside = _all_inside(stuck)
+    if not everybody.permits.keys() >= own.permits & inside:
+        return None  # one of them was let in just now
+    permits_of = {permit.ready: permit for call in own.keeps(inside) for permit in by[call] if permit.issuer in stuck}
+    last_first = sorted(permits_of, key=lambda ready: permits_of[ready].since, reverse=True)
+    ready = everybody.doomed(loop, last_first, Held.of(everybody.permits).keeps(inside))
+    return None if ready is None else permits_of[ready]
+
+
+def _all_inside(stuck: Stuck) -> frozenset[Permit]:
+    return frozenset[Permit]().union(*stuck.values())
 
 
 class _Groups:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from asyncio import AbstractEventLoop, Timeout, get_running_loop
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import Context
 from itertools import islice
 from math import inf
@@ -89,6 +89,9 @@ class HeldUp:
         self.permits: dict[Permit, tuple[Any, ...]] = {}
         self._known: dict[int, Any] = {}
         self._takes_along: defaultdict[int, list[Any]] = defaultdict(list)  # by whose cancellation one is cancelled
+        self._above: defaultdict[int, list[Any]] = defaultdict(list)  # who awaits it, by itself or among others
+        self._below: defaultdict[int, list[Any]] = defaultdict(list)  # what it awaits
+        self._holders: dict[Permit, Any] = {}
         self._siblings: list[tuple[int, Any]] = []  # parts of joins that are cancelled if another part fails
         self._open: dict[int, tuple[Join, float, tuple[Any, ...]]] = {}  # joins of which some parts may go on
         self._chain: list[tuple[Any, tuple[Any, ...]]] = [(future, (future,)) for future in futures]
@@ -102,13 +105,13 @@ class HeldUp:
     def _walk(self, start: int) -> None:
         """Go up to what awaits those in the chain, and what awaits that; with what keeps it, if it is stuck."""
         for awaited, keepers in islice(self._chain, start, None):
-            if keepers and isinstance(awaited, Waiter):  # a thread
-                self.permits.update(dict.fromkeys(awaited.held, keepers))
+            if isinstance(awaited, Waiter):  # a thread
+                self._note(awaited, awaited.held, keepers)
             for callback, context in callbacks_of(awaited):
                 waiter, held = waiting_for(awaited, callback, context)
-                if keepers:
-                    self.permits.update(dict.fromkeys(held, keepers))
+                self._note(awaited if waiter is None else waiter, held, keepers)
                 if waiter is not None:
+                    self._put(waiter, awaited)
                     self._takes_along[id(awaited)].append(waiter)
                     self._add(waiter, keepers)
                 elif not held and (join := join_of(callback)) is not None:
@@ -116,6 +119,7 @@ class HeldUp:
 
     def _come_to(self, join: Join, part: Any, keepers: tuple[Any, ...]) -> None:
         key = id(join.whole)
+        self._put(join.whole, part)
         if join.cancels_parts:
             self._takes_along[id(part)].append(join.whole)
         if join.fails_at_once:
@@ -130,35 +134,48 @@ class HeldUp:
             self._open.pop(key, None)
             self._add(join.whole, others)
 
+    def _note(self, holder: Any, held: Iterable[Permit], keepers: tuple[Any, ...]) -> None:
+        for permit in held if keepers else ():
+            self.permits[permit] = keepers
+            self._holders[permit] = holder
+
+    def _put(self, above: Any, below: Any) -> None:
+        self._above[id(below)].append(above)
+        self._below[id(above)].append(below)
+
     def _add(self, waiter: Any, keepers: tuple[Any, ...]) -> None:
         if id(waiter) not in self._known:
             self._known[id(waiter)] = waiter
             self._chain.append((waiter, keepers))
 
-    def doomed(self, loop: AbstractEventLoop, futures: Iterable[Any]) -> Any:
+    def doomed(self, loop: AbstractEventLoop, futures: Iterable[Any], calls: Iterable[Permit]) -> Any:
         """Return the first of these futures that nothing will set, None if that is certain of none.
 
-        One may be set, in the end, if a timer of the loop cancels another wait, or a sibling of one fails; but not if
-        its own wait is cancelled with that. If there are some whose own wait no timer cancels, it is one of those.
+        One may be set, in the end, if a timer of the loop or the failure of a sibling ends one of these calls, or a
+        wait that keeps one; but not if its own wait is cancelled with that. If there are some whose own wait no timer
+        cancels, it is one of those.
         """
         timers = _timers(loop)
         if timers is None:
             return None  # another kind of loop, which shows none
-        taken = {future: self._taken_along(future) | {id(future)} for future in islice(futures, _CANDIDATES)}
+        taken = {future: _reached(self._takes_along, [future]) for future in islice(futures, _CANDIDATES)}
         candidates = [future for future in taken if timers.isdisjoint(taken[future])] or taken
         siblings = {id(part) for key, part in self._siblings if key in self._open}
-        may_be_cancelled = siblings | (timers & self._known.keys())
-        return next((future for future in candidates if may_be_cancelled <= taken[future]), None)
+        kept = _reached(self._below, (self._holders[call] for call in calls))
+        may_be_cancelled = (siblings | timers) & _reached(self._above, [*kept.values(), *taken]).keys()
+        return next((future for future in candidates if may_be_cancelled <= taken[future].keys()), None)
 
-    def _taken_along(self, future: Any) -> set[int]:
-        """Return those with which the wait for this future is cancelled."""
-        chain, found = [future], set[int]()
-        for taken in chain:
-            for waiter in self._takes_along[id(taken)]:
-                if id(waiter) not in found:
-                    found.add(id(waiter))
-                    chain.append(waiter)
-        return found
+
+def _reached(edges: Mapping[int, list[Any]], start: Iterable[Any]) -> dict[int, Any]:
+    """Return all that these lead to, and themselves, by their ids."""
+    chain = list(start)
+    found = {id(each): each for each in chain}
+    for each in chain:
+        for other in edges.get(id(each), ()):
+            if id(other) not in found:
+                found[id(other)] = other
+                chain.append(other)
+    return found
 
 
 def _timers(loop: AbstractEventLoop) -> set[int] | None:

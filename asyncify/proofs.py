@@ -51,8 +51,10 @@ class Held:
         return bool(self.permits or self.standstills or self.hands)
 
     def keeps(self, inside: Collection[Permit]) -> tuple[Permit, ...]:
-        """Return all of it by which it may keep these calls from ending."""
-        return (*self.permits.intersection(inside), *self.standstills, *self.hands)
+        """Return all of it that keeps some of these calls from ending, or may do so with other threads."""
+        standstills = (standstill for standstill in self.standstills if standstill.among(inside))
+        hands = (hand for hand in self.hands if any(crew.stops(inside) for crew in crews_of([hand])))
+        return (*self.permits.intersection(inside), *standstills, *hands)
 
     def blocks(self) -> tuple[Permit | Crew, ...]:
         """Return what is kept from ending for as long as the wait lasts; what a standstill stops may end before."""
@@ -103,19 +105,28 @@ class Proof:
     twice with one permit: whoever waits before and after all of these moments has waited throughout, and what waits
     for that has stayed inside.
 
+    The same holds of a crew, whose caller is asked again what it holds.
+
     Args:
         own: what can't go on before this wait ends, which is supposed to last.
+        at: the limiters that are asked about.
         scope: what the wait is called off with. Who may be called off alone is no proof.
         loop: the event loop in whose thread this is asked, if one runs there. What the timers of others may end is not
             known, so their tasks are no proof; each loop looks at its own.
         by: if this is about several waits at once, some of those that keep each of the calls that they hold; it goes
             on if one of these does.
         without: a wait that does not count.
+
+    Attributes:
+        stuck: those of these limiters that are stuck, and those that lead to it, with the calls inside each; none, if
+            none of the given ones is.
+        scopes: those of the crews that are stuck.
     """
 
     def __init__(
         self,
         own: Held,
+        at: Iterable[Issuer],
         *,
         scope: CancelScope | None,
         loop: AbstractEventLoop | None,
@@ -135,27 +146,23 @@ class Proof:
         self._keeps: defaultdict[Any, list[Permit]] = defaultdict(list)  # which calls a wait or a crew keeps
         self._waits_for: defaultdict[Any, list[Any]] = defaultdict(list)  # what goes on as soon as this does
 
-    def stuck(self, at: Iterable[Issuer]) -> dict[Issuer, frozenset[Permit]]:
-        """Return those of these limiters that are stuck, and those that lead to it, with the calls inside each.
+        self._walk(roots := set(at))
+        self._look_again()
+        inside = {} if roots <= self._free else self._inside
+        self.stuck = {limiter: calls for limiter, calls in inside.items() if limiter not in self._free}
+        self.scopes = {crew.scope for crew in self._crews.difference(self._free)}
 
-        Nothing, if none of the given ones is.
-        """
-        roots = set(at)
+    def _walk(self, roots: set[Issuer]) -> None:
+        """Go wherever these limiters may be stuck, until all of them are found to be free."""
         known = set[Any]()
         steps: list[Iterator[Any]] = [iter([*roots, *self._crews])]
-        while steps:
-            if roots <= self._free:
-                return {}
+        while steps and not roots <= self._free:
             each = next(steps[-1], None)
             if each is None:
                 steps.pop()
             elif each not in known:
                 known.add(each)
                 steps.append(self._led_to(each))
-        self._check_waits()
-        if roots <= self._free:
-            return {}
-        return {limiter: inside for limiter, inside in self._inside.items() if limiter not in self._free}
 
     def _led_to(self, each: Any) -> Iterator[Any]:
         """Yield what this can be stuck by, as far as it is not found to go on."""
@@ -231,8 +238,11 @@ class Proof:
                 if not self._left[call]:
                     chain.append(call.issuer)
 
-    def _check_waits(self) -> None:
-        """Set free those whose wait is over, or may be called off."""
+    def _look_again(self) -> None:
+        """Set free what does not last: crews whose callers have gone on, waits that are over or may be called off."""
+        for crew in self._crews.difference(self._free):
+            if not all(crew.keeps(call) for call in self._keeps.get(crew, ())):
+                self._set_free(crew)
         gone: list[Permit] | None = None
         while gone is None or gone:
             scopes = {crew.scope for crew in self._crews.difference(self._free)}

@@ -771,6 +771,50 @@ async def test_who_keeps_others_from_ending_and_waits_for_who_waits_for_itself_i
     assert isinstance(ends[0], DeadlockError)
 
 
+async def test_who_may_be_cancelled_and_only_waits_for_who_waits_for_itself_hides_nobody() -> None:
+    """Its sibling may fail, and so end its wait, which keeps nobody."""
+    limiter = Limiter(limit=1)
+
+    async def nest() -> None:
+        async with limiter:
+            pass
+
+    async def call() -> None:
+        async with limiter:
+            await until(lambda: limiter.stats().waiting == 1)
+            await asyncio.gather(nest(), nest())
+
+    async def besides(value: int) -> None:
+        await (nest() if value else asyncio.sleep(2 * SAFETY_NET))
+
+    works = [call(), Dual(besides).abatch([0, 1])]
+    tasks = [asyncio.create_task(work, context=contextvars.Context()) for work in works]
+    await asyncio.wait(tasks[:1], timeout=SAFETY_NET)
+
+    assert isinstance(tasks[0].exception(), DeadlockError)
+    tasks[1].cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_one_of_many_at_once_that_may_be_cancelled_is_no_proof_of_all() -> None:
+    """Though only some of them are known to keep their caller."""
+    limiter = Limiter(limit=1)
+
+    async def nest() -> None:
+        async with limiter:
+            pass
+
+    async def hurry() -> None:
+        async with asyncio.timeout(0.3):
+            await nest()
+
+    async def call() -> None:
+        async with limiter:
+            await asyncio.gather(hurry(), *(nest() for _ in range(12)))
+
+    assert [type(end) for end in await ends_of_tasks(call)] == [TimeoutError]
+
+
 @pytest.mark.parametrize("why", ["a timer", "a thread"])
 async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
     """Those who wait on the same event loop, and for nobody else, are looked at by themselves."""

@@ -163,6 +163,7 @@ async def _held_up(future: Any) -> tuple[HeldUp, "asyncio.Task[Any]"]:
 
 
 async def _await(future: Any) -> Any:
+    Permit(cast("Any", None), 1, 1).begin()  # a call, of which it is asked who may end it
     return await future
 
 
@@ -172,16 +173,16 @@ async def test_a_timer_that_ends_a_wait_lets_it_go_on() -> None:
     future, other = loop.create_future(), loop.create_future()
     held_up, task = await _held_up(future)
 
-    assert held_up.doomed(loop, [other]) is other
+    assert held_up.doomed(loop, [other], held_up.permits) is other
 
     loop.call_later(30, other.cancel).cancel()
     handle = loop.call_later(30, task.cancel)
 
-    assert held_up.doomed(loop, [other]) is None
+    assert held_up.doomed(loop, [other], held_up.permits) is None
 
     handle.cancel()
 
-    assert held_up.doomed(loop, [other]) is other
+    assert held_up.doomed(loop, [other], held_up.permits) is other
 
     future.set_result(None)
     await task
@@ -194,7 +195,7 @@ async def test_a_timer_that_ends_the_wait_for_a_future_with_it_does_not_count() 
     held_up, task = await _held_up(future)
     handle = loop.call_later(30, task.cancel)
 
-    assert held_up.doomed(loop, [future]) is future
+    assert held_up.doomed(loop, [future], held_up.permits) is future
 
     handle.cancel()
     future.set_result(None)
@@ -208,7 +209,7 @@ async def test_a_timer_that_is_due_counts_too() -> None:
     held_up, task = await _held_up(future)
     loop.call_soon(task.cancel)
 
-    assert held_up.doomed(loop, [other]) is None
+    assert held_up.doomed(loop, [other], held_up.permits) is None
 
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -219,7 +220,7 @@ async def test_on_a_loop_that_shows_no_timers_anything_may_go_on() -> None:
     future = asyncio.get_running_loop().create_future()
     held_up, task = await _held_up(future)
 
-    assert held_up.doomed(cast("asyncio.AbstractEventLoop", _Loop()), [future]) is None
+    assert held_up.doomed(cast("asyncio.AbstractEventLoop", _Loop()), [future], held_up.permits) is None
 
     future.set_result(None)
     await task

@@ -146,7 +146,7 @@ def test_a_proof_finds_what_is_stuck(world: World) -> None:
         slow = slow_proof(world, without)
         for limit in cast("list[Any]", world.limits):
             own = Held({*world.own}, [], [])
-            found = Proof(own, scope=None, loop=None, by=world.by, without=without).stuck([limit])
+            found = Proof(own, [limit], scope=None, loop=None, by=world.by, without=without).stuck
 
             assert (limit in found) == (limit in slow)
             assert slow.issuperset(found)

@@ -611,18 +611,18 @@ def test_a_wait_that_is_called_off_as_others_are_looked_at_is_no_proof() -> None
         with limiter:
             is_inside.set()
             wait_until(lambda: limiter.stats().waiting == 1)
-            waiting, proof = limiter._queue[0], deadlocks._proof
+            waiting = limiter._queue[0]
 
-            def call_off_first(*args: Any) -> Any:
+            def call_off_first(*args: Any, **rest: Any) -> Any:
                 with limiter._lock:  # so that it is taken out of the queue only afterwards
                     waiting.call_off()
                 try:
-                    return proof(*args)
+                    return Proof(*args, **rest)
                 finally:
                     limiter._settle()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(deadlocks, "_proof", call_off_first)
+                patch.setattr(deadlocks, "Proof", call_off_first)
                 permit = limiter.enter()
             permit.leave()
             return "in"
