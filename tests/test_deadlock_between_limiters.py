@@ -6,14 +6,16 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, deadlocks, dual
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, deadlocks, dual, each
+from asyncify.crews import Hand
+from asyncify.fanout import Threads
 from asyncify.permits import Permit
 from asyncify.proofs import Proof
 from tests.at_once import are_looked_at, is_free, limited
@@ -813,6 +815,59 @@ async def test_one_of_many_at_once_that_may_be_cancelled_is_no_proof_of_all() ->
             await asyncio.gather(hurry(), *(nest() for _ in range(12)))
 
     assert [type(end) for end in await ends_of_tasks(call)] == [TimeoutError]
+
+
+def test_a_crew_whose_caller_goes_on_during_a_look_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has left the call that it was seen in, though it waits again by the time that its threads are looked at."""
+    left, right, elsewhere = *two(), Limiter(limit=1)
+    may_end, is_out = threading.Event(), threading.Event()
+    hands, look = Threads.hands, deadlocks._look
+    looks_in: list[int] = []
+
+    def item(value: int) -> str:
+        may_end.wait(SAFETY_NET)
+        with right if value else nullcontext():
+            return "in"
+
+    def look_late(fan: Threads) -> Collection[Hand]:
+        if threading.get_ident() in looks_in and not may_end.is_set():
+            may_end.set()
+            is_out.wait(SAFETY_NET)
+            wait_until(lambda: right.stats().waiting == 1 and fan.is_waiting())
+        return hands(fan)
+
+    def note_look(*args: Any) -> bool:
+        looks_in.append(threading.get_ident())
+        try:
+            return look(*args)
+        finally:
+            looks_in.clear()
+
+    def read() -> str:
+        results = each(Dual(item), [0, 1])
+        with left:
+            next(results)
+        with elsewhere:  # so that it holds something as it reads on
+            is_out.set()
+            return str(next(results))
+
+    def ahead() -> str:
+        wait_until(lambda: left.stats().in_flight == 1)
+        with left:
+            time.sleep(0.2)
+            return "in"
+
+    async def besides() -> str:
+        async with right:
+            await until(lambda: left.stats().waiting == 1)
+            async with left:
+                return "in"
+
+    monkeypatch.setattr(Threads, "hands", look_late)
+    monkeypatch.setattr(deadlocks, "_look", note_look)
+
+    assert told(ends_in_threads(read, ahead, lambda: asyncio.run(besides()))) == []
+    assert may_end.is_set()
 
 
 @pytest.mark.parametrize("why", ["a timer", "a thread"])
