@@ -149,8 +149,10 @@ class Proof:
         self._walk(roots := set(at))
         self._look_again()
         inside = {} if roots <= self._free else self._inside
-        self.stuck = {limiter: calls for limiter, calls in inside.items() if limiter not in self._free}
-        self.scopes = {crew.scope for crew in self._crews.difference(self._free)}
+        self.stuck: dict[Issuer, frozenset[Permit]] = {
+            limiter: calls for limiter, calls in inside.items() if limiter not in self._free
+        }
+        self.scopes: set[CancelScope] = {crew.scope for crew in self._crews.difference(self._free)}
 
     def _walk(self, roots: set[Issuer]) -> None:
         """Go wherever these limiters may be stuck, until all of them are found to be free."""
