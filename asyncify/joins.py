@@ -101,7 +101,7 @@ def _of_as_completed(seen: dict[str, Any]) -> Join | None:
 def _of_next(done: Any, todo: Any, timeout_handle: Any) -> Join | None:
     """Return the wait for the next of several, which ends when any of them does."""
     readers = [reader for reader in done._getters if not reader.done()]
-    if timeout_handle is not None or len(readers) != 1 or not done.empty():
+    if timeout_handle is not None or len(readers) != 1:  # none, if there is one in the queue
         return None
     return Join(readers[0], len(todo), cancels_parts=False)
 

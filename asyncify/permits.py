@@ -126,9 +126,9 @@ class Permit:
     blocks: tuple[Any, ...]
     """The calls that can't end before its wait does, and the crews that have it in one of their threads."""
     within: tuple[Permit, ...] | None
-    """The calls that may be kept by it: these, and those around it. None if nobody has looked yet."""
+    """The calls that may be kept by it: these, and those around it. None until they are noted, as these are by then."""
     scope: CancelScope | None
-    """What its wait may be called off with; there if it is within another call, or blocks one."""
+    """What its wait may be called off with; there as soon as it is noted what it blocks."""
     is_called_off: bool
     told: Exception | None
     """What it is to raise, as it waits for itself."""

@@ -105,6 +105,17 @@ class TestInThreads:
             assert len(told(ends)) == 1
             assert all(map(is_free, limiters))
 
+    def test_a_long_ring_is_not_named_as_a_whole(self) -> None:
+        """Of its limiters five are, and how many more there are."""
+        limiters = [Limiter(limit=1, name=str(at)) for at in range(8)]
+        barrier = threading.Barrier(8)
+
+        ends = ends_in_threads(*(partial(self.nest, limiters[at], limiters[at - 1], barrier) for at in range(8)))
+
+        (message,) = told(ends)
+        assert message.count("limiter ") == 1 + 5  # its own, and those of its way
+        assert " and 2 others, for a slot" in message
+
     def test_two_keys_of_one_limit_crosswise(self) -> None:
         """Each key has a limiter for itself, so that is the same."""
         barrier = threading.Barrier(2)

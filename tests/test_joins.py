@@ -11,6 +11,8 @@ import pytest
 
 from asyncify import Dual, aeach
 from asyncify.joins import Join, Joining, join_of
+from asyncify.loop_tasks import LoopTasks
+from tests.waiting import SAFETY_NET, wait_until
 
 Parts = list["asyncio.Future[int]"]
 
@@ -174,6 +176,50 @@ async def test_a_wait_with_a_timeout_is_none() -> None:
 
     part.set_result(1)
     await asyncio.wait(waiting)
+
+
+async def test_who_is_about_to_be_cancelled_does_not_wait_for_the_next_of_several() -> None:
+    """It will do something else as soon as it runs."""
+    part: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def read() -> None:
+        for end in asyncio.as_completed([part]):
+            await end
+
+    reading = asyncio.create_task(read())
+    await _settle()
+    assert [join.parts for join in _joins_above(part)] == [1]
+
+    reading.cancel()
+
+    assert _joins_above(part) == []
+
+    await asyncio.wait([reading])
+    part.cancel()
+
+
+def test_items_by_tasks_are_an_open_wait_unless_their_caller_waits_for_all_that_may_run() -> None:
+    """It may be about to take one that has ended, or another may be about to start."""
+    widths = [1]
+
+    def start(_: int, __: Any) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(asyncio.sleep(SAFETY_NET))
+
+    with LoopTasks(start, lambda: widths[0], return_exceptions=False) as fan:
+        fan.run([(0, None), (1, None)])
+        wait_until(lambda: len(fan._alive.items) == 1 and not fan._drain_is_due)
+        assert fan.join().parts == math.inf  # nobody waits
+
+        fan._awaited = True
+        assert fan.join().parts == 1
+
+        widths[0] = 2
+        assert fan.join().parts == math.inf
+
+        widths[0] = 1
+        fan._ended.append((0, None, None))
+        assert fan.join().parts == math.inf
+        fan._awaited = False
 
 
 async def test_the_next_of_several_is_waited_for_only_while_somebody_does() -> None:
