@@ -22,7 +22,7 @@ from asyncify.permits import Issuer, Permit
 from asyncify.proofs import Held, Proof, is_anybody_free, lasts
 from asyncify.scopes import CancelScope
 
-__all__ = ["come_to_wait", "look_at"]
+__all__ = ["come_to_wait", "look_at", "look_at_threads"]
 
 Stuck = Mapping[Issuer, frozenset[Permit]]
 """Limiters that nobody can leave, with the calls inside."""
@@ -86,14 +86,24 @@ def look_at(crew: Crew) -> None:
 
     Who waits in a task is looked at by its event loop.
     """
-    if not (waits := crew.waits()):
-        return
-    last = max(waits, key=lambda permit: permit.since)
-    own = Held.by(last)
-    if own and not last.in_task and (stuck := _stuck_by(last, own, None)):
-        last.told = _deadlock_error(last, own, stuck)
-        last.issuer.count_rejected()
-        last.call_off()
+    if waits := crew.waits():
+        _tell_if_stuck(max(waits, key=lambda permit: permit.since))
+
+
+def look_at_threads(waiting: Collection[Permit]) -> None:
+    """Look whether calls wait for themselves, as a limit has shrunk; if so, have the last in a thread told."""
+    any(map(_tell_if_stuck, sorted(waiting, key=lambda permit: permit.since, reverse=True)))
+
+
+def _tell_if_stuck(permit: Permit) -> bool:
+    """Tell a call that waits in a thread if it waits for itself, and say whether it does."""
+    own = Held.by(permit)
+    if permit.in_task or not own or not (stuck := _stuck_by(permit, own, None)):
+        return False
+    permit.told = _deadlock_error(permit, own, stuck)
+    permit.issuer.count_rejected()
+    permit.call_off()
+    return True
 
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:

@@ -180,7 +180,7 @@ class Limiter(Turnstile, BaseRateLimiter):
                 new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
                 limits = Limits.of(limit=slots, burst=new_burst, **(old.amounts | named))
                 self._adaptive = adaptive
-                self._meter.configure(limits)
+                self._configure(limits)
                 for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:
                     self._turn_away(permit)
         finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look

@@ -224,6 +224,10 @@ class Permit:
                 yield permit
             permit = permit.outer
 
+    def has_been_kept(self) -> bool:
+        """Tell whether anything has ever kept it from ending."""
+        return hasattr(self, "kept_by")
+
     def keepers(self) -> list[Any]:
         """Return what may keep it from ending now."""
         known = [ref() for ref in list(getattr(self, "kept_by", ()))]  # copied in one step

@@ -79,7 +79,7 @@ class Held:
 
 def is_anybody_free(inside: Collection[Permit], own: Held) -> bool:
     """Tell whether nobody has ever waited within one of the calls inside, nor holds it up; what follows is slow."""
-    free = (call for call in inside if not hasattr(call, "kept_by"))
+    free = (call for call in inside if not call.has_been_kept())
     some = next(free, None)
     if some is None or not own.holds_up_others():
         return some is not None

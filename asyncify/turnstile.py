@@ -22,9 +22,9 @@ from itertools import repeat
 
 from asyncify.adaptive import AdaptiveLimit
 from asyncify.arguments import check_cost, check_positive, shown
-from asyncify.clock import Clock, Timer
+from asyncify.clock import Clock, Timer, monotonic_clock
 from asyncify.congestion import congestion_of
-from asyncify.deadlocks import come_to_wait
+from asyncify.deadlocks import come_to_wait, look_at_threads
 from asyncify.errors import LimitTimeout
 from asyncify.forks import at_fork, in_worker
 from asyncify.holds import held_by_this_task, held_by_this_thread
@@ -98,6 +98,7 @@ class Turnstile:
         self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
+        self._look_below: int = 0  # with fewer than so many inside, those who wait may wait for themselves
         self._timer: Timer | None = None
         self._knows_permits = True  # a permit which looks held is held
 
@@ -426,13 +427,35 @@ class Turnstile:
         if isinstance(outcome, _Failure) and outcome.pause is not None:
             self._meter.pause(now + outcome.pause)
         if self._adaptive is not None and permit.slots and self._adapt(self._adaptive, outcome, at, now):
-            self._meter.configure(dataclasses.replace(self._meter.limits, limit=self._adaptive.limit))
+            self._configure(dataclasses.replace(self._meter.limits, limit=self._adaptive.limit))
 
     def _adapt(self, adaptive: AdaptiveLimit, outcome: object, at: float, now: float) -> bool:
         in_flight = len(self._meter.inside)
         if isinstance(outcome, _Failure):
             return outcome.congested and adaptive.failed(now, at, in_flight, outcome.pause or 0.0)
         return adaptive.succeeded(now, in_flight)
+
+    def _configure(self, limits: Limits) -> None:
+        self._meter.configure(limits)
+        inside = len(self._meter.inside)
+        self._look_below = 0 if inside < self._meter.slots else inside + 1
+
+    def _heed_shrinking(self) -> None:
+        """Have it looked whether those left inside wait for themselves, since the limit shrank below their number.
+
+        Of any other limit the last that comes to wait sees that. The timer thread looks, as this may be a finalizer.
+        """
+        inside = self.inside()
+        if len(inside) < self._look_below:
+            self._look_below = len(inside) if len(inside) > self._meter.slots else 0
+            if self._queue and len(inside) >= self._meter.slots and all(call.has_been_kept() for call in inside):
+                monotonic_clock.call_at(monotonic_clock.now(), self._look_at_threads)
+
+    def _look_at_threads(self) -> None:
+        with self._lock:
+            waiting = [permit for permit in self._queue if permit.queue is not None and not permit.in_task]
+        self._settle()
+        look_at_threads(waiting)
 
     # --- leaving; called without the lock ---
 
@@ -536,6 +559,8 @@ class Turnstile:
                 if self._departed:
                     self._take_back(now)
                 self._pump(now)
+                if self._look_below:
+                    self._heed_shrinking()
             except BaseException:
                 self._must_look = True  # for the next who comes by
                 raise

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from asyncify import deadlocks, turnstile
+from asyncify import Adaptive, deadlocks, turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
+from tests.at_once import are_looked_at, is_free
 from tests.waiting import SAFETY_NET, until, wait_until
 
 
@@ -401,3 +402,131 @@ async def test_an_interrupt_before_a_call_is_known_by_its_context_costs_no_other
 
     assert get_innermost() is not permit
     assert limiter.stats().in_flight == other.stats().in_flight == 0
+
+
+class RefusedError(Exception):
+    """That of a server which has too much to do."""
+
+    status_code = 429
+
+
+def _refuse(other: Permit) -> None:
+    other.leave(RefusedError())
+
+
+def _resize(other: Permit) -> None:
+    assert isinstance(other.issuer, Limiter)
+    other.issuer.resize(limit=2)
+    other.leave()
+
+
+@pytest.mark.parametrize("shrink", [_refuse, _resize])
+class TestShrunkLimit:
+    """Three of four calls wait for more, the fourth ends, and then there are two slots and nobody who comes to wait."""
+
+    @pytest.fixture
+    def limiter(self) -> Limiter:
+        """Return one that may shrink in either way."""
+        return Limiter(limit=Adaptive(min=1, max=4, start=4))
+
+    def test_in_threads(self, limiter: Limiter, shrink: Callable[[Permit], None]) -> None:
+        """Two of the three are told, by whose errors the third goes on."""
+        other = contextvars.Context().run(limiter.enter)
+        all_in = threading.Barrier(3)
+        ends: list[object] = []
+
+        def nest() -> None:
+            try:
+                with limiter:
+                    all_in.wait(SAFETY_NET)
+                    with limiter:
+                        ends.append("in")
+            except DeadlockError as error:
+                ends.append(type(error))
+
+        threads = [threading.Thread(target=nest, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: are_looked_at(limiter, 3))
+        shrink(other)
+        for thread in threads:
+            thread.join(SAFETY_NET)
+
+        assert ends == [DeadlockError, DeadlockError, "in"]
+        assert limiter.stats().rejected == 2
+        assert is_free(limiter)
+
+    async def test_in_tasks(self, limiter: Limiter, shrink: Callable[[Permit], None]) -> None:
+        """Two of the three are told, by whose errors the third goes on."""
+        other = contextvars.Context().run(limiter.enter)
+        all_in = asyncio.Barrier(3)
+        ends: list[object] = []
+
+        async def nest() -> None:
+            try:
+                async with limiter:
+                    await all_in.wait()
+                    async with limiter:
+                        ends.append("in")
+            except DeadlockError as error:
+                ends.append(type(error))
+
+        tasks = [asyncio.create_task(nest()) for _ in range(3)]
+        await until(lambda: are_looked_at(limiter, 3))
+        shrink(other)
+        await asyncio.wait(tasks, timeout=SAFETY_NET)
+
+        assert ends == [DeadlockError, DeadlockError, "in"]
+        assert limiter.stats().rejected == 2
+        assert is_free(limiter)
+
+    def test_in_threads_beside_others_that_go_on(self, limiter: Limiter, shrink: Callable[[Permit], None]) -> None:
+        """Who is inside and does not wait leaves its slot to another."""
+        other, *busy = (contextvars.Context().run(limiter.enter) for _ in range(3))
+        ends: list[str] = []
+
+        def nest() -> None:
+            with limiter, limiter:
+                ends.append("in")
+
+        thread = threading.Thread(target=nest, daemon=True)
+        thread.start()
+        wait_until(lambda: are_looked_at(limiter, 1))
+        shrink(other)
+        for call in busy:
+            call.leave()
+        thread.join(SAFETY_NET)
+
+        assert ends == ["in"]
+        assert limiter.stats().rejected == 0
+        assert is_free(limiter)
+
+
+def test_threads_that_wait_for_the_rate_inside_as_the_slot_that_is_left_is_taken_away() -> None:
+    """They wait for their own slots then."""
+    clock = FakeClock()
+    limiter = Limiter(limit=3, per_second=2, burst=2, clock=clock)
+    both_in = threading.Barrier(2)
+    ends: list[object] = []
+
+    def nest() -> None:
+        try:
+            with limiter:
+                both_in.wait(SAFETY_NET)
+                with limiter:
+                    ends.append("in")
+        except DeadlockError as error:
+            ends.append(type(error))
+
+    threads = [threading.Thread(target=nest, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: are_looked_at(limiter, 2))
+    limiter.resize(limit=2)
+    wait_until(lambda: limiter.stats().in_flight == 1)
+    clock.advance(1)
+    for thread in threads:
+        thread.join(SAFETY_NET)
+
+    assert ends == [DeadlockError, "in"]
+    assert is_free(limiter)
