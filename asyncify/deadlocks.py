@@ -92,18 +92,17 @@ def look_at(crew: Crew) -> None:
 
 def look_at_threads(waiting: Collection[Permit]) -> None:
     """Look whether calls wait for themselves, as a limit has shrunk; if so, have the last in a thread told."""
-    any(map(_tell_if_stuck, sorted(waiting, key=lambda permit: permit.since, reverse=True)))
+    for permit in sorted(waiting, key=lambda permit: permit.since, reverse=True):
+        _tell_if_stuck(permit)
 
 
-def _tell_if_stuck(permit: Permit) -> bool:
-    """Tell a call that waits in a thread if it waits for itself, and say whether it does."""
+def _tell_if_stuck(permit: Permit) -> None:
+    """Have a call told that waits in a thread, if it waits for itself."""
     own = Held.by(permit)
-    if permit.in_task or not own or not (stuck := _stuck_by(permit, own, None)):
-        return False
-    permit.told = _deadlock_error(permit, own, stuck)
-    permit.issuer.count_rejected()
-    permit.call_off()
-    return True
+    if own and not permit.in_task and (stuck := _stuck_by(permit, own, None)):
+        permit.told = _deadlock_error(permit, own, stuck)
+        permit.issuer.count_rejected()
+        permit.call_off()
 
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:

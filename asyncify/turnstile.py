@@ -448,12 +448,12 @@ class Turnstile:
         inside = self.inside()
         if len(inside) < self._look_below:
             self._look_below = len(inside) if len(inside) > self._meter.slots else 0
-            if self._queue and len(inside) >= self._meter.slots and all(call.has_been_kept() for call in inside):
+            if self._queue and all(call.has_been_kept() for call in inside):
                 monotonic_clock.call_at(monotonic_clock.now(), self._look_at_threads)
 
     def _look_at_threads(self) -> None:
         with self._lock:
-            waiting = [permit for permit in self._queue if permit.queue is not None and not permit.in_task]
+            waiting = list(self._queue)
         self._settle()
         look_at_threads(waiting)
 
