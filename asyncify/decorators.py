@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hashable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Hashable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from types import CodeType, FrameType, MethodType
@@ -59,19 +59,19 @@ if TYPE_CHECKING:
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    class _OverStreamStub(Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]):
+    class _OverStreamStub(Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]):
         """A pair of two generators, whose first call may decorate a stub."""
 
         @overload
         def __call__(  # type: ignore[overload-overlap]
             self, stub: Callable[P, AsyncIterator[T]], /
-        ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+        ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
         @overload
         def __call__(  # type: ignore[overload-overlap]
             self, stub: Callable[P, Iterator[T]], /
-        ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+        ) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
         @overload
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]: ...
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Generator[T, Any, Any]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
@@ -87,11 +87,11 @@ class Decorator(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
         self, fn: Callable[P, AsyncIterator[T]], /
-    ) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+    ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, fn: Callable[P, Iterator[T]], /
-    ) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+    ) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(self, fn: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
 
@@ -109,11 +109,11 @@ def dual(
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]: ...
+) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]
     fn: Callable[P, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]: ...
+) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(
     fn: Callable[P, T], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -151,7 +151,9 @@ def dual(
 @overload
 def dual(
     *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Callable[[Callable[P, Iterator[T]]], Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]]]: ...
+) -> Callable[
+    [Callable[P, Iterator[T]]], Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]
+]: ...
 @overload
 def dual(
     *,
@@ -167,7 +169,10 @@ def dual(
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Callable[[Callable[P, AsyncIterator[T]]], Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]]]: ...
+) -> Callable[
+    [Callable[P, AsyncIterator[T]]],
+    Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
+]: ...
 @overload
 def dual(
     *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread", warn: bool = True

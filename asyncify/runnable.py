@@ -176,14 +176,14 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     ) -> None: ...
     @overload
     def __init__(
-        self: Dual[Any, T, P, AsyncIterator[T], Iterator[T], AsyncIterator[T]],
+        self: Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
         func: Callable[P, AsyncIterator[T]],
         afunc: None = None,
         name: str | None = None,
     ) -> None: ...
     @overload
     def __init__(
-        self: Dual[Any, T, P, Iterator[T], Iterator[T], AsyncIterator[T]],
+        self: Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
         func: Callable[P, Iterator[T]],
         afunc: Callable[P, AsyncIterator[T]] | None = None,
         name: str | None = None,
@@ -333,18 +333,18 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             self.__qualname__ = f"{where}.{name}"
 
     @overload
-    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    def __get__(self, instance: None, owner: Any = None) -> Self: ...
     @overload
     def __get__(
-        self: Dual[Input, Output, [Nothing], Returned, Called, Acalled], instance: object, owner: type | None = None
+        self: Dual[Input, Output, [Nothing], Returned, Called, Acalled], instance: object, owner: Any = None
     ) -> Dual[Input, Output, ..., Returned, Called, Acalled]: ...
     @overload
     def __get__(
         self: Dual[Input, Output, Concatenate[Any, P], Returned, Called, Acalled],
         instance: object,
-        owner: type | None = None,
+        owner: Any = None,  # not `type | None`: pyright takes the class of an enum's member for no type
     ) -> Dual[Input, Output, P, Returned, Called, Acalled]: ...
-    def __get__(self, instance: object, owner: type | None = None) -> AnyDual:
+    def __get__(self, instance: object, owner: Any = None) -> AnyDual:
         """Bind like the function that it was: an equal pair on each access, under the one limit."""
         if self.binding == "nothing" or (self.binding == "instance" and instance is None):
             return self

@@ -8,6 +8,7 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any, NoReturn, assert_type
 
@@ -188,7 +189,7 @@ async def sides() -> None:
     assert_type(await one_async_side.acall("EUR"), Quote)
     assert_type(on_sync.func("EUR", count=2), Quote)
     assert_type(await on_async.afunc("EUR", count=2), Quote)
-    assert_type(ticks.func("EUR"), Iterator[float])
+    assert_type(ticks.func("EUR"), Generator[float, Any, Any])
     assert_type(dual(sync=on_sync.func, async_=on_async.afunc)("EUR"), Quote)
     on_sync.func(3)  # type: ignore[arg-type]
 
@@ -305,24 +306,26 @@ async def wrong_streams() -> None:
 
 
 async def streams() -> None:
-    """Streaming pairs give iterators when called, and chunks as runnables."""
-    assert_type(ticks("EUR"), Iterator[float])
-    assert_type(aticks("EUR"), AsyncIterator[float])
-    assert_type(two_ticks("EUR"), Iterator[float])
-    assert_type(ticks.call("EUR"), Iterator[float])
-    assert_type(aticks.call("EUR"), Iterator[float])
-    assert_type(ticks.acall("EUR"), AsyncIterator[float])
-    assert_type(ticks_alone.acall("EUR"), AsyncIterator[float])
-    assert_type(ticks_alone.call("EUR"), Iterator[float])
+    """Streaming pairs give generators when called, and chunks as runnables."""
+    assert_type(ticks("EUR"), Generator[float, Any, Any])
+    assert_type(aticks("EUR"), AsyncGenerator[float, Any])
+    assert_type(two_ticks("EUR"), Generator[float, Any, Any])
+    assert_type(ticks.call("EUR"), Generator[float, Any, Any])
+    assert_type(aticks.call("EUR"), Generator[float, Any, Any])
+    assert_type(ticks.acall("EUR"), AsyncGenerator[float, Any])
+    assert_type(ticks_alone.acall("EUR"), AsyncGenerator[float, Any])
+    assert_type(ticks_alone.call("EUR"), Generator[float, Any, Any])
     assert_type(ticks.stream("EUR"), Generator[float])
     assert_type(ticks.astream("EUR"), AsyncGenerator[float])
-    with closing(ticks.stream("EUR")) as chunks:
+    with closing(ticks.stream("EUR")) as chunks, closing(ticks("EUR")) as own_chunks:
         assert_type(next(chunks), float)
-    async with aclosing(ticks.astream("EUR")) as achunks:
+        assert_type(own_chunks.send("a word"), float)
+    async with aclosing(ticks.astream("EUR")) as achunks, aclosing(aticks("EUR")) as own_achunks:
         assert_type(await anext(achunks), float)
+        assert_type(await own_achunks.asend("a word"), float)
     assert_type(await ticks.ainvoke("EUR"), float)
-    assert_type(dual(sync=generator_sync, async_=generator_async).acall("EUR"), AsyncIterator[float])
-    assert_type(dual(sync=generator_sync, async_=ticks_async).call("EUR"), Iterator[float])
+    assert_type(dual(sync=generator_sync, async_=generator_async).acall("EUR"), AsyncGenerator[float, Any])
+    assert_type(dual(sync=generator_sync, async_=ticks_async).call("EUR"), Generator[float, Any, Any])
     ticks(3)  # type: ignore[arg-type]
 
 
@@ -418,7 +421,7 @@ async def limits() -> None:
     assert_type(await limit_under.acall("EUR"), Quote)
     assert_type(await limit_alone("EUR", count=2), Quote)
     assert_type(limit_alone.call("EUR"), Quote)
-    assert_type(limit_on_ticks.acall("EUR"), AsyncIterator[float])
+    assert_type(limit_on_ticks.acall("EUR"), AsyncGenerator[float, Any])
     limit_over.limiter.stats()
     limit_over.limiter["EUR"].resize(limit=4)
     limit_over(3)  # type: ignore[arg-type]
@@ -461,12 +464,25 @@ async def methods(desk: Desk) -> None:
     assert_type(await desk.fetch.ainvoke("EUR"), Quote)
     assert_type(await desk.news("EUR"), str)
     assert_type(desk.news.call("EUR"), str)
-    assert_type(desk.ticks.acall("EUR"), AsyncIterator[float])
+    assert_type(desk.ticks.acall("EUR"), AsyncGenerator[float, Any])
     assert_type(desk.fetch | RunnableLambda(len), RunnableSerializable[Any, int])
     assert_type(Desk.fetch(desk, "EUR"), Quote)
     assert_type(Desk.of_none("EUR"), str)
     desk.fetch(3)  # type: ignore[arg-type]
     desk.fetch.call(text="EUR")  # type: ignore[call-arg]
+
+
+class Side(Enum):
+    BID = "bid"
+
+    @dual
+    def quote(self, query: str) -> str:
+        return query
+
+
+def members() -> None:
+    """A member of an enum binds as any instance."""
+    assert_type(Side.BID.quote("EUR"), str)
 
 
 @dataclass
@@ -524,7 +540,7 @@ async def drop_in(pair: Dual[str, Quote]) -> None:
     assert_type(Dual(fetch_sync)("EUR"), Quote)
     assert_type(Dual(fetch_sync, fetch_async).call("EUR", count=2), Quote)
     assert_type(await Dual(fetch_async)("EUR"), Quote)
-    assert_type(Dual(ticks_sync).acall("EUR"), AsyncIterator[float])
+    assert_type(Dual(ticks_sync).acall("EUR"), AsyncGenerator[float, Any])
     pair.invoke(3)  # type: ignore[arg-type]
 
 
