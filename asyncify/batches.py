@@ -77,7 +77,7 @@ class Items:
     def _call(self, context: Context, index: int, value: Any) -> Any:
         context = context.copy()
         if self._quiet is not None:
-            return context.run(self._quiet.run_unobserved, value, self._shared_by(index), self._kwargs)
+            return context.run(self._quiet._run_unobserved, value, self._shared_by(index), self._kwargs)
         return context.run(self._runnable.invoke, value, self._config_of(index), **self._kwargs)
 
     def start(self, index: int, value: Any) -> asyncio.Task[Any]:
@@ -87,7 +87,7 @@ class Items:
         """
         try:
             if self._aquiet is not None:
-                return self._context.run(self._aquiet.start_unobserved, value, self._shared_by(index), self._kwargs)
+                return self._context.run(self._aquiet._start_unobserved, value, self._shared_by(index), self._kwargs)
             return self._context.run(self._start, index, value)
         except Exception as error:  # noqa: BLE001  (whoever takes the item gets it)
             return asyncio.get_running_loop().create_task(_fail(error))
@@ -95,7 +95,7 @@ class Items:
     def _start(self, index: int, value: Any) -> asyncio.Task[Any]:
         config = self._config_of(index)
         if self._ours is not None and not self._is_one_for_all and self._is_quiet(config):
-            return self._ours.start_unobserved(value, config, self._kwargs)
+            return self._ours._start_unobserved(value, config, self._kwargs)
         return asyncio.get_running_loop().create_task(self._ainvoke(value, config))
 
     async def _ainvoke(self, value: Any, config: RunnableConfig) -> Any:
@@ -109,7 +109,7 @@ class Items:
         return not self._needs_a_run(is_async=True) and not observed(config)
 
     def _needs_a_run(self, *, is_async: bool) -> bool:
-        return self._ours is not None and self._ours.needs_a_run(is_async=is_async)
+        return self._ours is not None and self._ours._needs_a_run(is_async=is_async)
 
     def _config_of(self, index: int) -> RunnableConfig:
         return self._configs[min(index, len(self._configs) - 1)]
@@ -132,26 +132,26 @@ class Items:
         return min(self._asked or math.inf, admitted or math.inf)
 
     def _admitted(self) -> int | None:
-        return self._limited.admits() if isinstance(self._limited, Batches) else None
+        return self._limited._admits() if isinstance(self._limited, Batches) else None
 
 
 class Batches:
     """The batch methods, for a runnable whose run can be started when it is known that nobody watches."""
 
     @abstractmethod
-    def needs_a_run(self, *, is_async: bool) -> bool:
+    def _needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a part of it, on this path, can't do without a run of LangChain's, observed or not."""
 
     @abstractmethod
-    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+    def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync side; the config is that of the caller."""
 
     @abstractmethod
-    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+    def _start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
         """Start the async side in a task of its own; the config is that of the caller."""
 
     @abstractmethod
-    def admits(self) -> int | None:
+    def _admits(self) -> int | None:
         """Return how many inputs the limits let in at once, None if they don't bound that."""
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out

@@ -229,7 +229,7 @@ def dual(
     if sync is not None and async_ is not None:
         stands = function_of(sync, "sync") if is_pair(sync) else sync
         pair = _make_pair(stands, sync, async_, name=name, bridge=bridge, warn=warn)
-        pair.expect_stub(partial(_decorate_stub, name))
+        pair._on_stub = partial(_decorate_stub, name)
         return pair
 
     def decorate(fn: Function) -> AnyDual:
@@ -317,14 +317,14 @@ def concurrency(
     def decorate(fn: Function, /) -> Any:
         pair = unwrapped(fn)
         if is_pair(pair):
-            if pair.gate is not None:
+            if pair._gate is not None:
                 raise PairError(
-                    f"@concurrency: {describe(pair)} has a limit already ({pair.gate.limiter!r}); give both in one "
+                    f"@concurrency: {describe(pair)} has a limit already ({pair._gate.limiter!r}); give both in one "
                     "place, as in @concurrency(limit=10, per_second=50)"
                 )
-            pair.furnish(gate=gate_for(pair), warn=warn)
+            pair._furnish(gate=gate_for(pair), warn=warn)
             if fn is not pair:
-                pair.bind_as(_binding_of(fn))
+                pair._binding = _binding_of(fn)
             return pair
         return _make_pair(fn, *_side_of(fn, "@concurrency"), where="@concurrency", gate=gate_for(pair), warn=warn)
 
@@ -333,7 +333,7 @@ def concurrency(
 
 def _name_of(fn: Function) -> str | None:
     """Return the name that a pair was given, or else that a function was written with, after that of its class."""
-    if is_pair(fn) and fn.is_named:
+    if is_pair(fn) and fn._is_named:
         return fn.name
     name: str = getattr(fn, "__qualname__", "").rpartition("<locals>.")[2]
     return name if name and name != "<lambda>" else None  # a partial has none
@@ -369,7 +369,7 @@ def _make_pair(
     """
     gate = gate or gate_of(sync, async_)
     warn = warn is not False and all(
-        given.warns for side in (sync, async_) if side and is_pair(given := unwrapped(side))
+        given._warn for side in (sync, async_) if side and is_pair(given := unwrapped(side))
     )
     plain_sync = None if sync is None else function_of(sync, "sync")
     plain_async = None if async_ is None else function_of(async_, "async")
@@ -383,14 +383,14 @@ def _make_pair(
             "to run; drop bridge=, or the async side"
         )
     pair: AnyDual = Dual(fn, name=name) if plain_sync is None else Dual(plain_sync, plain_async, name)
-    pair.furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
-    pair.bind_as(_binding_of(decorated))
+    pair._furnish(wears=fn, gate=gate, bridge=bridge, warn=warn)
+    pair._binding = _binding_of(decorated)
     former = unwrapped(decorated)
     replaced = former if is_pair(former) else None
     registry.add(pair, fn, name, instead_of=replaced)
-    if replaced is not None and replaced.gate is not None:
-        replaced.gate.rename(_name_of(pair))
-    pair.pickle_by_reference()
+    if replaced is not None and replaced._gate is not None:
+        replaced._gate.rename(_name_of(pair))
+    pair._by_reference = True
     watch_class_body()
     return pair
 
@@ -407,7 +407,7 @@ def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None
 def _binding_of(decorated: object) -> Binding:
     """Return how a pair is bound that is made of this: as that would be."""
     if is_pair(decorated):
-        return decorated.binding
+        return decorated._binding
     if isinstance(decorated, classmethod):
         return "class"
     # A partial of Python 3.13 has a __get__, which binds nothing yet.
@@ -416,9 +416,9 @@ def _binding_of(decorated: object) -> Binding:
 
 
 def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
-    pair.bind_as(_binding_of(stub))
+    pair._binding = _binding_of(stub)
     registry.add(pair, unwrapped(stub), name, instead_of=pair)
-    pair.furnish(wears=unwrapped(stub))
+    pair._furnish(wears=unwrapped(stub))
 
 
 def _check_options(name: object, bridge: object) -> None:

@@ -149,7 +149,7 @@ watch = Watch
 class Watchable(Protocol):
     """What runs one function while there is a watch, and another while there is none."""
 
-    def set_watched(self, *, on: bool) -> None:
+    def _set_watched(self, *, on: bool) -> None:
         """Be told which; quickly, for a lock is held."""
 
 
@@ -162,7 +162,7 @@ def subscribe(watchable: Watchable) -> None:
     """Tell it now whether there is a watch, and again whenever that changes, for as long as it lives."""
     with _changing:
         _watchables[id(watchable)] = watchable
-        watchable.set_watched(on=bool(_watches))
+        watchable._set_watched(on=bool(_watches))
 
 
 def _set_watches(watches: tuple[Watch, ...]) -> None:
@@ -172,7 +172,7 @@ def _set_watches(watches: tuple[Watch, ...]) -> None:
     if changes:
         for ref in _watchables.valuerefs():  # a list of its own, unlike what the dictionary iterates over
             if (watchable := ref()) is not None:
-                watchable.set_watched(on=bool(watches))
+                watchable._set_watched(on=bool(watches))
 
 
 class _Step:

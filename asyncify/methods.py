@@ -26,7 +26,7 @@ class _ClassMethods:
         for attribute, value in body.items():
             pair: object = getattr(value, "__func__", None)
             if isinstance(value, classmethod) and is_pair(pair):
-                pair.bind_as("class")
+                pair._binding = "class"
                 if vars(owner).get(attribute) is value:
                     type.__setattr__(owner, attribute, pair)
                 else:  # a NamedTuple is made first, and given what its body has one by one

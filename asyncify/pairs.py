@@ -247,12 +247,12 @@ class Registry:
         target = in_its_class(self[pair].pair if isinstance(pair, str) else pair)
         entries = _fake_entries(target, fake, sync, async_)
         with self._lock:
-            target.set_fakes((*target.fakes, entries))
+            target._set_fakes((*target._fakes, entries))
         try:
             yield target
         finally:
             with self._lock:
-                target.set_fakes(tuple(other for other in target.fakes if other is not entries))
+                target._set_fakes(tuple(other for other in target._fakes if other is not entries))
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -269,17 +269,17 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, async_: Function | None) -> Entries:
     _check_fakes(pair, fake, sync, async_)
     if is_pair(fake):
-        return _called_like(fake.entries, pair.entries)
+        return _called_like(fake._entries, pair._entries)
     if fake is not None:
         sync, async_ = (None, fake) if is_async(fake) else (fake, None)
     twin = sync if async_ is None else async_
     if twin is not None and not is_async(twin):
         async_ = _on_the_loop(twin)
-    if pair.entries.sync.shape.is_generator:
+    if pair._entries.sync.shape.is_generator:
         sync = sync if sync is None or is_generator(sync) else _streamed(sync)
         async_ = async_ if async_ is None or is_generator(async_) else _astreamed(async_)
     made = make_entries(sync, async_, gate=None, bridge="thread", name=pair.get_name(), called_like=pair.__wrapped__)
-    return _called_like(made, pair.entries)
+    return _called_like(made, pair._entries)
 
 
 def _check_fakes(pair: object, fake: Function | None, sync: Function | None, async_: Function | None) -> None:
@@ -297,10 +297,10 @@ def _check_fakes(pair: object, fake: Function | None, sync: Function | None, asy
     if sync is not None and is_async(sync):
         raise TypeError(f"override of {pair.get_name()}: sync={describe(sync)} is async; give it as async_=")
     for function in (fake, sync, async_):
-        if function is not None and not _may_take(function, pair.entries.sync.shape):
+        if function is not None and not _may_take(function, pair._entries.sync.shape):
             raise TypeError(
                 f"override of {pair.get_name()}: {describe(function)} takes {signature_of(function)}, and is given "
-                f"{', '.join(pair.entries.sync.shape.required)}"
+                f"{', '.join(pair._entries.sync.shape.required)}"
             )
 
 
@@ -384,8 +384,8 @@ def _chunks_of(result: Any) -> Iterable[Any]:
 def _record(name: str, pair: AnyDual, origin: _Origin) -> Record:
     return Record(
         name=name,
-        sync=pair.entries.sync.kind,
-        async_=pair.entries.async_.kind,
+        sync=pair._entries.sync.kind,
+        async_=pair._entries.async_.kind,
         signature=signature_of(pair),
         limiter=pair.limiter,
         module=origin.module,

@@ -43,11 +43,11 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         super().__init_subclass__(**options)
         made: Any = cls
         if cls.invoke is not Paths.invoke:
-            made.run_unobserved = _run_by_invoke
+            made._run_unobserved = _run_by_invoke
         if cls.ainvoke is not Paths.ainvoke:
-            made.start_unobserved = _start_by_ainvoke
+            made._start_unobserved = _start_by_ainvoke
 
-    def notice_override(self, name: str) -> None:
+    def _notice_override(self, name: str) -> None:
         """Have a pipe and a batch run what a test has put in the place of this very runnable's method."""
         if name in _RUN_BY:
             unobserved, run = _RUN_BY[name]
@@ -56,9 +56,9 @@ class Paths(Piped, RunnableLambda[Input, Output]):
                 vars(self)[unobserved] = functools.partial(run, self)
 
     @property
-    def runs_by_invoke(self) -> bool:
+    def _runs_by_invoke(self) -> bool:
         """Whether something else than the sync side is run, by an `invoke` that is not this class's."""
-        return getattr(self.run_unobserved, "__func__", None) is not Paths.run_unobserved
+        return getattr(self._run_unobserved, "__func__", None) is not Paths._run_unobserved
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync side on one input."""
@@ -80,15 +80,15 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             return await self._ainvoke_upstream(value, config, kwargs)
         return cast("Output", await self._start(entry, value, config, kwargs))
 
-    def needs_a_run(self, *, is_async: bool) -> bool:
+    def _needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a side can't do without a run of LangChain's, observed or not."""
         return _needs_a_run(self._live.async_ if is_async else self._live.sync)
 
-    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+    def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync side, where it is known that nobody watches."""
         return self._run(self._live.sync, value, config, kwargs)
 
-    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+    def _start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
         """Start the async side, where it is known that nobody watches."""
         return self._start(self._live.async_, value, config, kwargs)
 
@@ -270,8 +270,8 @@ def _start_by_ainvoke(
 
 
 _RUN_BY: dict[str, tuple[str, Function]] = {
-    "invoke": ("run_unobserved", _run_by_invoke),
-    "ainvoke": ("start_unobserved", _start_by_ainvoke),
+    "invoke": ("_run_unobserved", _run_by_invoke),
+    "ainvoke": ("_start_unobserved", _start_by_ainvoke),
 }
 """By what a pipe and a batch go past `invoke` and `ainvoke` where nobody watches, and what takes its place once these
 are overridden, so that nobody goes past the override."""

@@ -40,7 +40,7 @@ class Piped(Batches):
     """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
 
     @abstractmethod
-    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
+    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that an async batch of so many calls runs into; `bounded` if not all run at once."""
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
@@ -59,12 +59,12 @@ class Piped(Batches):
 
         async def abatch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `Runnable` does, and tell of the traps that so many calls run into."""
-            self.warn_of_traps(len(inputs), bounded=is_bounded(config))
+            self._warn_of_traps(len(inputs), bounded=is_bounded(config))
             return await super().abatch(inputs, config, **options)
 
         def abatch_as_completed(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `Runnable` does, and tell of the traps that so many calls run into."""
-            self.warn_of_traps(len(inputs), bounded=is_bounded(config))
+            self._warn_of_traps(len(inputs), bounded=is_bounded(config))
             return super().abatch_as_completed(inputs, config, **options)
 
         # What follows makes a stream of `_transform` and `_atransform`, which LangChain has too.
@@ -114,36 +114,36 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the sync sides one after the other."""
-        if (kwargs and is_reserved(kwargs)) or self.needs_a_run(is_async=False) or observed(config):
+        if (kwargs and is_reserved(kwargs)) or self._needs_a_run(is_async=False) or observed(config):
             return super().invoke(input, config, **kwargs)
-        return cast("Output", self.run_unobserved(input, config, kwargs))
+        return cast("Output", self._run_unobserved(input, config, kwargs))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Run the async sides one after the other, each in a task of its own."""
-        if (kwargs and is_reserved(kwargs)) or self.needs_a_run(is_async=True) or observed(config):
+        if (kwargs and is_reserved(kwargs)) or self._needs_a_run(is_async=True) or observed(config):
             return await super().ainvoke(input, config, **kwargs)
         return cast("Output", await self._arun_unobserved(input, config, kwargs))
 
-    def needs_a_run(self, *, is_async: bool) -> bool:
+    def _needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a step does."""
-        return any(step.needs_a_run(is_async=is_async) for step in _pairs(self.steps))
+        return any(step._needs_a_run(is_async=is_async) for step in _pairs(self.steps))
 
-    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
+    def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         """Run the sync sides; only the first gets the keyword arguments."""
         config = config_of_steps(config)
         for step in _pairs(self.steps):
-            value = step.run_unobserved(value, config, kwargs)
+            value = step._run_unobserved(value, config, kwargs)
             kwargs = {}
         return value
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         config = config_of_steps(config)
         for step in _pairs(self.steps):
-            value = await step.start_unobserved(value, config, kwargs)
+            value = await step._start_unobserved(value, config, kwargs)
             kwargs = {}
         return value
 
-    def start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
+    def _start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
         """Start the async sides; only the first gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
@@ -173,14 +173,14 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
                 with chunks:
                     yield chunk
 
-    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
+    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that a step runs into."""
         for step in _pairs(self.steps):
-            step.warn_of_traps(calls, bounded=bounded)
+            step._warn_of_traps(calls, bounded=bounded)
 
-    def admits(self) -> int | None:
+    def _admits(self) -> int | None:
         """Return how many inputs can be within the limits of the steps, all together."""
-        return _sum(step.admits() for step in _pairs(self.steps))
+        return _sum(step._admits() for step in _pairs(self.steps))
 
     # LangChain calls a run and a serialized object by the class; it is to know this one as its own.
 
@@ -197,20 +197,20 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 class DualParallel(Piped, RunnableParallel[Input]):
     """A dict in a pipe that holds pairs, or pipes of pairs, alone."""
 
-    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
+    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell of the traps that a branch runs into."""
         for branch in _pairs(self.steps__.values()):
-            branch.warn_of_traps(calls, bounded=bounded)
+            branch._warn_of_traps(calls, bounded=bounded)
 
-    def admits(self) -> int | None:
+    def _admits(self) -> int | None:
         """Return how many inputs can be within the limits of the branches, all together."""
-        return _sum(branch.admits() for branch in _pairs(self.steps__.values()))
+        return _sum(branch._admits() for branch in _pairs(self.steps__.values()))
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the sync sides, each in a thread; keyword arguments go to none of them."""
-        if self.needs_a_run(is_async=False) or observed(config):
+        if self._needs_a_run(is_async=False) or observed(config):
             return self._invoke_upstream(input, config)
-        return self.run_unobserved(input, config, kwargs)
+        return self._run_unobserved(input, config, kwargs)
 
     def _invoke_upstream(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         with background.waited_for():
@@ -218,15 +218,15 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Run the async sides, each in a task of its own; keyword arguments go to none of them."""
-        if self.needs_a_run(is_async=True) or observed(config):
+        if self._needs_a_run(is_async=True) or observed(config):
             return await super().ainvoke(input, config)
         return await self._arun_unobserved(input, config)
 
-    def needs_a_run(self, *, is_async: bool) -> bool:
+    def _needs_a_run(self, *, is_async: bool) -> bool:
         """Tell whether a branch does."""
-        return any(branch.needs_a_run(is_async=is_async) for branch in _pairs(self.steps__.values()))
+        return any(branch._needs_a_run(is_async=is_async) for branch in _pairs(self.steps__.values()))
 
-    def run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the sync sides; keyword arguments go to none of them."""
         width = _bound(ensure_config(config)) or math.inf
         config, steps = config_of_steps(config), dict(self.steps__)
@@ -235,7 +235,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             context = background.context_of_waiter(scope)
 
             def run(_: int, step: Piped) -> Any:
-                return context.copy().run(step.run_unobserved, value, config, {})
+                return context.copy().run(step._run_unobserved, value, config, {})
 
             def call(index: int, step: Piped) -> Ended:
                 ended = attempt(run, index, step)
@@ -264,7 +264,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
     async def _arun_unobserved(self, value: Any, config: RunnableConfig | None) -> dict[str, Any]:
         config, steps = config_of_steps(config), dict(self.steps__)
-        tasks = [step.start_unobserved(value, config, {}) for step in _pairs(steps.values())]
+        tasks = [step._start_unobserved(value, config, {}) for step in _pairs(steps.values())]
         interrupted: asyncio.CancelledError | None = None
         try:
             if tasks:
@@ -281,7 +281,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             tasks.clear()  # an error's traceback holds this frame
             del interrupted
 
-    def start_unobserved(
+    def _start_unobserved(
         self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
     ) -> asyncio.Task[dict[str, Any]]:
         """Start the async sides; keyword arguments go to none of them."""

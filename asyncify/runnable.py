@@ -43,7 +43,7 @@ from asyncify.schemas import (
     tool_of,
     tool_schema,
 )
-from asyncify.sides import ASYNC_SIDE, SYNC_SIDE, Side
+from asyncify.sides import ASYNC_SIDE, SYNC_SIDE, BoundSide, Mark, Side
 from asyncify.signatures import (
     MARKS,
     Shape,
@@ -200,7 +200,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
         """Make a pair of a function, or of two."""
         super().__init__(func, afunc, name)
-        self.is_named: bool = name is not None
+        self._is_named: bool = name is not None
         self._gate: Gate | None = None
         self._bridge: Bridge = "thread"
         self._warn = True
@@ -209,11 +209,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
         self._binding: Binding = "nothing"
-        self.furnish(wears=func)
+        self._furnish(wears=func)
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
 
-    def furnish(
+    def _furnish(
         self,
         *,
         wears: Function | None = None,
@@ -227,7 +227,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             self.__isabstractmethod__: bool = getattr(wears, "__isabstractmethod__", False)
             self._is_async_def = is_async(wears)
             own_name = getattr(wears, "__name__", "<lambda>")
-            if own_name != "<lambda>" and not self.is_named:
+            if own_name != "<lambda>" and not self._is_named:
                 self.name = own_name
         self._gate = gate or self._gate
         self._bridge = bridge or self._bridge
@@ -247,7 +247,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def _notice_change(self, name: str) -> None:
         if name in ("func", "afunc") and "_entries" in vars(self) and (hasattr(self, "func") or hasattr(self, "afunc")):
             self._assemble()
-        self.notice_override(name)
+        self._notice_override(name)
 
     def _assemble(self) -> None:
         self._entries = make_entries(
@@ -259,39 +259,23 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             called_like=self.__wrapped__,
             warn=self._warn,
         )
-        for name in MARKS:
-            vars(self).pop(name, None)
         called = self._entries.async_ if self._is_async_def else self._entries.sync
-        yields = called.shape.is_generator
-        if yields or self._is_async_def:
-            vars(self).update(code_marks(plain(called.fn)) if yields else coroutine_marks(self.__wrapped__))
+        self._marks: dict[str, object] = {}
+        if called.shape.is_generator or self._is_async_def:
+            is_generator = called.shape.is_generator
+            self._marks = code_marks(plain(called.fn)) if is_generator else coroutine_marks(self.__wrapped__)
             vars(self).setdefault("__name__", self.get_name())  # of a partial: a function has a name
-        self.set_fakes(self._fakes)
+        self._set_fakes(self._fakes)
 
-    def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
+    def _set_fakes(self, fakes: tuple[Entries, ...]) -> None:
         """Run the last of these instead of the pair's own entries, or those if there is none."""
         self._fakes = fakes
         subscribe(self)
 
-    def set_watched(self, *, on: bool) -> None:
+    def _set_watched(self, *, on: bool) -> None:
         """Time the async side's steps from the next call on, or run it as it is."""
         live = self._fakes[-1] if self._fakes else self._entries
         self._live = live.timed if on and live.timed is not None else live
-
-    @property
-    def fakes(self) -> tuple[Entries, ...]:
-        """What stands in the pair's place, the newest last."""
-        return self._fakes
-
-    @property
-    def entries(self) -> Entries:
-        """The pair's own two entries, whatever stands in their place just now."""
-        return self._entries
-
-    @property
-    def gate(self) -> Gate | None:
-        """How the pair's calls use its limiter, if it has one."""
-        return self._gate
 
     @property
     def limiter(self) -> Any:
@@ -301,29 +285,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         """
         return None if self._gate is None else self._gate.limiter
 
-    @property
-    def warns(self) -> bool:
-        """Whether its callers are told of traps."""
-        return self._warn
-
-    def pickle_by_reference(self) -> None:
-        """Pickle this pair as functions are, by module and name."""
-        self._by_reference = True
-
-    def expect_stub(self, on_stub: Callable[[AnyDual, Function], None]) -> None:
-        """Take the first call of the pair for a decoration, if it is one with a stub."""
-        self._on_stub = on_stub
-
     # --- as a method ---
-
-    def bind_as(self, binding: Binding) -> None:
-        """Bind to the instance as a function does, to the class, or to nothing."""
-        self._binding = binding
-
-    @property
-    def binding(self) -> Binding:
-        """What the pair is bound to where it is looked up on an instance or a class."""
-        return self._binding
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Take the attribute's name as the pair's own, if its function was written here under another."""
@@ -346,9 +308,9 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     ) -> Dual[Input, Output, P, Returned, Called, Acalled]: ...
     def __get__(self, instance: object, owner: Any = None) -> AnyDual:
         """Bind like the function that it was: an equal pair on each access, under the one limit."""
-        if self.binding == "nothing" or (self.binding == "instance" and instance is None):
+        if self._binding == "nothing" or (self._binding == "instance" and instance is None):
             return self
-        return _bound_kind(type(self))(self, instance if self.binding == "instance" else owner or type(instance))
+        return _bound_kind(type(self))(self, instance if self._binding == "instance" else owner or type(instance))
 
     # --- the second side, written later ---
 
@@ -361,7 +323,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         check_pair(plain, self.afunc, f"{self.get_name()}.sync")
         gate = gate_of(self, fn)
         self.func = plain
-        self.furnish(gate=gate)
+        self._furnish(gate=gate)
         return self
 
     def async_(self, fn: Callable[Params, Coroutine[Any, Any, Output] | AsyncIterator[Output]]) -> Self:
@@ -375,7 +337,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         check_pair(self.func, plain, f"{self.get_name()}.async_")
         gate = gate_of(self, fn)
         self.afunc = plain
-        self.furnish(gate=gate)
+        self._furnish(gate=gate)
         return self
 
     # --- called as the function it was ---
@@ -386,6 +348,10 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             return cast("Returned", self)
         run = self._live.async_.run if self._is_async_def else self._live.sync.run
         return cast("Returned", run(*args, **kwargs))
+
+    if not TYPE_CHECKING:
+        # It has no hints to show, so that who asks for those first, as LangGraph does, goes on to the function's.
+        __call__.__no_type_check__ = True
 
     def _is_stub_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         on_stub = self._on_stub
@@ -411,12 +377,12 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     # --- called as a runnable ---
 
-    def admits(self) -> int | None:
+    def _admits(self) -> int | None:
         """Return how many calls the limit lets in at once; a fake runs at once, in the place of pair and limit."""
         limiter = None if self._fakes else self.limiter
         return limiter.limits.limit if isinstance(limiter, Limiter) else None
 
-    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
+    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell, once each, of the traps that an async batch of so many calls runs into."""
         if not self._warn or self._fakes:
             return
@@ -438,7 +404,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         def batch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `RunnableLambda` does; a bridged sync side with a limit runs all inputs on the background loop."""
             bounded = is_bounded(config) or (self._gate is not None and self._gate.limiter.bounds_calls)
-            if self._live.sync.kind == "bridged" and bounded and not self.runs_by_invoke:
+            if self._live.sync.kind == "bridged" and bounded and not self._runs_by_invoke:
                 return run_in_background(functools.partial(self.abatch, inputs, config, **options))
             return super().batch(inputs, config, **options)
 
@@ -572,9 +538,9 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             return self
         made = object.__new__(type(self))
         vars(made).update(vars(self), _told=set(self._told))
-        made.set_fakes(())
+        made._set_fakes(())
         for name in ("invoke", "ainvoke"):
-            made.notice_override(name)
+            made._notice_override(name)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -587,6 +553,12 @@ class _Bound(Dual[Any, Any]):
 
     __setattr__ = object.__setattr__  # what is set is not noticed: it is made at each access, and quickly
     __delattr__ = object.__delattr__
+
+    if not TYPE_CHECKING:
+        func = BoundSide(SYNC_SIDE, "sync")
+        afunc = BoundSide(ASYNC_SIDE, "async")
+
+    _binding = "nothing"  # a bound pair is not bound again
 
     def __init__(self, pair: AnyDual, receiver: object) -> None:  # the pair has been looked at already
         self._pair = pair
@@ -603,22 +575,22 @@ class _Bound(Dual[Any, Any]):
             setattr(self, ASYNC_SIDE, MethodType(kept[ASYNC_SIDE], receiver))
 
     def __getattr__(self, name: str) -> Any:
-        """Find what is kept on the pair, by a subclass too; sides and most dunder names are this method's own."""
+        """Find what is kept on the pair, by a subclass too; sides and dunder names are this method's own."""
         kept = {} if name == "_pair" else vars(self._pair)
-        is_own = name in (SYNC_SIDE, ASYNC_SIDE) or (name.startswith("__") and name not in MARKS)
+        is_own = name in (SYNC_SIDE, ASYNC_SIDE) or name.startswith("__")
         if name in kept and not is_own:
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @property
-    def unbound(self) -> AnyDual:
+    def _unbound(self) -> AnyDual:
         """The pair that was bound."""
         return self._pair
 
     @property
-    def is_of_class(self) -> bool:
+    def _is_of_class(self) -> bool:
         """Whether it is a class method's, and not an instance's."""
-        return self._pair.binding == "class" or self._is_class_method()
+        return self._pair._binding == "class" or self._is_class_method()
 
     def _is_class_method(self) -> bool:
         """Tell whether a `classmethod` wraps the pair: up to Python 3.12 it binds it as if to an instance."""
@@ -635,11 +607,6 @@ class _Bound(Dual[Any, Any]):
         return self._bind(self._pair._entries)
 
     @property
-    def binding(self) -> Binding:
-        """A bound pair is not bound again."""
-        return "nothing"
-
-    @property
     def deps(self) -> list[Runnable[Any, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Those of the pair: LangChain would keep what they are looked up for, and the instance with it, for good."""
         return self._pair.deps
@@ -651,20 +618,25 @@ class _Bound(Dual[Any, Any]):
             Entry(functools.partial(async_.run, self._receiver), async_.fn, _bound_shape(async_.shape), async_.kind),
         )
 
-    def warn_of_traps(self, calls: int, *, bounded: bool) -> None:
+    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell what the pair tells, once for all its instances."""
-        self._pair.warn_of_traps(calls, bounded=bounded)
+        self._pair._warn_of_traps(calls, bounded=bounded)
 
-    def furnish(self, **given: Any) -> None:
+    def _furnish(self, **given: Any) -> None:
         """Refuse: what a method is made of is said in its class."""
         raise PairError(f"{describe(self)} is bound to {self._receiver!r}; decorate it in its class")
 
-    def set_fakes(self, fakes: tuple[Entries, ...]) -> None:
+    def _set_fakes(self, fakes: tuple[Entries, ...]) -> None:
         """Fake a class's method; refuse an instance's, as a fake stands in for the method of the class."""
-        if self.is_of_class:
-            return self._pair.set_fakes(fakes)
+        if not self._is_of_class:
+            raise self._not_here()
+        self._pair._set_fakes(fakes)
+
+    def _not_here(self) -> TypeError:
         name = self.__qualname__
-        raise TypeError(f"{name} is bound to {self._receiver!r}; override it in its class: override({name}, ...)")
+        return TypeError(
+            f"{name} is bound to {self._receiver!r}; override it in its class: registry.override({name}, ...)"
+        )
 
     def __reduce__(self) -> Any:
         """Pickle as a method does: by its instance and its name."""
@@ -720,10 +692,14 @@ def _bound_shape(shape: Shape) -> Shape:
     )
 
 
-_MADE_LATE = {"_entries", "_live", *MARKS}
+for _name in MARKS:
+    setattr(Dual, _name, Mark(_name))
+
+
+_MADE_LATE = {"_entries", "_live", "_marks"}
 """Attributes of a pair that it has when it has been put together."""
 
-_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", *MARKS}
+_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_marks"}
 """Attributes of a pair that are not pickled with it."""
 
 
@@ -761,8 +737,8 @@ def unwrapped(side: Function) -> Function:
 
 def side_beside(other: Function, side: Function) -> Function:
     """Return the side; a class's pair as it stands in the class, if the other side takes the class as well."""
-    takes_class = isinstance(side, _Bound) and side.is_of_class and not same_parameters(side, function_of(other))
-    return cast("_Bound", side).unbound if takes_class else side
+    takes_class = isinstance(side, _Bound) and side._is_of_class and not same_parameters(side, function_of(other))
+    return cast("_Bound", side)._unbound if takes_class else side
 
 
 def _check_is_of_class(pair: AnyDual, other: str, body: dict[str, Any]) -> None:
@@ -779,7 +755,7 @@ def _check_is_of_class(pair: AnyDual, other: str, body: dict[str, Any]) -> None:
 
 def in_its_class(pair: AnyDual) -> AnyDual:
     """Return a class's pair as it stands in the class, any other as it is."""
-    return pair.unbound if isinstance(pair, _Bound) and pair.is_of_class else pair
+    return pair._unbound if isinstance(pair, _Bound) and pair._is_of_class else pair
 
 
 def gate_of(*sides: Function | None) -> Gate | None:
@@ -788,8 +764,8 @@ def gate_of(*sides: Function | None) -> Gate | None:
     Raises:
         PairError: they bring different ones.
     """
-    pairs = [pair for side in sides if side and is_pair(pair := unwrapped(side)) and pair.gate is not None]
-    gates = [pair.gate for pair in pairs]
+    pairs = [pair for side in sides if side and is_pair(pair := unwrapped(side)) and pair._gate is not None]
+    gates = [pair._gate for pair in pairs]
     if any(gate != gates[0] for gate in gates):
         raise PairError(
             f"{describe(pairs[0])} and {describe(pairs[1])} have a limit each; put one @concurrency over the pair"

@@ -1,11 +1,11 @@
-"""Where a pair keeps the functions of its two sides."""
+"""What a pair keeps where `functools.update_wrapper`, which copies all that a function keeps, does not find it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, cast
 
-__all__ = ["ASYNC_SIDE", "SYNC_SIDE", "Side"]
+__all__ = ["ASYNC_SIDE", "SYNC_SIDE", "BoundSide", "Mark", "Side"]
 
 Function = Callable[..., Any]
 
@@ -16,8 +16,8 @@ ASYNC_SIDE = "_asyncify_afunc"
 class Side:
     """A side of a pair, kept on it under a name that nobody else uses.
 
-    A class that decorates functions keeps its own in `func`, say, as LangGraph's `task` does, and then copies all that
-    the function keeps by `functools.update_wrapper`: it would run the side, without its limit.
+    A class that decorates functions may keep its own in `func`, as LangGraph's `task` does: with that of a pair copied
+    over it, it would run the side, without its limit.
     """
 
     def __init__(self, kept: str, colour: str) -> None:
@@ -36,3 +36,29 @@ class Side:
     def __delete__(self, pair: object) -> None:
         self.__get__(pair, type(pair))
         del vars(pair)[self._kept]
+
+
+class BoundSide(Side):
+    """That of a pair which is bound, and made at each access: so a side can't be replaced there, but in its class."""
+
+    def __set__(self, pair: Any, side: Function) -> None:
+        raise pair._not_here()
+
+    def __delete__(self, pair: Any) -> None:
+        raise pair._not_here()
+
+
+class Mark:
+    """An attribute by which a pair is told for what its function is: kept among others of its `_marks`.
+
+    What wraps a pair of an `async def` may be a `def`, and would be told for a coroutine function by a copy.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, pair: Any, owner: type) -> object:
+        try:
+            return pair._marks[self._name]
+        except (AttributeError, KeyError):
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}") from None

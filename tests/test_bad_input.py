@@ -269,7 +269,7 @@ def test_a_fake_that_can_not_be_called_is_refused(act: Callable[[], Any], messag
     """The pair runs as before."""
     with pytest.raises(TypeError, match=message), act():
         pass
-    assert _Standing.pair.fakes == ()
+    assert _Standing.pair._fakes == ()
 
 
 _given_two = {"input": {"pair": "EUR", "day": 3}, "config": 3}

@@ -13,7 +13,10 @@ from typing import Any, TypeVar, get_args
 from unittest import mock
 
 import pytest
+from langchain_core.runnables import RunnableLambda
 from langgraph.func import entrypoint, task
+from langgraph.graph import START, StateGraph
+from typing_extensions import TypedDict
 
 from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
 from tests.waiting import wait_until
@@ -737,3 +740,83 @@ def test_a_copy_keeps_an_invoke_of_its_own() -> None:
     assert (pair | str.upper).invoke("x") == (pair | Dual(str.upper)).invoke("x") == "FIRST"
     assert (copied | Dual(str.upper)).invoke("x") == "SECOND"
     assert (copy.copy(pair) | Dual(str.upper)).invoke("x") == "FIRST"
+
+
+def test_a_pair_has_few_public_names_that_a_lambda_has_not() -> None:
+    """What a subclass calls its own methods is its own affair."""
+
+    class Greeter(Dual[str, str]):
+        def admits(self, user: str) -> bool:
+            return user == "root"
+
+        def entries(self) -> list[str]:
+            return []
+
+    more = {name for name in dir(Dual(str.upper)) if not name.startswith("_")} - set(dir(RunnableLambda(str.upper)))
+
+    assert more == {"acall", "afunc", "async_", "call", "limiter", "sync"}
+    assert Greeter(str.upper).batch(["a", "b"]) == ["A", "B"]
+
+
+@pytest.mark.parametrize("decorate", [dual, concurrency(limit=5)])
+def test_a_def_around_a_pair_of_an_async_def_is_no_coroutine_function(decorate: Any) -> None:
+    """`functools.wraps` copies what the pair keeps, and not that it is one."""
+    pair: Any = decorate(fetch_async)
+
+    @functools.wraps(pair)
+    def blocking(query: str) -> Any:
+        return asyncio.run(pair(query))
+
+    assert asyncio.iscoroutinefunction(pair)
+    assert inspect.iscoroutinefunction(pair)
+    assert not asyncio.iscoroutinefunction(blocking)
+    assert not inspect.iscoroutinefunction(blocking)
+    assert RunnableLambda(blocking).invoke("x") == "async x"
+
+
+def test_an_object_around_a_pair_of_a_generator_is_no_generator_function() -> None:
+    """`functools.update_wrapper` copies what the pair keeps, and not its code."""
+
+    class Collect:
+        def __init__(self, function: Any) -> None:
+            functools.update_wrapper(self, function)
+            self.function = function
+
+        def __call__(self, query: str) -> list[str]:
+            return list(self.function(query))
+
+    @dual
+    def twice(query: str) -> Iterator[str]:
+        yield query
+        yield query
+
+    assert inspect.isgeneratorfunction(twice)
+    assert not inspect.isgeneratorfunction(Collect(twice))
+    assert RunnableLambda(Collect(twice)).invoke("x") == ["x", "x"]
+
+
+class Notes(TypedDict):
+    answer: str
+
+
+class Secret(TypedDict):
+    secret: str
+
+
+def hide(state: Notes) -> Secret:
+    """Leave what only those see who ask for it."""
+    return {"secret": "42"}
+
+
+def reveal(state: Secret) -> Notes:
+    """Ask for it."""
+    return {"answer": state["secret"]}
+
+
+@pytest.mark.parametrize("decorate", [dual, Dual, concurrency(limit=5)])
+def test_a_node_of_langgraph_gets_the_state_that_the_function_asks_for(decorate: Any) -> None:
+    """LangGraph reads it from the hints of `__call__`, or else from those of the pair."""
+    graph: Any = StateGraph(Notes).add_sequence([("hide", decorate(hide)), ("reveal", decorate(reveal))])
+    graph.add_edge(START, "hide")
+
+    assert graph.compile().invoke({"answer": ""}) == {"answer": "42"}

@@ -598,7 +598,7 @@ async def test_what_the_limiter_says_is_not_blamed_on_the_executor():
     """A call that could only wait for itself gets the limiter's own error."""
     limiter = Limiter(limit=1)
     pair = concurrency(limiter=limiter)(Dual(score.func))
-    pair.furnish(bridge=engine)
+    pair._furnish(bridge=engine)
     with limiter, pytest.raises(DeadlockError):
         await pair.acall("abc")
 
@@ -620,7 +620,7 @@ async def test_a_call_that_the_executor_drops_is_told(by_name):
     limiter = Limiter(limit=1)
     pair = concurrency(limiter=limiter)(Dual(score.func))
     engine.engine = executor
-    pair.furnish(bridge=engine if by_name else executor)
+    pair._furnish(bridge=engine if by_name else executor)
     with pytest.raises(BridgeError, match=r"score .* could not run it \(CancelledError: it was dropped\)"):
         await pair.acall("abc")
     engine.engine = None
@@ -635,7 +635,7 @@ async def test_an_executor_that_was_shut_down_is_told():
     engine.engine = pool
     limiter = Limiter(limit=1)
     pair = concurrency(limiter=limiter)(Dual(score.func))
-    pair.furnish(bridge=engine)
+    pair._furnish(bridge=engine)
     with pytest.raises(BridgeError, match=r"score .*LateProcesses could not run it \(RuntimeError: .*shutdown"):
         await pair.acall("abc")
     engine.engine = None

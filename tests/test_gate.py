@@ -219,7 +219,7 @@ class TestKeys:
             return "k"
 
         made: Any = concurrency(limit=1, key=key)(Dual(fetch, afetch))
-        made.furnish(wears=stub)
+        made._furnish(wears=stub)
         value, config = {"pair": "EUR", "amount": 3}, {"tags": ["t"]}
 
         assert (made.invoke(value, config) if path == "sync" else await made.ainvoke(value, config)) == "EUR3t"

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+from unittest import mock
 
 import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
@@ -529,7 +530,7 @@ def test_a_bound_pair_can_not_be_overridden() -> None:
     """The error says to override the pair of the class."""
     fx = Plain()
 
-    with pytest.raises(TypeError, match=r"Plain.fetch is bound to .*: override\(Plain.fetch, ...\)"):
+    with pytest.raises(TypeError, match=r"Plain.fetch is bound to .*: registry.override\(Plain.fetch, ...\)"):
         registry.override(fx.fetch, lambda query: query).__enter__()
     assert fx.fetch.invoke("EUR") == "sync fx EUR"
 
@@ -710,7 +711,7 @@ async def test_a_bound_pair_may_be_a_side(bound: Any, says: str) -> None:
     for made in (dual(sync=bound, async_=afetch_static), dual(sync=bound)(afetch_static)):
         assert made.invoke("x") == says
         assert await made.ainvoke("x") == "async x"
-    assert bound.warns
+    assert bound._warn
 
 
 def test_a_bound_pair_is_not_limited_where_it_is_looked_up() -> None:
@@ -876,7 +877,7 @@ class Market:
     """A class with a pair of that kind."""
 
     shout = Shouted(lambda self, query: query, "!")
-    shout.bind_as("instance")
+    shout._binding = "instance"
 
 
 def test_a_kind_of_pair_stays_of_that_kind_when_it_binds() -> None:
@@ -902,3 +903,17 @@ def test_a_graph_of_a_bound_pair_keeps_no_instance_alive() -> None:
     gc.collect()
 
     assert instance() is None
+
+
+@pytest.mark.parametrize("side", ["func", "afunc"])
+@pytest.mark.parametrize("bound", [Plain().fetch, Kinds.class_inner])
+def test_a_side_of_a_bound_pair_can_not_be_replaced(bound: Any, side: str) -> None:
+    """It is made at each access, so the fake would never run; the error says where to put it."""
+    written = bound.__qualname__
+    with (
+        pytest.raises(TypeError, match=rf"^{written} is bound to .*; override it in its class: registry.override\("),
+        mock.patch.object(bound, side, print),
+    ):
+        pass
+
+    assert getattr(bound, side) is not print

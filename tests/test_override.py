@@ -290,7 +290,7 @@ def test_an_exception_in_the_block_undoes_the_override() -> None:
         raise ZeroDivisionError
 
     assert fetch.invoke("EUR") == "sync EUR"
-    assert fetch.fakes == ()
+    assert fetch._fakes == ()
 
 
 def test_threads_that_override_at_once_leave_nothing() -> None:
@@ -304,7 +304,7 @@ def test_threads_that_override_at_once_leave_nothing() -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(override_often, range(4)))
 
-    assert fetch.fakes == ()
+    assert fetch._fakes == ()
     assert fetch.invoke("EUR") == "sync EUR"
 
 
@@ -377,7 +377,7 @@ def test_a_fake_may_have_parameters_of_its_own(pair: Any, fake: Any) -> None:
     """If those that the function needs find a place, by position or by name."""
     with registry.override(pair, fake) as faked:
         assert faked is pair
-    assert pair.fakes == ()
+    assert pair._fakes == ()
 
 
 async def test_a_fake_is_called_by_keyword_where_the_function_has_no_places() -> None:

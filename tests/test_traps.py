@@ -103,7 +103,7 @@ async def test_an_executor_of_ones_own_is_meant():
     """Who gives an executor knows what the async side is made of."""
     with ThreadPoolExecutor(2) as threads:
         pair: Any = Dual(fetch)
-        pair.furnish(bridge=threads)
+        pair._furnish(bridge=threads)
 
         assert await told(pair.abatch(list(range(10)))) == []
 

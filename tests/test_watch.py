@@ -714,7 +714,7 @@ def test_a_pair_made_in_the_midst_of_a_change_follows_it():
     made: list[AnyDual] = []
 
     class Maker:
-        def set_watched(self, *, on: bool) -> None:
+        def _set_watched(self, *, on: bool) -> None:
             made.append(Dual(fetch))
 
     maker = Maker()
@@ -735,7 +735,7 @@ def test_a_pair_made_while_another_thread_begins_a_watch_follows_it():
     first, second = threading.Event(), threading.Event()
 
     class Slow:
-        def set_watched(self, *, on: bool) -> None:
+        def _set_watched(self, *, on: bool) -> None:
             (second if first.is_set() else first).set()
             second.wait(0 if on else 0.1)  # which the watch would use, if it did not have to wait for the end of this
             told.append(on)
