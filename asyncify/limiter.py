@@ -132,6 +132,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         A generator that entered in one task may be closed in another.
         """
         if (permit := self._entered()) is not None:
+            permit.taken = True
             permit.leave(error)
         elif self._meter.inside:  # looked at without the lock: a finalizer may be in the thread that holds it
             self.give_back_other(error)

@@ -172,8 +172,6 @@ class Permit:
         """End the call, in the context that entered; `error` is what it raised."""
         if innermost.get() is self:
             self.leave_innermost(error)
-        elif self.ended and self.taken:
-            self.issuer.give_back_other(error)
         else:
             self.end(error)  # this context runs under another, which may end later
 
@@ -189,7 +187,7 @@ class Permit:
                 self.skip_ended()
             self.issuer.give_back(self, error)
         elif self.taken:
-            self.issuer.give_back_other(error)
+            self._give_back_other(error)
 
     def step_out(self) -> None:
         """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
@@ -210,6 +208,12 @@ class Permit:
             if self.outer is not None:
                 self.skip_ended()
             self.issuer.give_back(self, error)
+        elif self.taken:
+            self._give_back_other(error)
+
+    def _give_back_other(self, error: BaseException | None) -> None:
+        self.taken = False
+        self.issuer.give_back_other(error)
 
     def skip_ended(self) -> None:
         """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from asyncify import concurrency
 from asyncify.adaptive import Adaptive
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.limiter import Limiter
@@ -723,6 +724,52 @@ class TestLeftElsewhere:
         permit.leave()
         permit.end()
 
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_bridged_call_whose_permit_was_taken_gives_another_slot_back(self) -> None:
+        """It ends in another thread and context than it began in."""
+        limiter = Limiter(limit=3)
+
+        def stream() -> Generator[None]:
+            with limiter:
+                yield
+
+        @concurrency(limiter=limiter)
+        def close(chunks: Generator[None]) -> None:
+            chunks.close()
+
+        chunks = stream()
+        contextvars.copy_context().run(next, chunks)
+        await close.ainvoke(chunks)
+
+        assert limiter.stats().in_flight == 0
+
+    async def test_a_permit_that_is_not_the_innermost_is_taken_too_in_a_task(self) -> None:
+        """The `async with` ends within a call of another limiter; whose slot it has is told when the others leave."""
+        limiter, other = Limiter(limit=3), Limiter(limit=3)
+        running = await asyncio.create_task(limiter.aenter())
+        async with limiter:
+            kept, inner = await limiter.aenter(), await other.aenter()
+        kept.leave()
+        inner.leave()
+        kept.leave()
+
+        assert (limiter.stats().in_flight, other.stats().in_flight) == (1, 0)
+        running.leave()
+        assert limiter.stats().in_flight == 0
+
+    def test_a_permit_that_is_not_the_innermost_is_taken_too_in_a_thread(self) -> None:
+        """The `with` ends within a call of another limiter; whose slot it has is told when the others leave."""
+        limiter, other = Limiter(limit=3), Limiter(limit=3)
+        running = contextvars.Context().run(limiter.enter)
+        with limiter:
+            kept, inner = limiter.enter(), other.enter()
+        kept.leave()
+        inner.leave()
+        kept.leave()
+
+        assert (limiter.stats().in_flight, other.stats().in_flight) == (1, 0)
+        running.leave()
         assert limiter.stats().in_flight == 0
 
     async def test_each_exit_gives_one_slot_back(self) -> None:

@@ -149,14 +149,21 @@ def test_to_leave_after_the_end_takes_no_place_of_another(issuer: Issuer) -> Non
     assert (issuer.taken, issuer.others) == ([(permit, None)], [])
 
 
-def test_a_call_whose_place_was_taken_tells_its_error(issuer: Issuer) -> None:
-    """The place that it gives back is another's; the error is its own."""
+@pytest.mark.parametrize(
+    "end",
+    [Permit.leave, Permit.end, lambda permit, error: contextvars.Context().run(permit.leave, error)],
+    ids=["in its context", "anywhere", "in another context"],
+)
+def test_a_call_whose_place_was_taken_tells_its_error(issuer: Issuer, end: Any) -> None:
+    """The place that it gives back is another's, once; the error is its own."""
     permit, error = begun(issuer), ValueError()
     permit.taken = permit.ended = True
-    contextvars.Context().run(permit.leave, error)
+    end(permit, error)
+    assert (issuer.taken, issuer.others) == ([], [error])
     permit.leave(error)
+    permit.end(error)
 
-    assert (issuer.taken, issuer.others) == ([], [error, error])
+    assert (issuer.taken, issuer.others) == ([], [error])
 
 
 def test_giving_up_is_told(issuer: Issuer) -> None:
