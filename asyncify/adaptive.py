@@ -58,9 +58,9 @@ class Adaptive:
     def __post_init__(self) -> None:
         """Check the numbers."""
         example = "Adaptive(min=1, max=100)"
+        for name in ("min", "max", "start") if self.start is not None else ("min", "max"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name), example))
         start = self.min if self.start is None else self.start
-        for name, count in (("min", self.min), ("max", self.max), ("start", start)):
-            check_count(name, count, example)
         if not self.min <= start <= self.max:
             given = f"Adaptive(min={self.min}, max={self.max}, start={start})"
             raise ValueError(f"{given}: the numbers must be in order, min <= start <= max, as in {example}")

@@ -7,7 +7,7 @@ from numbers import Real
 from operator import index
 from typing import SupportsIndex
 
-__all__ = ["check_bound", "check_cost", "check_count", "check_positive", "shown"]
+__all__ = ["check_bound", "check_count", "check_not_negative", "check_positive", "shown"]
 
 
 def check_count(name: str, count: object, example: str) -> int:
@@ -33,13 +33,13 @@ def check_positive(name: str, value: object, example: str) -> float:
     return value if isinstance(value, (int, float)) else float(value)
 
 
-def check_cost(name: str, cost: object) -> float:
-    """Return `cost` if it is a number, not negative and finite."""
-    if isinstance(cost, bool) or not isinstance(cost, (int, float, Real)):  # the last is numpy's, and slow to ask
-        raise TypeError(f"{name}={cost!r}: must be a number")
-    if not 0 <= _finite(cost) < math.inf:
-        raise ValueError(f"{name}={shown(cost)}: must be finite and not negative")
-    return cost if isinstance(cost, (int, float)) else float(cost)
+def check_not_negative(name: str, value: object, example: str) -> float:
+    """Return `value` if it is a number, not negative and finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # the last is numpy's, and slow to ask
+        raise TypeError(f"{name}={value!r}: must be a number, as in {example}")
+    if not 0 <= _finite(value) < math.inf:
+        raise ValueError(f"{name}={shown(value)}: must be finite and not negative, as in {example}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def shown(number: float | Real) -> str:

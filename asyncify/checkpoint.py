@@ -152,7 +152,7 @@ class Checkpoint:
     def _explained(self) -> Generator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the last of an error's own text, out of a damaged file
             way_out = _WAYS_OUT.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _WAY_OUT)
             raise CheckpointError(f"checkpoint {self.path}: {error}; {way_out}") from error
 

@@ -12,13 +12,12 @@ from typing import Any
 from aiolimiter import AsyncLimiter
 from langchain_core.rate_limiters import BaseRateLimiter
 
-from asyncify.arguments import check_cost, check_positive
+from asyncify.arguments import check_not_negative, check_positive
 from asyncify.foreign import ForeignLimiter
 from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.permits import Pass
 from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input
-from asyncify.turnstile import check_affordable
 
 __all__ = ["Gate", "make_gate"]
 
@@ -136,8 +135,8 @@ class Gate:
     def _cost_of(self, limiter: Limiter | KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if not callable(self.cost):
             return self.cost
-        cost = check_cost(f"{self._title}: cost", self._ask("cost", self.cost, args, kwargs))
-        check_affordable(cost, limiter.limits, self._title)
+        cost = check_not_negative(f"{self._title}: cost", self._ask("cost", self.cost, args, kwargs), "cost=20")
+        limiter.limits.check_affordable(cost, self._title)
         return cost
 
     def _ask(self, what: str, function: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,7 +184,7 @@ def make_gate(
     else:
         made = Limiter(**limits) if key is None else KeyedLimiter(key, **limits)
     if cost is not None and not callable(cost):
-        cost = check_cost("cost", cost)
+        cost = check_not_negative("cost", cost, "cost=20")
     if cost is not None or timeout is not None:
         _check_usable(made, cost)
     is_nameless = limiter is None and limits.get("name") is None
@@ -217,4 +216,4 @@ def _check_usable(
     if not limiter.limits.rates:
         raise ValueError("cost= needs a rate, as in per_minute=90_000, cost=count_tokens")
     if not callable(cost):
-        check_affordable(cost, limiter.limits, f"cost={cost!r}")
+        limiter.limits.check_affordable(cost, f"cost={cost!r}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.adaptive import Adaptive, AdaptiveLimit
-from asyncify.arguments import check_cost, check_positive
+from asyncify.arguments import check_not_negative, check_positive
 from asyncify.clock import Clock, monotonic_clock
 from asyncify.meter import Limits
 from asyncify.permits import Permit, get_innermost
@@ -149,7 +149,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         permit = self._entered()
         if permit is None:
             raise RuntimeError(self._not_inside())
-        actual = check_cost("actual", actual)
+        actual = check_not_negative("actual", actual, "record(120)")
         with self._lock:
             if permit.at is not None:
                 self._meter.correct(permit.at, actual - permit.cost)
@@ -183,6 +183,7 @@ class Limiter(Turnstile, BaseRateLimiter):
                 self._adaptive = adaptive
                 self._configure(limits)
                 for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:
+                    permit.told = limits.too_dear(permit.cost, self.title())
                     self._turn_away(permit)
         finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
             self._settle()
@@ -212,6 +213,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         self._drop_closed_loops()
         self._settle()
         with self._lock:
+            self._take_back(self._now())  # of those who left while another held the lock
             waits = [wait for number, wait in self._waits if number > self._admitted - RECENT]
             at_once = min(self._admitted, RECENT) - len(waits)
             counts = (len(self._meter.inside), self._waiting, self._admitted, self._rejected)

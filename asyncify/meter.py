@@ -79,6 +79,16 @@ class Limits:
         """The largest cost that can ever be admitted."""
         return min((max(rate.amount, 1) for rate in self.rates), default=math.inf)
 
+    def check_affordable(self, cost: float, what: str) -> None:
+        """Raise a ValueError for a cost that can never be admitted."""
+        if cost > self.largest_cost:
+            raise self.too_dear(cost, what)
+
+    def too_dear(self, cost: float, what: str) -> ValueError:
+        """Return what is said of such a cost."""
+        tightest = min(self.rates, key=lambda rate: rate.amount)
+        return ValueError(f"{what}: a cost of {shown(cost)} can never be admitted, as the limit is {tightest}")
+
 
 def _checked_burst(burst: object, rates: tuple[Rate, ...]) -> int:
     count = check_count("burst", burst, "burst=5")

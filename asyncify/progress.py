@@ -64,7 +64,8 @@ def reporting(
     where no one looks on. A function of one's own is called with a `Progress` each time.
     """
     where = file or sys.stderr
-    if asked is False or (asked is True and not where):  # a program without a console has no standard error
+    is_open = where and not getattr(where, "closed", False)  # a program without a console has no standard error
+    if asked is False or (asked is True and not is_open):
         yield lambda more, more_failed: None
         return
     began = now()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import threading
 from collections.abc import Callable
 
+from asyncify.arguments import check_not_negative
 from asyncify.clock import Timer
 
 __all__ = ["FakeClock"]
@@ -19,11 +19,14 @@ class FakeClock:
     Give it to the limiter under test: `Limiter(per_second=5, clock=FakeClock())`.
 
     Args:
-        start: the time to begin at, in seconds.
+        start: the time to begin at, in seconds; not negative.
+
+    Raises:
+        TypeError, ValueError: it is no such time.
     """
 
     def __init__(self, start: float = 0.0) -> None:
-        self._now = start
+        self._now = check_not_negative("start", start, "FakeClock(start=5)")
         self._lock = threading.RLock()  # a finalizer may set a timer in the middle of `call_at`
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -43,11 +46,9 @@ class FakeClock:
         """Let time pass, and run the timers that are due on the way, each at its own time.
 
         Raises:
-            ValueError: time would go back, or stop.
+            TypeError, ValueError: time would go back, or stop.
         """
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"advance({seconds!r}): time does not go back, nor on for ever")
-        end = self._now + seconds
+        end = self._now + check_not_negative("seconds", seconds, "advance(0.5)")
         while (timer := self._next_until(end)) is not None:
             self._now = max(self._now, timer.when)
             timer.callback()

@@ -21,7 +21,7 @@ from functools import partial
 from itertools import repeat
 
 from asyncify.adaptive import AdaptiveLimit
-from asyncify.arguments import check_cost, check_positive, shown
+from asyncify.arguments import check_not_negative, check_positive
 from asyncify.clock import Clock, Timer, monotonic_clock
 from asyncify.congestion import congestion_of
 from asyncify.deadlocks import come_to_wait, look_at_threads
@@ -33,7 +33,7 @@ from asyncify.permits import Permit, get_innermost, permits, set_innermost
 from asyncify.scopes import get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
-__all__ = ["RECENT", "Turnstile", "check_affordable"]
+__all__ = ["RECENT", "Turnstile"]
 
 RECENT = 1000
 """Admissions whose waiting times are kept."""
@@ -187,7 +187,7 @@ class Turnstile:
                     if queue:
                         self._call_back_at(at)
                 if permit.cost > self._meter.largest_cost:
-                    check_affordable(permit.cost, self._meter.limits, self.title())
+                    self._meter.limits.check_affordable(permit.cost, self.title())
                 if queue:
                     permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
                     if not permit.slots:
@@ -284,29 +284,31 @@ class Turnstile:
         self._settle()
 
     def _check_admitted(self, permit: Permit) -> None:
+        """Raise why a call that has waited was not let in, if it was not."""
         if permit.timer is not None:
             permit.timer.cancel()
         waits = permit.queue is not None  # asked first: who is admitted has its time before it leaves the queue
-        if permit.at is None:
-            if permit.told is not None:
-                try:
-                    raise permit.told
-                finally:
-                    permit.told = None  # its traceback holds this frame
-            if waits or permit.ended:
-                permit.give_up()
-                raise asyncio.CancelledError(_OUTER_ENDED)
-            check_affordable(permit.cost, self._meter.limits, self.title())
-            paused = self._paused_for()
-            raise LimitTimeout(
-                f"{self.title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
-                "ahead of it when it came. "
-                + (
-                    f"By a Retry-After all calls are paused for another {paused:.4g} s."
-                    if paused > 0
-                    else "Raise timeout= or the limit, or send less."
-                )
-            )
+        if permit.at is not None:
+            return
+        if permit.told is not None:
+            try:
+                raise permit.told
+            finally:
+                permit.told = None  # its traceback holds this frame
+        if waits or permit.ended:
+            permit.give_up()
+            raise asyncio.CancelledError(_OUTER_ENDED)
+        raise self._timed_out(permit)
+
+    def _timed_out(self, permit: Permit) -> LimitTimeout:
+        paused = self._paused_for()
+        way_out = "Raise timeout= or the limit, or send less."
+        if paused > 0:
+            way_out = f"By a Retry-After all calls are paused for another {paused:.4g} s."
+        return LimitTimeout(
+            f"{self.title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
+            f"ahead of it when it came. {way_out}"
+        )
 
     def _paused_for(self) -> float:
         """Return for how many seconds more nobody is admitted; 0 or less if somebody may be."""
@@ -509,13 +511,14 @@ class Turnstile:
 
     def _judge(self, error: BaseException) -> _Failure:
         """Return what an error teaches; the error itself must go on, whatever happens as it is looked at."""
+        pause = None
         try:
             congestion = congestion_of(error)
             pause = None if congestion is None else congestion.retry_after
             return _Failure(pause, congested=self._adaptive is not None and self._adaptive.config.on(error))
         except Exception as failure:  # noqa: BLE001  (the error's own attributes, or the user's `on=`)
             error.add_note(f"{self.title()}: whether this is a congestion can't be told: {failure!r}")
-            return _Failure(pause=None, congested=False)
+            return _Failure(pause, congested=False)
 
     def _pass_on(self) -> None:
         """Give a slot that has come free to the first who waits: `_settle()` in short, where only slots limit."""
@@ -585,14 +588,8 @@ class Turnstile:
 def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:
     if slots not in (0, 1):
         raise ValueError(f"slots={slots!r}: a call takes one slot, or with slots=0 the rate alone")
-    return check_cost("cost", cost), None if timeout is None else check_positive("timeout", timeout, "timeout=30")
-
-
-def check_affordable(cost: float, limits: Limits, what: str) -> None:
-    """Raise a ValueError for a cost that could never be admitted."""
-    if cost > limits.largest_cost:
-        tightest = min(limits.rates, key=lambda rate: rate.amount)
-        raise ValueError(f"{what}: a cost of {shown(cost)} can never be admitted, as the limit is {tightest}")
+    seconds = None if timeout is None else check_positive("timeout", timeout, "timeout=30")
+    return check_not_negative("cost", cost, "cost=20"), seconds
 
 
 _robbed: weakref.WeakSet[Permit] = weakref.WeakSet()

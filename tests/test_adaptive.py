@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from numpy import int64
 
 from asyncify import Adaptive, Limiter
 from asyncify.adaptive import AdaptiveLimit
@@ -75,6 +76,13 @@ def test_it_starts_at_the_least() -> None:
 def test_it_starts_where_it_is_told() -> None:
     """`start` is the first limit."""
     assert adaptive(min=3, start=7).limit == 7
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """They come out of a computation, and are counted in as plain ones."""
+    made = Adaptive(min=int64(1), max=int64(8), start=int64(4))  # type: ignore[arg-type]  # not in the types
+
+    assert [type(number) for number in (made.min, made.max, made.start)] == [int, int, int]
 
 
 def test_min_and_max_may_be_one() -> None:

@@ -1038,7 +1038,12 @@ def cut_off(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("damage", [damage_header, damage_pages, cut_off])
+def damage_a_name(path: Path) -> None:
+    """Write over a letter of the schema, so that sqlite's own message is no text."""
+    path.write_bytes(path.read_bytes().replace(b"CREATE VIEW items", b"CREATE\xd0VIEW items"))
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_pages, damage_a_name, cut_off])
 def test_a_damaged_file_is_refused(path: Path, damage: Callable[[Path], None]) -> None:
     """The message names the file and says what to do; nothing is called."""
     counted = Counted()

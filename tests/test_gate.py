@@ -338,8 +338,8 @@ class TestArguments:
             ({"cost": async_size, "per_second": 1}, TypeError, r"^cost=.*async_size.*: is async; .* so write a def$"),
             ({"key": async_size, "limit": 1}, TypeError, r"^key=.*async_size.*: is async"),
             ({"timeout": 0, "limit": 1}, ValueError, r"^timeout=0: must be above 0 and finite, as in timeout=30$"),
-            ({"cost": -1, "per_second": 1}, ValueError, r"^cost=-1: must be finite and not negative$"),
-            ({"cost": True, "per_second": 1}, TypeError, r"^cost=True: must be a number$"),
+            ({"cost": -1, "per_second": 1}, ValueError, r"^cost=-1: must be finite and not negative, as in cost=20$"),
+            ({"cost": True, "per_second": 1}, TypeError, r"^cost=True: must be a number, as in cost=20$"),
             ({"cost": 2, "limit": 1}, ValueError, r"^cost= needs a rate, as in per_minute=90_000, cost=count_tokens$"),
             ({"cost": len, "limit": 1}, ValueError, r"^cost= needs a rate"),
             (

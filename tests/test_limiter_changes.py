@@ -162,6 +162,14 @@ class TestJudging:
         assert "has no attribute 'status'" in caught.value.__notes__[0]
         assert (limiter.stats().in_flight, limiter.stats().limit) == (0, 4)
 
+    def test_a_judgement_that_fails_hides_no_retry_after(self) -> None:
+        """Whether the limit has to shrink is another question than how long all calls have to pause."""
+        limiter = Limiter(limit=Adaptive(on=lambda error: error.status == 429), clock=FakeClock())  # type: ignore[attr-defined]
+        with pytest.raises(ServerError), limiter:
+            raise ServerError(429, {"Retry-After": "5"})
+
+        assert repr(limiter) == "<Limiter 0/1 in flight, 0 waiting, paused for 5 s>"
+
 
 class TestResize:
     async def test_more_slots_let_those_who_wait_in(self, crowd: Crowd) -> None:
@@ -196,6 +204,18 @@ class TestResize:
         await crowd.advance(1)
 
         assert crowd.order == ["a", "b", "c"]
+
+    async def test_who_is_turned_away_hears_why_though_the_limit_is_back(self) -> None:
+        """A second change comes before the task that waits runs again."""
+        limiter = Limiter(per_second=5, clock=FakeClock())
+        await limiter.aenter(cost=5)
+        waiting = asyncio.create_task(limiter.aenter(cost=3))
+        await until(lambda: limiter.stats().waiting == 1)
+        limiter.resize(per_second=2)
+        limiter.resize(per_second=5)
+
+        with pytest.raises(ValueError, match=r"a cost of 3 can never be admitted, as the limit is 2 per second$"):
+            await waiting
 
     async def test_a_cost_above_the_new_limit_is_turned_away(self, crowd: Crowd) -> None:
         """A waiter that could never be admitted any more is told, and those behind it move up."""
@@ -434,10 +454,10 @@ class TestRecord:
     @pytest.mark.parametrize(
         ("cost", "error", "message"),
         [
-            (-1, ValueError, "actual=-1: must be finite and not negative"),
-            (float("inf"), ValueError, "actual=inf: must be finite and not negative"),
-            (True, TypeError, "actual=True: must be a number"),
-            ("5", TypeError, "actual='5': must be a number"),
+            (-1, ValueError, "actual=-1: must be finite and not negative, as in record(120)"),
+            (float("inf"), ValueError, "actual=inf: must be finite and not negative, as in record(120)"),
+            (True, TypeError, "actual=True: must be a number, as in record(120)"),
+            ("5", TypeError, "actual='5': must be a number, as in record(120)"),
         ],
     )
     def test_a_bad_cost_is_told(self, cost: Any, error: type[Exception], message: str) -> None:

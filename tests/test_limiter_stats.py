@@ -7,6 +7,9 @@ import threading
 import weakref
 from typing import Any
 
+import pytest
+
+from asyncify.adaptive import Adaptive
 from asyncify.limiter import Limiter, LimiterStats
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
@@ -109,6 +112,14 @@ class TestStats:
         await crowd.come_all("abc")
 
         assert repr(limiter) == "<Limiter quotes 1/1 in flight, 50 per second, 500 per minute, 2 waiting>"
+
+    def test_who_has_left_while_another_held_the_lock_is_not_inside(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An adaptive limit takes slots back with the lock, and who leaves does not wait for that."""
+        limiter = Limiter(limit=Adaptive())
+        monkeypatch.setattr(limiter, "_settle", lambda: None)  # as if another had the lock each time
+        limiter.enter().leave()
+
+        assert limiter.stats().in_flight == 0
 
 
 class TestMemory:

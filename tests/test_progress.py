@@ -247,12 +247,20 @@ def test_a_stand_in_for_standard_error_gets_lines(monkeypatch: pytest.MonkeyPatc
     assert sink.text.startswith("even: 2/2 done")
 
 
+def closed_file() -> io.StringIO:
+    """Return a file that is closed."""
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("stderr", [None, closed_file()], ids=["none", "closed"])
 def test_without_a_console_nothing_is_shown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stderr: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A program of windows has neither standard error nor output; a function of one's own is called all the same."""
+    """A program of windows has no standard error, a daemon a closed one; a function of one's own is called anyway."""
     told: list[Progress] = []
-    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stderr", stderr)
 
     assert list(each(Pair(fail_on_odd), [2], progress=True)) == [2]
     assert list(each(Pair(fail_on_odd), [2], progress=told.append)) == [2]
