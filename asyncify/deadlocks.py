@@ -188,7 +188,8 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
     stuck = _smallest(own, by, scope, loop, proof.stuck)
     if not stuck or _holds_others(own, by, stuck):
         return False
-    everybody = HeldUp(_waiting_on(loop, proof.stuck))  # also those within no call: they may be siblings of these
+    around = Proof(own, {*stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
+    everybody = HeldUp(_waiting_on(loop, around))  # also those within no call: they may be siblings of these
     if (permit := _whom_to_tell(loop, own, by, stuck, everybody)) is None:
         return False
     permit.ready.set_exception(_deadlock_error(permit, own, stuck))

@@ -259,8 +259,8 @@ class Tasks(Joining):
         waiter, room = self._news.waiter, self._room_made.waiter
         is_fed = self._feeder.done() or (room is not None and not room.done())
         if waiter is None or not is_fed:
-            return Join(self, math.inf, fails_at_once=True)
-        return Join(waiter, len(self._alive.items), fails_at_once=True)
+            return Join(self, math.inf, fails_at_once=not self._return_exceptions)
+        return Join(waiter, len(self._alive.items), fails_at_once=not self._return_exceptions)
 
     def _room(self) -> float:
         return 0 if self._is_over else min(self._width() - len(self._alive.items), self._window() - self._held)

@@ -29,12 +29,14 @@ class Join:
         parts: how many of them have not ended; infinitely many if nobody waits yet, or more of them may come.
         cancels_parts: whether they are cancelled with who waits.
         fails_at_once: whether they are also cancelled when one of them fails.
+        leader: the task that is cancelled then, too, as it has begun them and does not wait for them yet.
     """
 
     whole: Any
     parts: float
     cancels_parts: bool = True
     fails_at_once: bool = False
+    leader: Any = None
 
 
 class Joining(ABC):
@@ -81,7 +83,9 @@ _RELEASE: Any = getattr(asyncio.tasks, "_release_waiter", None)
 def _of_group(group: Any) -> Join:
     whole = getattr(group, "_on_completed_fut", None)  # None until its block is at the end
     if whole is None:
-        return Join(group, inf, fails_at_once=True)
+        scope = getattr(group, "cancel_scope", None)  # anyio's
+        leader = getattr(group, "_parent_task", None) or getattr(scope, "_host_task", None)
+        return Join(group, inf, fails_at_once=True, leader=leader)
     return Join(whole, len(group._tasks), fails_at_once=True)
 
 

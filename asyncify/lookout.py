@@ -8,7 +8,7 @@ looked at again: in the next turn of the event loop, and then whenever as much t
 from __future__ import annotations
 
 import weakref
-from asyncio import AbstractEventLoop, Timeout, get_running_loop
+from asyncio import AbstractEventLoop, Timeout, all_tasks, get_running_loop
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import Context
@@ -162,8 +162,26 @@ class HeldUp:
         candidates = [future for future in taken if timers.isdisjoint(taken[future])] or taken
         siblings = {id(part) for key, part in self._siblings if key in self._open}
         kept = _reached(self._below, (self._holders[call] for call in calls))
-        may_be_cancelled = (siblings | timers) & _reached(self._above, [*kept.values(), *taken]).keys()
-        return next((future for future in candidates if may_be_cancelled <= taken[future].keys()), None)
+        above = _reached(self._above, [*kept.values(), *taken]).keys()
+        may_be_cancelled = (siblings | timers) & above
+        doomed = [future for future in candidates if may_be_cancelled <= taken[future].keys()]
+        if doomed:  # only now, as all tasks have to be looked at
+            leaders = self._leaders(loop, timers) & above
+            doomed = [future for future in doomed if leaders <= taken[future].keys()]
+        return doomed[0] if doomed else None
+
+    def _leaders(self, loop: AbstractEventLoop, timers: set[int]) -> set[int]:
+        """Return the ids of the tasks that may be cancelled as one of a group that they have begun may fail."""
+        stuck = {id(waiter) for waiter, keepers in self._chain if keepers}
+        found = set[int]()
+        for task in all_tasks(loop):
+            joins = (join_of(callback) for callback, _ in callbacks_of(task))
+            leaders = {id(join.leader) for join in joins if join is not None and join.leader is not None}
+            if not leaders <= found:
+                below = _reached(self._below, [task]).values() if id(task) in stuck else ()
+                if not below or not timers.isdisjoint(_reached(self._above, below)):
+                    found |= leaders
+        return found
 
 
 def _reached(edges: Mapping[int, list[Any]], start: Iterable[Any]) -> dict[int, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from asyncio import AbstractEventLoop
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -84,6 +85,17 @@ def is_anybody_free(inside: Collection[Permit], own: Held) -> bool:
     if some is None or not own.holds_up_others():
         return some is not None
     return not own.stops_at_most(inside).issuperset((some, *free))
+
+
+_free_calls: weakref.WeakKeyDictionary[Issuer, weakref.ref[Permit]] = weakref.WeakKeyDictionary()
+"""The call inside each limiter that was last found to go on. It most likely still does, so it is looked at first: else
+each of many that come to wait would go through all that wait inside already, until it meets that call."""
+
+
+def _last_free_first(limiter: Issuer, inside: frozenset[Permit]) -> Iterable[Permit]:
+    known = _free_calls.get(limiter)
+    call = None if known is None else known()
+    return inside if call is None or call not in inside else (call, *inside.difference((call,)))
 
 
 def lasts(permit: Permit, scope: CancelScope | None, stuck: Collection[CancelScope] = ()) -> bool:
@@ -178,7 +190,7 @@ class Proof:
         # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
         if len(inside) < limiter.places():
             self._set_free(limiter)
-        for call in inside:
+        for call in _last_free_first(limiter, inside):
             if limiter in self._free:
                 return
             if call.ended or call in loose:
@@ -196,7 +208,7 @@ class Proof:
         for keeper in keepers:
             self._keeps[keeper].append(call)
         if not keepers:
-            self._set_free(call.issuer)
+            self._set_free(self._limiter_free_by(call))
         for keeper in keepers:
             if call.issuer not in self._free:
                 yield keeper
@@ -227,6 +239,12 @@ class Proof:
             self._waits_for[other].append(each)
             yield other
 
+    def _limiter_free_by(self, call: Permit) -> Issuer:
+        limiter = call.issuer
+        if limiter not in self._free:
+            _free_calls[limiter] = weakref.ref(call)
+        return limiter
+
     def _set_free(self, each: Any) -> None:
         """Note that something goes on, and so what is stuck by nothing else."""
         chain = [each]
@@ -238,7 +256,7 @@ class Proof:
             for call in self._keeps.pop(other, ()):
                 self._left[call] -= 1
                 if not self._left[call]:
-                    chain.append(call.issuer)
+                    chain.append(self._limiter_free_by(call))
 
     def _look_again(self) -> None:
         """Set free what does not last: crews whose callers have gone on, waits that are over or may be called off."""

@@ -791,3 +791,78 @@ async def _within_another(inner: Any) -> int:
     async with Limiter(limit=3):
         result: int = await inner.acall(1)
         return result
+
+
+async def _may_fail(limiter: Limiter, fail: asyncio.Event) -> None:
+    await fail.wait()
+    raise ValueError
+
+
+async def _gives_up(limiter: Limiter, fail: asyncio.Event) -> None:
+    await limiter.aenter(timeout=0.2)
+
+
+async def _times_out(limiter: Limiter, fail: asyncio.Event) -> None:
+    async with asyncio.timeout(0.2):
+        await limiter.aenter()
+
+
+async def _waits(limiter: Limiter, fail: asyncio.Event) -> None:
+    async with limiter:
+        pass
+
+
+async def _in_the_block(limiter: Limiter, part: Coroutine[Any, Any, None]) -> None:
+    async with limiter, asyncio.TaskGroup() as group:
+        group.create_task(part)
+        await until(lambda: limiter.stats().waiting > 0 or limiter.stats().in_flight == 2)
+        async with limiter:
+            pass
+
+
+async def _in_the_block_of_anyio(limiter: Limiter, part: Coroutine[Any, Any, None]) -> None:
+    async with limiter, anyio.create_task_group() as group:
+        group.start_soon(lambda: part)
+        await until(lambda: limiter.stats().waiting > 0 or limiter.stats().in_flight == 2)
+        async with limiter:
+            pass
+
+
+async def _within_itself(limiter: Limiter) -> str:
+    async with limiter:
+        await until(lambda: limiter.stats().in_flight == 2)
+        await until(lambda: limiter.stats().waiting > 0)
+        async with limiter:
+            return "in"
+
+
+@pytest.mark.parametrize("part", [_may_fail, _gives_up, _times_out])
+@pytest.mark.parametrize("block", [_in_the_block, _in_the_block_of_anyio])
+async def test_a_call_in_the_block_of_a_group_of_which_a_part_may_fail_is_no_proof_for_others(
+    block: Any, part: Any
+) -> None:
+    """That part would cancel it, and so give its slot to another."""
+    limiter, fail = Limiter(limit=2), asyncio.Event()
+    leading = asyncio.create_task(block(limiter, part(limiter, fail)))
+    other = asyncio.create_task(_within_itself(limiter))
+    await until(lambda: are_looked_at(limiter, 2) or other.done())
+    fail.set()
+    async with asyncio.timeout(SAFETY_NET):
+        assert await other == "in"
+
+    with pytest.raises(ExceptionGroup):
+        await leading
+
+
+@pytest.mark.parametrize("block", [_in_the_block, _in_the_block_of_anyio])
+async def test_a_call_in_the_block_of_a_group_whose_parts_wait_too_is_told(block: Any) -> None:
+    """Nobody is left that could fail."""
+    limiter = Limiter(limit=2)
+    ends = asyncio.gather(
+        block(limiter, _waits(limiter, asyncio.Event())), _within_itself(limiter), return_exceptions=True
+    )
+    async with asyncio.timeout(SAFETY_NET):
+        leading, other = await ends
+
+    assert [_told(end) for end in (leading, other) if isinstance(end, BaseException)] == [True]
+    assert limiter.stats().in_flight == 0

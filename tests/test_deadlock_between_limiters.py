@@ -6,14 +6,14 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, deadlocks, dual, each
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency, deadlocks, dual, each
 from asyncify.crews import Hand
 from asyncify.fanout import Threads
 from asyncify.permits import Permit
@@ -947,3 +947,44 @@ async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: py
         await asyncio.wait_for(call(2), SAFETY_NET)
     permit.end()
     await asyncio.wait(elsewhere)
+
+
+async def _in_a_group(calls: list[Coroutine[Any, Any, Any]]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for call in calls:
+            group.create_task(call)
+
+
+@pytest.mark.parametrize("how", ["abatch", "abatch, with errors", "gather", "group", "aeach"])
+async def test_calls_at_once_of_which_some_wait_further_out_are_told(how: str) -> None:
+    """There are more of them than the outer limiter has slots for; who has none can't fail before the others end."""
+    outer, inner = Limiter(limit=2), Limiter(limit=2)
+    both_in = asyncio.Barrier(2)
+
+    async def call(value: int) -> int:
+        async with inner:
+            if value < 2:
+                await both_in.wait()
+            async with inner:
+                return value
+
+    pair: Any = concurrency(limiter=outer)(call)
+    async with asyncio.timeout(SAFETY_NET):
+        if how == "abatch":
+            with pytest.raises(DeadlockError):
+                await pair.abatch([0, 1, 2, 3])
+        elif how == "aeach":
+            with pytest.raises(DeadlockError):
+                _ = [result async for result in aeach(pair, [0, 1, 2, 3], window=4)]
+        elif how == "group":
+            with pytest.raises(ExceptionGroup):
+                await _in_a_group([pair.ainvoke(value) for value in range(4)])
+        elif how == "gather":
+            with pytest.raises(DeadlockError):
+                await asyncio.gather(*map(pair.ainvoke, range(4)))
+        else:
+            ends = await pair.abatch([0, 1, 2, 3], return_exceptions=True)
+            assert [type(end) for end in ends] in ([DeadlockError, int, int, int], [int, DeadlockError, int, int])
+
+    await until(lambda: outer.stats().in_flight == inner.stats().in_flight == 0)
+    assert inner.stats().rejected == 1

@@ -156,7 +156,8 @@ async def test_a_group_is_an_open_wait_before_the_end_of_its_block() -> None:
         group.create_task(_part(part))
         await _settle()
 
-        assert _joins_above(part) == [Join(group, math.inf, fails_at_once=True)]
+        leader = asyncio.current_task()
+        assert _joins_above(part) == [Join(group, math.inf, fails_at_once=True, leader=leader)]
 
         part.set_result(1)
 

@@ -18,6 +18,7 @@ from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, deadlocks
 from asyncify.crews import Crew, Hand
 from asyncify.fanout import Threads, gather
 from asyncify.holds import held_by_this_thread
+from asyncify.permits import Permit
 from asyncify.proofs import Held, Proof
 from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
@@ -1054,3 +1055,28 @@ def test_crews_that_wait_for_each_other_are_gone_through_once() -> None:
             crew.hold_up_caller()
 
     assert limiter.stats().rejected == 0
+
+
+async def test_who_comes_to_wait_first_asks_the_call_that_went_on_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of many would go through those that wait inside, until it meets that one."""
+    limiter, outer = Limiter(limit=51), Limiter(limit=100)
+    asked: list[Permit] = []
+    from_call = Proof._from_call
+    monkeypatch.setattr(Proof, "_from_call", lambda proof, call: _noted(asked, call, from_call(proof, call)))
+
+    async def nest(around: Limiter) -> None:
+        async with around:
+            await until(lambda: limiter.stats().in_flight == 51)
+            async with limiter:
+                pass
+
+    busy = await asyncio.create_task(limiter.aenter(), context=contextvars.Context())
+    busy.kept_by = set()  # somebody has waited within it
+    async with asyncio.timeout(SAFETY_NET), asyncio.TaskGroup() as group:
+        for around in (*[limiter] * 50, *[outer] * 100):
+            group.create_task(nest(around))
+        await until(lambda: limiter.stats().waiting == 150)
+        of_arrivals = len(asked)
+        busy.leave()
+
+    assert of_arrivals < 600
