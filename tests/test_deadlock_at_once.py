@@ -36,7 +36,7 @@ def _outer(limiter: Limiter, body: Callable[[Any], Awaitable[int]]) -> Any:
     return concurrency(limiter=limiter)(call)
 
 
-def _told(error: BaseException | None) -> bool:
+def _told(error: Any) -> bool:
     """Tell whether this is the error of a deadlock, or a group of such errors."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_told, error.exceptions))
@@ -807,6 +807,10 @@ async def _times_out(limiter: Limiter, fail: asyncio.Event) -> None:
         await limiter.aenter()
 
 
+async def _among_others(limiter: Limiter, fail: asyncio.Event) -> None:
+    await asyncio.gather(limiter.aenter(), _may_fail(limiter, fail))
+
+
 async def _waits(limiter: Limiter, fail: asyncio.Event) -> None:
     async with limiter:
         pass
@@ -836,7 +840,7 @@ async def _within_itself(limiter: Limiter) -> str:
             return "in"
 
 
-@pytest.mark.parametrize("part", [_may_fail, _gives_up, _times_out])
+@pytest.mark.parametrize("part", [_may_fail, _gives_up, _times_out, _among_others])
 @pytest.mark.parametrize("block", [_in_the_block, _in_the_block_of_anyio])
 async def test_a_call_in_the_block_of_a_group_of_which_a_part_may_fail_is_no_proof_for_others(
     block: Any, part: Any
@@ -852,6 +856,53 @@ async def test_a_call_in_the_block_of_a_group_of_which_a_part_may_fail_is_no_pro
 
     with pytest.raises(ExceptionGroup):
         await leading
+
+
+@pytest.mark.parametrize("block", [_in_the_block, _in_the_block_of_anyio])
+async def test_a_call_in_the_block_of_a_group_of_which_a_part_may_fail_is_told_itself(block: Any) -> None:
+    """Whatever the part does, this call gets no slot."""
+    limiter, fail = Limiter(limit=2), asyncio.Event()
+    async with asyncio.timeout(SAFETY_NET):
+        ends = asyncio.gather(block(limiter, _may_fail(limiter, fail)), _within_itself(limiter), return_exceptions=True)
+        leading, other = await ends
+
+    assert (_told(leading), other) == (True, "in")
+
+
+@pytest.mark.parametrize("block", [_in_the_block, _in_the_block_of_anyio])
+async def test_two_calls_in_the_blocks_of_groups_whose_parts_wait_too_are_told(block: Any) -> None:
+    """Each part waits, and so can't fail, nor set the leader of its group free."""
+    limiter = Limiter(limit=2)
+    blocks = [block(limiter, _waits(limiter, asyncio.Event())) for _ in range(2)]
+    async with asyncio.timeout(SAFETY_NET):
+        ends = await asyncio.gather(*blocks, return_exceptions=True)
+
+    assert [_told(end) for end in ends if end is not None] == [True]
+    assert limiter.stats().in_flight == 0
+
+
+async def test_a_group_elsewhere_is_no_reason_to_tell_nobody() -> None:
+    """What its parts may cancel is no call that others wait for."""
+    limiter, told = Limiter(limit=2), asyncio.Event()
+
+    async def lead() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(told.wait())
+            await told.wait()
+
+    async def nest() -> str:
+        async with limiter:
+            await until(lambda: limiter.stats().in_flight == 2)
+            async with limiter:
+                return "in"
+
+    elsewhere = asyncio.create_task(lead())
+    async with asyncio.timeout(SAFETY_NET):
+        ends = await asyncio.gather(nest(), nest(), return_exceptions=True)
+    told.set()
+    await elsewhere
+
+    assert sorted(type(end).__name__ for end in ends) == ["DeadlockError", "str"]
 
 
 @pytest.mark.parametrize("block", [_in_the_block, _in_the_block_of_anyio])

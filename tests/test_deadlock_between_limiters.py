@@ -988,3 +988,23 @@ async def test_calls_at_once_of_which_some_wait_further_out_are_told(how: str) -
 
     await until(lambda: outer.stats().in_flight == inner.stats().in_flight == 0)
     assert inner.stats().rejected == 1
+
+
+async def test_calls_of_a_batch_that_keeps_errors_are_told_though_another_goes_on() -> None:
+    """By its failure it would set none of them free."""
+    limiter = Limiter(limit=2)
+    both_in = asyncio.Barrier(2)
+
+    @dual
+    async def call(value: int) -> int:
+        if value == 2:
+            await until(lambda: limiter.stats().rejected == 1)
+            return value
+        async with limiter:
+            await both_in.wait()
+            async with limiter:
+                return value
+
+    ends = await call.abatch([0, 1, 2], return_exceptions=True)
+
+    assert sorted(type(end).__name__ for end in ends) == ["DeadlockError", "int", "int"]

@@ -1067,6 +1067,7 @@ async def test_who_comes_to_wait_first_asks_the_call_that_went_on_last(monkeypat
     async def nest(around: Limiter) -> None:
         async with around:
             await until(lambda: limiter.stats().in_flight == 51)
+            await until(lambda: around is limiter or limiter.stats().waiting >= 50)
             async with limiter:
                 pass
 
