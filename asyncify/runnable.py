@@ -77,7 +77,8 @@ Output = TypeVar("Output", default=Any)
 Params = ParamSpec("Params", default=...)
 Returned = TypeVar("Returned", default=Output)
 Called = TypeVar("Called", default=Output)
-Acalled = TypeVar("Acalled", default=Coroutine[Any, Any, Output])
+# With Any in the place of object, mypy would take all that `asyncio.gather` gives for Any.
+Acalled = TypeVar("Acalled", default=Coroutine[object, object, Output])
 P = ParamSpec("P")
 T = TypeVar("T")
 Function = Callable[..., Any]
@@ -169,7 +170,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     ) -> None: ...
     @overload
     def __init__(
-        self: Dual[Any, T, P, Coroutine[Any, Any, T]],
+        self: Dual[Any, T, P, Coroutine[object, object, T]],
         func: Callable[P, Coroutine[Any, Any, T]],
         afunc: None = None,
         name: str | None = None,

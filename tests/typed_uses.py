@@ -5,6 +5,7 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 # ruff: noqa: D103  (what a function here is for is the comment over it)
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass
@@ -470,6 +471,12 @@ async def methods(desk: Desk) -> None:
     assert_type(Desk.of_none("EUR"), str)
     desk.fetch(3)  # type: ignore[arg-type]
     desk.fetch.call(text="EUR")  # type: ignore[call-arg]
+
+
+async def at_once(desk: Desk) -> None:
+    """Each result keeps its type."""
+    assert_type(await asyncio.gather(desk.news("EUR"), desk.fetch.acall("EUR")), tuple[str, Quote])
+    desk.news("EUR")  # type: ignore[unused-coroutine]
 
 
 class Side(Enum):
