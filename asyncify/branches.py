@@ -16,12 +16,13 @@ from typing import Any
 
 from langchain_core.utils.iter import safetee
 
-from asyncify.background import END, Source, background
+from asyncify.background import background
 from asyncify.collector import in_collection
 from asyncify.fanout import until_ended
 from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
+from asyncify.sources import END, Source
 from asyncify.streams import closable
 
 __all__ = ["amerge", "merge"]

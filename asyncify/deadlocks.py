@@ -231,7 +231,7 @@ def _all_inside(stuck: Stuck) -> frozenset[Permit]:
 
 
 class _Groups:
-    """Which of some limiters belong together."""
+    """Which of some limiters belong together: disjoint sets, by union and find with path halving."""
 
     def __init__(self) -> None:
         self._of: dict[Issuer, Issuer] = {}

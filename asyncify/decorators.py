@@ -14,11 +14,11 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import Runnable
 
 from asyncify.adaptive import Adaptive
+from asyncify.classmethods import watch_class_body
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
 from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
-from asyncify.methods import watch_class_body
 from asyncify.pairs import registry
 from asyncify.runnable import AnyDual, Binding, Dual, Nothing, function_of, gate_of, is_pair, side_beside, unwrapped
 from asyncify.signatures import check_pair, check_side, describe, is_async

@@ -1,6 +1,6 @@
 """Entries: a side with its limit around it, which is what actually runs.
 
-Each of the four makers below stands beside its twin. A slot is held from admission until the function itself has
+Each maker below stands beside its twin. A slot is held from admission until the function itself has
 ended, which for a thread may be after its caller has given up.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from inspect import iscoroutine
 from typing import Any, Literal, cast
 
-from asyncify.background import END, background
+from asyncify.background import background
 from asyncify.delegated import delegated
 from asyncify.drive import timed
 from asyncify.errors import BridgeError
@@ -34,6 +34,7 @@ from asyncify.permits import FREE_PASS, Pass
 from asyncify.pools import DEFAULT_THREADS, ThreadPool
 from asyncify.relay import Relay
 from asyncify.signatures import Shape, describe, shape_of
+from asyncify.sources import END
 from asyncify.traps import telling_if_held
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]

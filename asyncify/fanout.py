@@ -1,4 +1,4 @@
-"""Many inputs, a bounded number of them in flight: one engine for batches and `each`.
+"""Many inputs, a bounded number of them in flight: one engine for batches, dicts and `each`.
 
 A fan-out has items, each with an index. They are started as places come free and collected as they end, in
 whatever order that is. `Tasks` runs them as tasks of the running event loop and `Threads` in threads; what both

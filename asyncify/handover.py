@@ -10,9 +10,10 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
-from asyncify.background import END, background
+from asyncify.background import background
 from asyncify.holds import Link, held_by_this_task
 from asyncify.relay import Relay
+from asyncify.sources import END
 
 __all__ = [
     "aasked",

@@ -19,7 +19,6 @@ import asyncio
 import threading
 import weakref
 from _thread import get_ident
-from abc import abstractmethod
 from asyncio import _get_running_loop, base_events
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -241,9 +240,9 @@ class Standstill(Permit):
         """Tell whether it stands for tasks of an event loop that somebody else holds up."""
         return False
 
-    @abstractmethod
     def among(self, inside: Collection[Permit]) -> set[Permit]:
         """Return those of a limiter's permits that it stands for; none when it lasts no longer."""
+        raise NotImplementedError
 
 
 class _Something(Standstill):

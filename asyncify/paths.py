@@ -1,6 +1,6 @@
 """How a pair runs, on the sync path and on the async one: its own quick way, or inside a run of LangChain's.
 
-With `runs`, `pipes`, `streams`, `schemas` and `runnable` the only place that knows LangChain's insides.
+This, `runs`, `pipes`, `streams`, `schemas` and `runnable` are the modules that know most of LangChain's insides.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             value, kwargs = from_tool(self.__wrapped__, value)
         entry = self._live.async_
         if _needs_a_run(entry) or (kwargs and is_reserved(kwargs)) or observed(config):
-            return await self._ainvoke_upstream(value, config, kwargs)
+            return await super().ainvoke(cast("Input", value), config, **kwargs)
         return cast("Output", await self._start(entry, value, config, kwargs))
 
     def _needs_a_run(self, *, is_async: bool) -> bool:
@@ -96,9 +96,6 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         if hasattr(self, "func"):
             return super().invoke(value, config, **kwargs)
         return self._call_with_config(self._invoke, value, ensure_config(config), **kwargs)
-
-    async def _ainvoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
-        return await super().ainvoke(value, config, **kwargs)
 
     def _run(self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
         child = quiet_config(config, is_async=False)

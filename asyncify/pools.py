@@ -1,4 +1,4 @@
-"""Threads for calls that a task waits for: at most so many at once for each pool, drawn from one stock.
+"""Threads for calls that somebody waits for: at most so many at once for each pool, drawn from one stock.
 
 The threads are this module's own. Those of `concurrent.futures` are never let go and are waited for at exit; those
 of anyio belong to one event loop, and are waited for as well. Here an abandoned call can't keep a program from

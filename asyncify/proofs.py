@@ -106,8 +106,10 @@ def lasts(permit: Permit, scope: CancelScope | None, stuck: Collection[CancelSco
 class Proof:
     """Which limiters nobody can leave and so nobody enter, as all inside wait for this wait or for others.
 
-    That is a largest fixed point. It is supposed that whatever is come across is stuck: a limiter, a wait, a crew. What
-    is found to go on sets free what waits for nothing else, and so on. What is left is stuck indeed.
+    That is a largest fixed point: a graph of waits, reduced until nothing more can go on (R. C. Holt, Some Deadlock
+    Properties of Computer Systems, ACM Computing Surveys 4(3), 1972). It is supposed that whatever is come across is
+    stuck: a limiter, a wait, a crew. What is found to go on sets free what waits for nothing else, and so on. What is
+    left is stuck indeed.
 
     - A limiter is stuck if each call inside is kept by something that is, and no place is free.
     - A wait is, if its limiter is, and nothing calls it off.

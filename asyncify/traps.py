@@ -122,9 +122,6 @@ class _Timed(Generator[Any, Any, Any]):
         self._chunks = chunks
         self._send = telling_if_held(chunks.send, name, is_generator=False)
 
-    def __next__(self) -> Any:
-        return self._send(None)
-
     def send(self, value: Any, /) -> Any:
         return self._send(value)
 

@@ -1,4 +1,4 @@
-"""One gate for threads and event loops: a queue of waiters over a meter.
+"""One queue for threads and event loops, over a meter.
 
 Whoever ends a call, gives up or is called by the clock *pumps* the queue: it admits from the front for as long as
 the meter allows, and wakes those it admitted. A waiter never fetches its own admission, so a frozen event loop or

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from asyncify import Dual, Limiter, concurrency, pools
-from asyncify.background import BackgroundLoop, Source
+from asyncify.background import BackgroundLoop
 from asyncify.pools import DEFAULT_THREADS, OnEnd, ThreadPool
+from asyncify.sources import Source
 from tests.waiting import SAFETY_NET, run_program, until
 
 colour = ContextVar("colour", default="none")

@@ -30,6 +30,7 @@ LEVELS = {
     "meter": 1,
     "pools": 1,
     "scopes": 1,
+    "sources": 1,
     "signatures": 1,
     "adaptive": 2,
     "background": 2,
@@ -60,19 +61,20 @@ LEVELS = {
     "entries": 12,
     "paths": 13,
     "runnable": 14,
-    "methods": 15,
-    "pairs": 15,
-    "decorators": 16,
-    "patch": 17,
-    "__init__": 18,
+    "classmethods": 15,
+    "fakes": 15,
+    "pairs": 16,
+    "decorators": 17,
+    "patch": 18,
+    "__init__": 19,
     # the edge
-    "testing": 19,
-    "http": 19,
-    "shared": 19,
-    "metrics": 19,
-    "check": 19,
-    "pytest_plugin": 20,  # offers `testing` as fixtures
-    "cli": 20,  # offers `check` as a command
+    "testing": 20,
+    "http": 20,
+    "shared": 20,
+    "metrics": 20,
+    "check": 20,
+    "pytest_plugin": 21,  # offers `testing` as fixtures
+    "cli": 21,  # offers `check` as a command
 }
 
 
