@@ -26,7 +26,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, e
 from asyncify import Dual, UnboundedWarning, concurrency, dual, each, fanout, registry
 from asyncify.pools import ThreadPool
 from tests.obvious_loop import Document, OddError, numbers, obvious, refuse, refuse_async, steps, steps_async
-from tests.waiting import SAFETY_NET
+from tests.waiting import SAFETY_NET, until
 
 PATHS = ["sync", "async"]
 Pair = Dual[Any, Any]
@@ -74,13 +74,6 @@ def completed(
     if path == "sync":
         return list(runnable.batch_as_completed(inputs, config, **options))
     return asyncio.run(collect())
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Let the event loop turn until something holds."""
-    async with asyncio.timeout(SAFETY_NET):
-        while not holds():  # noqa: ASYNC110  (what is waited for sets no event)
-            await asyncio.sleep(0)
 
 
 # --- the obvious loop ---

@@ -20,7 +20,7 @@ from asyncify import Dual, Limiter, concurrency, pools
 from asyncify.background import BackgroundLoop
 from asyncify.pools import DEFAULT_THREADS, OnEnd, ThreadPool
 from asyncify.sources import Source
-from tests.waiting import SAFETY_NET, run_program, until
+from tests.waiting import SAFETY_NET, run_program, until, wait_until
 
 colour = ContextVar("colour", default="none")
 
@@ -793,8 +793,7 @@ def test_nothing_keeps_the_error_of_a_coroutine_alive(loop):
     gc.disable()
     try:
         error = provoke()
-        while error() is not None:  # until the loop, too, has left the call
-            run(loop, current_loop)
+        wait_until(lambda: run(loop, current_loop) and error() is None)  # until the loop, too, has left the call
     finally:
         gc.enable()
 
@@ -1353,8 +1352,7 @@ def test_nothing_keeps_the_error_of_an_async_generator_alive(loop):
     gc.disable()
     try:
         error = provoke()
-        while error() is not None:  # until the loop, too, has left the call
-            run(loop, current_loop)
+        wait_until(lambda: run(loop, current_loop) and error() is None)  # until the loop, too, has left the call
     finally:
         gc.enable()
 
