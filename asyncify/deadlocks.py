@@ -188,7 +188,7 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
     stuck = _smallest(own, by, scope, loop, proof.stuck)
     if not stuck or _holds_others(own, by, stuck):
         return False
-    around = Proof(own, {*stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
+    around = Proof(own, {*proof.stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
     everybody = HeldUp(_waiting_on(loop, around))  # also those within no call: they may be siblings of these
     if (permit := _whom_to_tell(loop, own, by, stuck, everybody)) is None:
         return False
