@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         @overload
         def __call__(
             self, stub: Callable[P, Coroutine[Any, Any, T]], /
-        ) -> Dual[Any, T, P, Coroutine[object, object, T]]: ...
+        ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
         @overload
         def __call__(self, stub: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
         @overload
@@ -85,7 +85,7 @@ class Decorator(Protocol):
     @overload
     def __call__(self, fn: Callable[P, Nothing], /) -> Dual[Any, Any, P, Any]: ...
     @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[object, object, T]]: ...
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
         self, fn: Callable[P, AsyncIterator[T]], /
@@ -107,7 +107,7 @@ def dual(
 @overload
 def dual(
     fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Dual[Any, T, P, Coroutine[object, object, T]]: ...
+) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -145,11 +145,11 @@ def dual(  # type: ignore[overload-overlap]
 @overload
 def dual(
     *,
-    sync: Dual[Any, T, ..., Coroutine[object, object, T], T, Any],
+    sync: Dual[Any, T, ..., Coroutine[None, object, T], T, Any],
     name: str | None = None,
     bridge: Bridge = "thread",
     warn: bool = True,
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[object, object, T]]]: ...
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(
     *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -167,7 +167,7 @@ def dual(
 @overload
 def dual(
     *, sync: Callable[P, Nothing], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[object, object, T]]]: ...
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -178,7 +178,7 @@ def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlapping
 @overload
 def dual(
     *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[object, object, T]]]: ...
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(*, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> Decorator: ...
 def dual(

@@ -187,7 +187,8 @@ class Permit:
                 self.skip_ended()
             self.issuer.give_back(self, error)
         elif self.taken:
-            self._give_back_other(error)
+            self.taken = False  # before any call, at which another thread may come in between
+            self.issuer.give_back_other(error)
 
     def step_out(self) -> None:
         """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
@@ -209,11 +210,8 @@ class Permit:
                 self.skip_ended()
             self.issuer.give_back(self, error)
         elif self.taken:
-            self._give_back_other(error)
-
-    def _give_back_other(self, error: BaseException | None) -> None:
-        self.taken = False
-        self.issuer.give_back_other(error)
+            self.taken = False  # before any call, at which another thread may come in between
+            self.issuer.give_back_other(error)
 
     def skip_ended(self) -> None:
         """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""

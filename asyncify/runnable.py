@@ -77,8 +77,8 @@ Output = TypeVar("Output", default=Any)
 Params = ParamSpec("Params", default=...)
 Returned = TypeVar("Returned", default=Output)
 Called = TypeVar("Called", default=Output)
-# With Any in the place of object, mypy would take all that `asyncio.gather` gives for Any.
-Acalled = TypeVar("Acalled", default=Coroutine[object, object, Output])
+# With Any in the first two places, mypy would take all that `asyncio.gather` gives for Any.
+Acalled = TypeVar("Acalled", default=Coroutine[None, object, Output])
 P = ParamSpec("P")
 T = TypeVar("T")
 Function = Callable[..., Any]
@@ -170,7 +170,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     ) -> None: ...
     @overload
     def __init__(
-        self: Dual[Any, T, P, Coroutine[object, object, T]],
+        self: Dual[Any, T, P, Coroutine[None, object, T]],
         func: Callable[P, Coroutine[Any, Any, T]],
         afunc: None = None,
         name: str | None = None,

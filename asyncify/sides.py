@@ -49,7 +49,7 @@ class BoundSide(Side):
 
 
 class Mark:
-    """An attribute by which a pair is told for what its function is: kept among others of its `_marks`.
+    """An attribute by which frameworks see what kind of function a pair is; kept among others in its `_marks`.
 
     What wraps a pair of an `async def` may be a `def`, and would be told for a coroutine function by a copy.
     """

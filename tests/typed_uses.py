@@ -476,6 +476,8 @@ async def methods(desk: Desk) -> None:
 async def at_once(desk: Desk) -> None:
     """Each result keeps its type."""
     assert_type(await asyncio.gather(desk.news("EUR"), desk.fetch.acall("EUR")), tuple[str, Quote])
+    news: Coroutine[None, None, str] = desk.news("EUR")  # as an `async def`'s is often written
+    assert_type(await news, str)
     desk.news("EUR")  # type: ignore[unused-coroutine]
 
 
