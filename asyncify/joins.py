@@ -16,7 +16,7 @@ from math import inf
 from types import FunctionType, MethodType
 from typing import Any
 
-__all__ = ["Join", "Joining", "join_of"]
+__all__ = ["Join", "Joining", "join_of", "leader_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,14 @@ _RELEASE: Any = getattr(asyncio.tasks, "_release_waiter", None)
 def _of_group(group: Any) -> Join:
     whole = getattr(group, "_on_completed_fut", None)  # None until its block is at the end
     if whole is None:
-        scope = getattr(group, "cancel_scope", None)  # anyio's
-        leader = getattr(group, "_parent_task", None) or getattr(scope, "_host_task", None)
-        return Join(group, inf, fails_at_once=True, leader=leader)
+        return Join(group, inf, fails_at_once=True, leader=leader_of(group))
     return Join(whole, len(group._tasks), fails_at_once=True)
+
+
+def leader_of(group: Any) -> Any:
+    """Return the task that has begun a group, of asyncio's or of anyio's."""
+    scope = getattr(group, "cancel_scope", None)
+    return getattr(group, "_parent_task", None) or getattr(scope, "_host_task", None)
 
 
 def _of_gather(seen: dict[str, Any]) -> Join | None:

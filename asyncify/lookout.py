@@ -12,15 +12,16 @@ from asyncio import AbstractEventLoop, Timeout, all_tasks, get_running_loop
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import Context
+from functools import partial
 from itertools import islice
 from math import inf
 from typing import Any
 
 from asyncify.holds import Waiter, callbacks_of, waiting_for
-from asyncify.joins import Join, join_of
+from asyncify.joins import Join, join_of, leader_of
 from asyncify.permits import Permit
 
-__all__ = ["HeldUp", "Lookout"]
+__all__ = ["SHARE", "HeldUp", "Lookout"]
 
 _PAUSE = 0.05
 """Seconds between two looks at least, if nobody has come between them."""
@@ -28,7 +29,7 @@ _PAUSE = 0.05
 _CANDIDATES = 10
 """Those who wait of whom it is asked whether nothing will let them in; the others are asked at another look."""
 
-_SHARE = 20
+SHARE = 20
 """A look is followed by as many times its length in which there is none."""
 
 
@@ -73,7 +74,7 @@ class Lookout:
             return
         has_told = look(loop, waiting)
         end = loop.time()
-        self._not_before = end if has_told else end + _SHARE * (end - start)
+        self._not_before = end if has_told else end + SHARE * (end - start)
         pause = 0 if has_told else max(_PAUSE, end - self._last_came)
         self._look_at(max(end + pause, self._not_before), loop, look)
 
@@ -92,7 +93,7 @@ class HeldUp:
         self._above: defaultdict[int, list[Any]] = defaultdict(list)  # who awaits it, by itself or among others
         self._below: defaultdict[int, list[Any]] = defaultdict(list)  # what it awaits
         self._holders: dict[Permit, Any] = {}
-        self._siblings: list[tuple[int, Any]] = []  # parts of joins that are cancelled if another part fails
+        self._siblings: defaultdict[int, list[Any]] = defaultdict(list)  # parts that are cancelled if another one fails
         self._open: dict[int, tuple[Join, float, tuple[Any, ...]]] = {}  # joins of which some parts may go on
         self._chain: list[tuple[Any, tuple[Any, ...]]] = [(future, (future,)) for future in futures]
         self._walk(0)
@@ -123,7 +124,7 @@ class HeldUp:
         if join.cancels_parts:
             self._takes_along[id(part)].append(join.whole)
         if join.fails_at_once:
-            self._siblings.append((key, part))
+            self._siblings[key].append(part)
         _, left, others = self._open.get(key, (join, join.parts, ()))
         left, others = left - bool(keepers), (*others, *keepers)[-_CANDIDATES:]
         if left:
@@ -159,29 +160,42 @@ class HeldUp:
         if timers is None:
             return None  # another kind of loop, which shows none
         taken = {future: _reached(self._takes_along, [future]) for future in islice(futures, _CANDIDATES)}
-        candidates = [future for future in taken if timers.isdisjoint(taken[future])] or taken
-        siblings = {id(part) for key, part in self._siblings if key in self._open}
+        candidates = [future for future in taken if timers.isdisjoint(taken[future])] or list(taken)
         kept = _reached(self._below, (self._holders[call] for call in calls))
         above = _reached(self._above, [*kept.values(), *taken]).keys()
-        may_be_cancelled = (siblings | timers) & above
-        doomed = [future for future in candidates if may_be_cancelled <= taken[future].keys()]
-        if doomed:  # only now, as all tasks have to be looked at
-            leaders = self._leaders(loop, timers) & above
-            doomed = [future for future in doomed if leaders <= taken[future].keys()]
-        return doomed[0] if doomed else None
+        groups = {key: join.whole for key, (join, *_) in self._open.items() if join.leader is not None}
+        for more in (dict, partial(self._groups_in_block, loop)):  # the latter looks at all tasks: so only if need be
+            may_end = self._may_end(timers, groups | more()) & above
+            candidates = [future for future in candidates if may_end <= taken[future].keys()]
+            if not candidates:
+                return None
+        return candidates[0]
 
-    def _leaders(self, loop: AbstractEventLoop, timers: set[int]) -> set[int]:
-        """Return the ids of the tasks that may be cancelled as one of a group that they have begun may fail."""
+    def _groups_in_block(self, loop: AbstractEventLoop) -> dict[int, Any]:
+        """Return the task groups whose leaders wait, though not for their tasks yet, by their ids."""
+        joins = (join_of(callback) for task in all_tasks(loop) for callback, _ in callbacks_of(task))
+        return {id(join.whole): join.whole for join in joins if join is not None and id(join.leader) in self._known}
+
+    def _may_end(self, timers: set[int], groups: Mapping[int, Any]) -> set[int]:
+        """Return the ids of what a timer may end, of what may fail, and of what is cancelled by that.
+
+        That is the other parts of a join, and the leader of a group in whose block they have begun.
+        """
         stuck = {id(waiter) for waiter, keepers in self._chain if keepers}
-        found = set[int]()
-        for task in all_tasks(loop):
-            joins = (join_of(callback) for callback, _ in callbacks_of(task))
-            leaders = {id(join.leader) for join in joins if join is not None and join.leader is not None}
-            if not leaders <= found:
-                below = _reached(self._below, [task]).values() if id(task) in stuck else ()
-                if not below or not timers.isdisjoint(_reached(self._above, below)):
-                    found |= leaders
-        return found
+        together = {key: {id(part) for part in parts} for key, parts in self._siblings.items()}
+        may_fail = {key for key in together if key in self._open}
+        for key, group in groups.items():
+            together[key] = {id(part) for part in (*group._tasks, leader_of(group))}
+            (may_fail.discard if together[key] <= stuck else may_fail.add)(key)
+        fails_by: defaultdict[int, list[int]] = defaultdict(list)  # the joins of which a part fails if this is ended
+        for key, parts in together.items():
+            known = [self._known[part] for part in parts if part in self._known]
+            for part in parts.union(_reached(self._below, known)):
+                fails_by[part].append(key)
+        failed = list(may_fail.union(*(fails_by[timer] for timer in timers if timer in fails_by)))
+        for key in failed:
+            failed += {other for part in together[key] for other in fails_by[part]}.difference(failed)
+        return timers.union(*(together[key] for key in failed))
 
 
 def _reached(edges: Mapping[int, list[Any]], start: Iterable[Any]) -> dict[int, Any]:

@@ -28,6 +28,7 @@ from asyncify.deadlocks import come_to_wait, look_at_threads
 from asyncify.errors import LimitTimeout
 from asyncify.forks import at_fork, in_worker
 from asyncify.holds import held_by_this_task, held_by_this_thread
+from asyncify.lookout import SHARE
 from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost, permits, set_innermost
 from asyncify.scopes import get_scope
@@ -99,6 +100,8 @@ class Turnstile:
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
         self._must_look = False  # something has changed since the queue was last looked at
         self._look_below: int = 0  # with fewer than so many inside, those who wait may wait for themselves
+        self._look_is_due = False
+        self._look_not_before = 0.0
         self._timer: Timer | None = None
         self._knows_permits = True  # a permit which looks held is held
 
@@ -447,17 +450,25 @@ class Turnstile:
 
         Of any other limit the last that comes to wait sees that. The timer thread looks, as this may be a finalizer.
         """
-        inside = self.inside()
-        if len(inside) < self._look_below:
-            self._look_below = len(inside) if len(inside) > self._meter.slots else 0
-            if self._queue and all(call.has_been_kept() for call in inside):
-                monotonic_clock.call_at(monotonic_clock.now(), self._look_at_threads)
+        inside = len(self._meter.inside)
+        if inside < self._look_below:
+            self._look_below = inside if inside > self._meter.slots else 0
+            if self._queue and not self._look_is_due:
+                self._look_is_due = True
+                try:
+                    monotonic_clock.call_at(self._look_not_before, self._look_at_threads)
+                except RuntimeError:  # the program is ending, and starts no thread any more
+                    self._look_is_due = False
 
     def _look_at_threads(self) -> None:
+        start = monotonic_clock.now()
+        self._look_is_due = False  # who leaves from now on may not be seen
         with self._lock:
-            waiting = list(self._queue)
+            waiting = [permit for permit in self._queue if not permit.in_task and permit.blocks]
         self._settle()
         look_at_threads(waiting)
+        end = monotonic_clock.now()
+        self._look_not_before = end + SHARE * (end - start)
 
     # --- leaving; called without the lock ---
 

@@ -917,3 +917,89 @@ async def test_a_call_in_the_block_of_a_group_whose_parts_wait_too_is_told(block
 
     assert [_told(end) for end in (leading, other) if isinstance(end, BaseException)] == [True]
     assert limiter.stats().in_flight == 0
+
+
+async def _fails_after(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    raise ValueError
+
+
+async def _waits_for_so_long(limiter: Limiter) -> None:
+    async with asyncio.timeout(0.2):
+        await _waits(limiter, asyncio.Event())
+
+
+async def _leads_one_that_fails(limiter: Limiter) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_fails_after(0.2))
+        await asyncio.sleep(0)
+        await _waits(limiter, asyncio.Event())
+
+
+async def _leads_a_leader(limiter: Limiter) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_leads_one_that_fails(limiter))
+        await asyncio.sleep(0)
+        await _waits(limiter, asyncio.Event())
+
+
+async def _in_a_batch(limiter: Limiter, nested: Callable[[], Coroutine[Any, Any, str]]) -> None:
+    """Run it beside one that waits for a turn further out, for so long."""
+    turns = Limiter(limit=1)
+
+    @dual
+    async def item(seconds: float | None) -> str:
+        async with asyncio.timeout(seconds), turns:
+            return await nested()
+
+    await item.abatch([None, 0.2])
+
+
+@pytest.mark.parametrize("beside", [_waits_for_so_long, _leads_one_that_fails, _leads_a_leader, _in_a_batch])
+async def test_a_call_whose_sibling_may_fail_is_no_proof_for_others(beside: Any) -> None:
+    """The sibling waits, too, but will be ended; and with it the call, which gives its slot to the other."""
+    limiter = Limiter(limit=2)
+
+    async def nest(seconds: float = 0.01) -> str:
+        async with limiter:
+            await until(lambda: limiter.stats().in_flight == 2)
+            await asyncio.sleep(seconds)
+            async with limiter:
+                return "in"
+
+    async def lead() -> None:
+        if beside is _in_a_batch:
+            await _in_a_batch(limiter, nest)
+            return
+        async with asyncio.TaskGroup() as group:
+            group.create_task(nest())
+            await until(lambda: limiter.stats().in_flight == 2)
+            group.create_task(beside(limiter))
+
+    leading, other = asyncio.create_task(lead()), asyncio.create_task(nest(0.05))
+    await asyncio.wait([leading, other], timeout=SAFETY_NET)
+
+    assert other.result() == "in"
+    assert leading.exception() is not None
+
+
+async def test_calls_of_which_the_block_of_their_group_awaits_one_are_told() -> None:
+    """No other task of the group, nor its block, goes on, so none can fail."""
+    limiter = Limiter(limit=2)
+
+    async def nest() -> None:
+        async with limiter:
+            await until(lambda: limiter.stats().in_flight == 2)
+            async with limiter:
+                pass
+
+    async def lead() -> None:
+        async with asyncio.TaskGroup() as group:
+            first, _ = group.create_task(nest()), group.create_task(nest())
+            await first
+
+    async with asyncio.timeout(SAFETY_NET):
+        (end,) = await asyncio.gather(lead(), return_exceptions=True)
+
+    assert _told(end)
+    assert limiter.stats().in_flight == 0

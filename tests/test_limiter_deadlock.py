@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from asyncify.limiter import Limiter
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
 from tests.at_once import are_looked_at, is_free
-from tests.waiting import SAFETY_NET, until, wait_until
+from tests.waiting import SAFETY_NET, run_program, until, wait_until
 
 
 def _end_while_looking(call: Permit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,3 +530,59 @@ def test_threads_that_wait_for_the_rate_inside_as_the_slot_that_is_left_is_taken
 
     assert ends == [DeadlockError, "in"]
     assert is_free(limiter)
+
+
+def test_a_program_that_is_ending_is_not_looked_at_after_a_limit_shrank() -> None:
+    """Python 3.12 starts no thread any more when the main thread has ended; the call's own error arrives."""
+    program = """
+import threading, time
+from asyncify import Adaptive, Limiter
+
+class RefusedError(Exception):
+    status_code = 429
+
+limiter, inner = Limiter(limit=Adaptive(min=1, max=3, start=3)), Limiter(limit=1)
+
+def call(number):
+    try:
+        with limiter:
+            with inner:
+                time.sleep(0.02)
+            threading.main_thread().join()
+            time.sleep(0.05 * number)
+            if not number:
+                raise RefusedError
+    except BaseException as error:
+        print(type(error).__name__)
+
+for number in range(4):
+    threading.Thread(target=call, args=(number,)).start()
+"""
+    assert run_program(program) == "RefusedError\n"
+
+
+async def test_who_leaves_a_limit_that_shrank_has_the_others_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look is due at most once, and asks nobody who waits in a task or holds nothing."""
+    looked: list[int] = []
+    is_asked = threading.Event()
+
+    def look_at_threads(waiting: Collection[Permit]) -> None:
+        looked.append(len(waiting))
+        is_asked.wait(SAFETY_NET)
+
+    monkeypatch.setattr(turnstile, "look_at_threads", look_at_threads)
+    limiter = Limiter(limit=50)
+    calls = [contextvars.Context().run(limiter.enter) for _ in range(50)]
+    waiting = asyncio.create_task(limiter.aenter())
+    await until(lambda: limiter.stats().waiting == 1)
+    limiter.resize(limit=1)
+    for call in calls[:40]:
+        call.leave()
+    await until(lambda: bool(looked))
+    is_asked.set()
+    for call in calls[40:]:
+        call.leave()
+    (await waiting).leave()
+
+    assert len(looked) <= 12
+    assert set(looked) == {0}
