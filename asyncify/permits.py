@@ -131,7 +131,7 @@ class Permit:
     """What its wait may be called off with; there as soon as it is noted what it blocks."""
     is_called_off: bool
     told: Exception | None
-    """What it is to raise, as it waits for itself."""
+    """What it is to raise, as it waits for itself or has become too dear to be let in."""
     timer: Timer | None
     ready: Any
     """What it waits on: a lock, or a future of the loop whose task it is in."""

@@ -242,6 +242,7 @@ class Proof:
             yield other
 
     def _limiter_free_by(self, call: Permit) -> Issuer:
+        """Return the limiter of a call that goes on; if the call is the first to set it free, keep that in mind."""
         limiter = call.issuer
         if limiter not in self._free:
             _free_calls[limiter] = weakref.ref(call)

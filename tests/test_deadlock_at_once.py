@@ -929,6 +929,10 @@ async def _waits_for_so_long(limiter: Limiter) -> None:
         await _waits(limiter, asyncio.Event())
 
 
+async def _awaits_one_that_waits_for_so_long(limiter: Limiter) -> None:
+    await asyncio.create_task(_waits_for_so_long(limiter))
+
+
 async def _leads_one_that_fails(limiter: Limiter) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(_fails_after(0.2))
@@ -955,7 +959,16 @@ async def _in_a_batch(limiter: Limiter, nested: Callable[[], Coroutine[Any, Any,
     await item.abatch([None, 0.2])
 
 
-@pytest.mark.parametrize("beside", [_waits_for_so_long, _leads_one_that_fails, _leads_a_leader, _in_a_batch])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        _waits_for_so_long,
+        _awaits_one_that_waits_for_so_long,
+        _leads_one_that_fails,
+        _leads_a_leader,
+        _in_a_batch,
+    ],
+)
 async def test_a_call_whose_sibling_may_fail_is_no_proof_for_others(beside: Any) -> None:
     """The sibling waits, too, but will be ended; and with it the call, which gives its slot to the other."""
     limiter = Limiter(limit=2)

@@ -420,6 +420,27 @@ def _resize(other: Permit) -> None:
     other.leave()
 
 
+def _nested_in_threads(limiter: Limiter, count: int) -> tuple[list[threading.Thread], list[object]]:
+    """Return so many threads that are inside and wait for more, and where each tells its end."""
+    all_in = threading.Barrier(count)
+    ends: list[object] = []
+
+    def nest() -> None:
+        try:
+            with limiter:
+                all_in.wait(SAFETY_NET)
+                with limiter:
+                    ends.append("in")
+        except DeadlockError as error:
+            ends.append(type(error))
+
+    threads = [threading.Thread(target=nest, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: are_looked_at(limiter, count))
+    return threads, ends
+
+
 @pytest.mark.parametrize("shrink", [_refuse, _resize])
 class TestShrunkLimit:
     """Three of four calls wait for more, the fourth ends, and then there are two slots and nobody who comes to wait."""
@@ -432,22 +453,7 @@ class TestShrunkLimit:
     def test_in_threads(self, limiter: Limiter, shrink: Callable[[Permit], None]) -> None:
         """Two of the three are told, by whose errors the third goes on."""
         other = contextvars.Context().run(limiter.enter)
-        all_in = threading.Barrier(3)
-        ends: list[object] = []
-
-        def nest() -> None:
-            try:
-                with limiter:
-                    all_in.wait(SAFETY_NET)
-                    with limiter:
-                        ends.append("in")
-            except DeadlockError as error:
-                ends.append(type(error))
-
-        threads = [threading.Thread(target=nest, daemon=True) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: are_looked_at(limiter, 3))
+        threads, ends = _nested_in_threads(limiter, 3)
         shrink(other)
         for thread in threads:
             thread.join(SAFETY_NET)
@@ -506,22 +512,7 @@ def test_threads_that_wait_for_the_rate_inside_as_the_slot_that_is_left_is_taken
     """They wait for their own slots then."""
     clock = FakeClock()
     limiter = Limiter(limit=3, per_second=2, burst=2, clock=clock)
-    both_in = threading.Barrier(2)
-    ends: list[object] = []
-
-    def nest() -> None:
-        try:
-            with limiter:
-                both_in.wait(SAFETY_NET)
-                with limiter:
-                    ends.append("in")
-        except DeadlockError as error:
-            ends.append(type(error))
-
-    threads = [threading.Thread(target=nest, daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: are_looked_at(limiter, 2))
+    threads, ends = _nested_in_threads(limiter, 2)
     limiter.resize(limit=2)
     wait_until(lambda: limiter.stats().in_flight == 1)
     clock.advance(1)
