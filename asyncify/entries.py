@@ -33,7 +33,7 @@ from asyncify.holds import Link
 from asyncify.permits import FREE_PASS, Pass
 from asyncify.pools import DEFAULT_THREADS, ThreadPool
 from asyncify.relay import Relay
-from asyncify.signatures import Shape, describe, shape_of
+from asyncify.signatures import Shape, binds_by_itself, describe, shape_of
 from asyncify.sources import END
 from asyncify.traps import telling_if_held
 
@@ -80,27 +80,35 @@ def make_entries(
     name: str,
     called_like: Function,
     warn: bool = False,
+    is_method: bool = False,
 ) -> Entries:
     """Put the limit around both sides, and make the one that is missing.
 
     A side without parameters of its own, as a mock that has come in its place, takes its input as `called_like` does.
-    With `warn`, a sync call that is made on an event loop and holds it is told.
+    With `warn`, a sync call that is made on an event loop and holds it is told. With `is_method`, the first argument
+    is what the sides are bound to.
     """
     if gate is not None:
         fn = cast("Function", async_ if sync is None else sync)
         gate = gate.before(called_like if shape_of(fn).takes_anything else fn)
-    first = None if sync is None else _side(sync, called_like)
+    first = None if sync is None else _side(sync, called_like, is_method=is_method)
     make = partial(_entries, first, gate=gate, bridge=bridge, name=name, warn=warn)
     if async_ is None:
         return make(None)
-    side = _side(async_, called_like)
-    watched = replace(side, run=timed(async_, name, is_generator=side.shape.is_generator))
+    side = _side(async_, called_like, is_method=is_method)
+    watched = replace(side, run=timed(side.run, name, is_generator=side.shape.is_generator))
     return replace(make(side), timed=make(watched))
 
 
-def _side(fn: Function, called_like: Function) -> Entry:
+def _side(fn: Function, called_like: Function, *, is_method: bool) -> Entry:
     shape = shape_of(fn)
-    return Entry(fn, fn, shape.called_like(shape_of(called_like)) if shape.takes_anything else shape, "native")
+    run = partial(_call_bound, fn) if is_method and binds_by_itself(fn) else fn
+    return Entry(run, fn, shape.called_like(shape_of(called_like)) if shape.takes_anything else shape, "native")
+
+
+def _call_bound(fn: Any, receiver: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a method as Python does: its `__get__` may make more of the instance than a first argument."""
+    return fn.__get__(receiver, type(receiver))(*args, **kwargs)
 
 
 def _entries(
@@ -234,7 +242,7 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
         return None if gate is not None and gate.limiter.bounds_calls else DEFAULT_THREADS  # a limit may be resized
 
     pool = ThreadPool(threads, name)
-    return replace(side, run=_threaded(side.fn, side.shape, gate, pool), kind="bridged")
+    return replace(side, run=_threaded(side.run, side.shape, gate, pool), kind="bridged")
 
 
 def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -> Function:

@@ -71,6 +71,8 @@ class Patch:
         except (AttributeError, TypeError) as error:
             registry.discard(pair)
             raise PairError(f"dual_patch: {self.target} can't be replaced where it stands: {error}") from error
+        if inspect.isclass(self._parent):
+            pair._become_method()
         self.pair = pair
         self._spec = getattr(self._parent, "__spec__", None)
 

@@ -210,6 +210,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._on_stub: Callable[[AnyDual, Function], None] | None = None
         self._by_reference = False
         self._binding: Binding = "nothing"
+        self._is_method = False
         self._furnish(wears=func)
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
@@ -259,6 +260,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             name=self.get_name(),
             called_like=self.__wrapped__,
             warn=self._warn,
+            is_method=self._is_method,
         )
         called = self._entries.async_ if self._is_async_def else self._entries.sync
         self._marks: dict[str, object] = {}
@@ -289,11 +291,17 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     # --- as a method ---
 
     def __set_name__(self, owner: type, name: str) -> None:
-        """Take the attribute's name as the pair's own, if its function was written here under another."""
+        """Become a method, if its function was written here; and if that was under another name, take this one."""
         where, _, written = getattr(self, "__qualname__", "").rpartition(".")
-        is_here = (self.__module__, where) == (owner.__module__, owner.__qualname__)
-        if is_here and vars(owner).get(written) is not self:
-            self.__qualname__ = f"{where}.{name}"
+        if (self.__module__, where) == (owner.__module__, owner.__qualname__):
+            if vars(owner).get(written) is not self:
+                self.__qualname__ = f"{where}.{name}"
+            self._become_method()
+
+    def _become_method(self) -> None:
+        """Have a side that binds by itself, as one that `wrapt` has decorated, bound to the first argument."""
+        self._is_method = self._binding != "nothing"
+        self._assemble()
 
     @overload
     def __get__(self, instance: None, owner: Any = None) -> Self: ...

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
-from types import CodeType
+from types import CodeType, FunctionType, WrapperDescriptorType
 from typing import Any, Literal, cast
 
 from asyncify.errors import PairError
@@ -22,6 +22,7 @@ __all__ = [
     "INJECTED",
     "MARKS",
     "Shape",
+    "binds_by_itself",
     "check_pair",
     "check_side",
     "code_marks",
@@ -60,10 +61,15 @@ def without_partials(fn: Callable[..., Any]) -> Callable[..., Any]:
 def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return what decides the colour: the function in a partial, or the `__call__` of an object."""
     fn = without_partials(fn)
-    if inspect.isroutine(fn) or inspect.isclass(fn):
+    if inspect.isfunction(fn) or inspect.ismethod(fn) or inspect.isclass(fn) or hasattr(fn, "__code__"):
         return fn
     call: Callable[..., Any] = type(fn).__call__
-    return call
+    return fn if isinstance(call, WrapperDescriptorType) else call  # that of a builtin says nothing of it
+
+
+def binds_by_itself(fn: Callable[..., Any]) -> bool:
+    """Tell whether this is an object that says itself how it becomes a method, as those of a decorator may do."""
+    return hasattr(type(fn), "__get__") and type(fn) is not FunctionType  # what imitates one is no instance of it
 
 
 def is_async(fn: Callable[..., Any]) -> bool:

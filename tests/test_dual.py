@@ -9,6 +9,7 @@ import operator
 import pydoc
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any, TypeVar, get_args
 from unittest import mock
 
@@ -47,6 +48,34 @@ class AsyncFetcher:
 
     async def __call__(self, query: str) -> str:
         return f"async {query}"
+
+
+class Binding:
+    """What a decorator written as a class returns, if it is to serve on methods."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+class BindingAsync(Binding):
+    """Around a coroutine function."""
+
+    async def __call__(self, *args: Any) -> Any:
+        return await self.fn(*args)
+
+
+class BindingChunks(Binding):
+    """Around a generator function."""
+
+    def __call__(self, *args: Any) -> Iterator[Any]:
+        yield from self.fn(*args)
 
 
 def on_sync() -> Dual[Any, Any]:
@@ -120,6 +149,7 @@ ASYNC_FORMS = {on_async, over_async_stub, one_by_one_from_async}
 CALLABLES: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
     ("functions", fetch_sync, fetch_async),
     ("callable objects", Fetcher(), AsyncFetcher()),
+    ("decorators that bind", Binding(fetch_sync), BindingAsync(fetch_async)),
     (
         "partials",
         functools.partial(lambda prefix, query: f"{prefix} {query}", "sync"),
@@ -184,6 +214,15 @@ async def test_two_callables_make_a_pair(sync: Callable[..., Any], async_: Calla
 
     assert pair.invoke("EUR") == "sync EUR"
     assert await pair.ainvoke("EUR") == "async EUR"
+
+
+async def test_a_decorator_that_binds_has_the_colour_of_its_call() -> None:
+    """On its own it is the async side, or a generator, as its `__call__` is."""
+    later = dual(BindingAsync(fetch_async))
+    chunks = dual(BindingChunks(iter), name="chunks")
+
+    assert await later("EUR") == later.invoke("EUR") == "async EUR"
+    assert list(chunks.stream("EUR")) == ["E", "U", "R"]
 
 
 def test_a_partial_must_keep_the_parameters_of_the_other_side() -> None:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from unittest import mock
 
 import pytest
+import wrapt
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from pydantic import BaseModel, ConfigDict
 
-from asyncify import Dual, PairError, concurrency, dual, registry
+from asyncify import Dual, PairError, concurrency, dual, registry, watch
 
 
 class Plain:
@@ -378,6 +379,69 @@ async def test_a_subclass_overrides_one_side() -> None:
 def test_every_class_fulfils_a_protocol() -> None:
     """A class with a pair fulfils a protocol with a method of that name."""
     assert all(isinstance(owner("fx"), Fetches) for owner in OWNERS)
+
+
+# --- under decorators whose `__get__` makes more of the instance than a first argument ---
+
+
+@wrapt.decorator
+def for_whom(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Return instead for whom it was called, and with what."""
+    return instance, args, kwargs
+
+
+@wrapt.decorator
+async def afor_whom(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Return instead for whom it was called, and with what."""
+    return instance, args, kwargs
+
+
+class Told:
+    """Methods under such decorators."""
+
+    @dual
+    @for_whom
+    def of_sync(self, query: str) -> Any:
+        """Fetch."""
+
+    @concurrency(limit=1)
+    @afor_whom
+    async def of_async(self, query: str) -> Any:
+        """Fetch."""
+
+    @for_whom
+    def _sync(self, query: str) -> Any:
+        """Fetch."""
+
+    @afor_whom
+    async def _async(self, query: str) -> Any:
+        """Fetch."""
+
+    of_both = dual(sync=_sync, async_=_async)
+
+
+@pytest.mark.parametrize("name", ["of_sync", "of_async", "of_both"])
+async def test_a_decorator_that_binds_by_itself_sees_the_instance(name: str) -> None:
+    """In each way of calling it, as in a plain method."""
+    told = Told()
+    told_so: tuple[object, ...] = (told, ("EUR",), {})
+    pair = getattr(told, name)
+
+    assert pair.call("EUR") == pair.invoke("EUR") == getattr(Told, name).call(told, "EUR") == told_so
+    assert await pair.acall("EUR") == await pair.ainvoke("EUR") == told_so
+    assert pair.call(query="EUR") == (told, (), {"query": "EUR"})
+    with watch():
+        assert await pair.acall("EUR") == told_so
+
+
+def test_a_decorator_of_a_function_that_a_class_only_names_sees_no_instance() -> None:
+    """It is no method where it stands."""
+    outside = dual(for_whom(lambda query: query), name="outside_of_classes")
+
+    class Holder:
+        pair = outside
+
+    assert outside("EUR") == Holder.pair("EUR") == (None, ("EUR",), {})
 
 
 # --- classmethod and staticmethod, in either order ---

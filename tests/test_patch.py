@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import wrapt
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import Dual, PairError, concurrency, dual_patch, registry
@@ -158,6 +159,22 @@ async def test_methods_of_every_kind_are_patched(module: ModuleType) -> None:
     assert isinstance(vars(module.Client)["of_class"], classmethod)
     assert isinstance(vars(module.Client)["of_none"], staticmethod)
     assert client.of_class("EUR") == "sync Client EUR"
+
+
+async def test_a_method_that_others_have_decorated_sees_its_instance(module: ModuleType) -> None:
+    """An instrumentation that was there first, by `wrapt`, is told whom the method is called on."""
+    seen: list[object] = []
+
+    def note(wrapped: Any, instance: object, args: Any, kwargs: Any) -> Any:
+        seen.append(instance)
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(module, "Client.fetch", note)
+    with dual_patch(f"{module.__name__}:Client.fetch", async_=_amethod):
+        client = module.Client()
+
+        assert [client.fetch("EUR"), await client.fetch.ainvoke("EUR")] == ["sync client EUR", "patched Client EUR"]
+    assert seen == [client]
 
 
 def test_an_inherited_method_is_patched_in_the_subclass_alone(module: ModuleType) -> None:
