@@ -7,12 +7,14 @@ import copy
 import copyreg
 import dataclasses
 import functools
+import importlib
 import inspect
 import operator
 import pickle
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Executor
+from itertools import chain
 from types import MethodType, new_class
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, final, overload
 
@@ -514,7 +516,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __reduce__(self) -> Any:
         """Pickle a decorated pair by its module and name, any other by its functions."""
         if self._by_reference and not (goes_as_code() and self._has_no_name_elsewhere()):
-            return _global_name(self)
+            module, name = _place_of(self)
+            return name if module == self.__module__ else (_held_at, (module, name))
         if self._gate is not None:
             raise pickle.PicklingError(
                 f"{describe(self)} has a limit, which holds in one process, so it can't be pickled; decorate a "
@@ -529,7 +532,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def _has_no_name_elsewhere(self) -> bool:
         """Whether another program, whose `__main__` is not this one's, finds it nowhere."""
         try:
-            return self.__module__ == "__main__" or not _global_name(self)
+            return _place_of(self)[0] == "__main__"
         except pickle.PicklingError:
             return True
 
@@ -649,7 +652,16 @@ class _Bound(Dual[Any, Any]):
 
     def __reduce__(self) -> Any:
         """Pickle as a method does: by its instance and its name."""
-        return getattr, (self._receiver, self.__qualname__.rpartition(".")[2])
+        return getattr, (self._receiver, self._attribute())
+
+    def _attribute(self) -> str:
+        """Return under which name its class has the pair: that of the function, unless it has it under others only."""
+        own = self.__qualname__.rpartition(".")[2]
+        kind = self._receiver if self._is_of_class else type(self._receiver)
+        classes: tuple[type, ...] = getattr(kind, "__mro__", ())
+        held = chain.from_iterable(vars(cls).items() for cls in classes)
+        names = [name for name, value in held if unwrapped(value) is self._pair]
+        return own if own in names or not names else names[0]
 
     def __copy__(self) -> Self:
         """Return the pair itself, as of a method."""
@@ -657,8 +669,7 @@ class _Bound(Dual[Any, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the method of a copy of its instance."""
-        get, (receiver, name) = self.__reduce__()
-        return get(copy.deepcopy(receiver, memo), name)
+        return type(self)(self._pair, copy.deepcopy(self._receiver, memo))
 
 
 class _Unpickled(Dual[Any, Any]):
@@ -710,6 +721,10 @@ _MADE_LATE = {"_entries", "_live", "_marks"}
 
 _MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_marks"}
 """Attributes of a pair that are not pickled with it."""
+
+
+_PROGRAM = ("__main__", "__mp_main__")
+"""Names of the program's own module, which in another process may be another one's."""
 
 
 AnyDual = Dual[Any, Any, ..., Any, Any, Any]
@@ -782,20 +797,28 @@ def gate_of(*sides: Function | None) -> Gate | None:
     return gates[0] if gates else None
 
 
-def _global_name(pair: AnyDual) -> str:
-    """Return the name under which a pair is found in its module, which may not be that of its function."""
+def _place_of(pair: AnyDual) -> tuple[str, str]:
+    """Return the module that holds a pair, and the name there, neither of which need be its function's."""
     qualname = getattr(pair, "__qualname__", "")
-    module = sys.modules.get(pair.__module__)
+    own = sys.modules.get(pair.__module__)
     with contextlib.suppress(AttributeError):
-        if operator.attrgetter(qualname)(module) is pair:
-            return qualname
-    names = [name for name, value in list(vars(module or object).items()) if value is pair]
-    if not names:
-        raise pickle.PicklingError(
-            f"{describe(pair)} can't be pickled: {pair.__module__} holds it under no name; assign it to one at the "
-            "top of the module, or write it in a class there"
-        )
-    return names[0]
+        if operator.attrgetter(qualname)(own) is pair:
+            return pair.__module__, qualname
+    others = [module for module in sys.modules if module not in _PROGRAM]
+    for module in [pair.__module__, *others, "__main__"]:
+        held = sys.modules.get(module)
+        for name, value in list(getattr(held, "__dict__", {}).items()):
+            if value is pair:
+                return module, name
+    raise pickle.PicklingError(
+        f"{describe(pair)} can't be pickled: no module holds it under a name; assign it to one at the top of a module, "
+        "or write it in a class there"
+    )
+
+
+def _held_at(module: str, name: str) -> AnyDual:
+    """Return the pair that a module holds under a name."""
+    return cast("AnyDual", getattr(importlib.import_module(module), name))
 
 
 def _is_stub_of(candidate: Any, fn: Function) -> bool:

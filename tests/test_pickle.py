@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import html
 import inspect
 import multiprocessing
 import os
@@ -45,6 +46,8 @@ def over_stub(query: str) -> str:
 
 from_two = dual(sync=_fetch, async_=_afetch)
 from_lambda = dual(lambda query: f"sync {query}", name="pickled_lambda")
+of_elsewhere = concurrency(limit=2)(html.escape)
+of_partial = dual(functools.partial(html.escape, quote=False), name="of_partial")
 
 
 @dual
@@ -78,8 +81,28 @@ class Desk:
 
     later = dual(sync=_later, async_=_alater)
 
+    def plain(self, query: str) -> str:
+        """Fetch one quote, without a limit."""
+        return f"{self.label} {query}"
 
-PAIRS: list[Dual[Any, Any]] = [fetch, limited, over_stub, from_two, from_lambda, Desk.fetch, Desk.later]
+
+class Branch(Desk):
+    """An owner that has a pair of a function of its parent's, and overrides another."""
+
+    plain_limited = concurrency(limit=1)(Desk.plain)
+
+    @dual
+    def fetch(self, query: str) -> str:
+        """Fetch one quote."""
+        return f"branch {self.label} {query}"
+
+    def inherited(self) -> Any:
+        """Return the parent's pair, bound."""
+        return super().fetch
+
+
+ALONE: list[Dual[Any, Any]] = [fetch, limited, over_stub, from_two, from_lambda, of_elsewhere, of_partial]
+PAIRS: list[Dual[Any, Any]] = [*ALONE, Desk.fetch, Desk.later]
 COPIES = [lambda pair: pickle.loads(pickle.dumps(pair)), copy.copy, copy.deepcopy]  # noqa: S301
 each_copy = pytest.mark.parametrize("copied", COPIES, ids=["pickle", "copy", "deepcopy"])
 
@@ -120,6 +143,20 @@ def test_a_deep_copy_of_a_bound_pair_has_an_instance_of_its_own() -> None:
     assert copy.copy(desk.fetch)("EUR") == "changed EUR"
 
 
+def test_a_deep_copy_of_what_super_found_is_of_that_pair() -> None:
+    """The child has another pair of the same name."""
+    assert copy.deepcopy(Branch("fx").inherited())("EUR") == "fx EUR"
+
+
+@each_copy
+def test_a_bound_pair_that_its_class_has_under_another_name_keeps_its_limit(copied: Any) -> None:
+    """The class has the plain function, too, under the name that the pair's function has."""
+    made = copied(Branch("fx").plain_limited)
+
+    assert made("EUR") == "fx EUR"
+    assert made.limiter is Branch.plain_limited.limiter
+
+
 def test_an_instance_with_pairs_is_pickled() -> None:
     """Pairs in the class are no part of the instance."""
     assert pickle.loads(pickle.dumps(Desk("fx"))) == Desk("fx")  # noqa: S301
@@ -141,7 +178,9 @@ def test_a_local_pair_is_not_pickled() -> None:
     def local(query: str) -> str:
         return query
 
-    with pytest.raises(pickle.PicklingError, match=r"local .* holds it under no name; assign it to one at the top"):
+    with pytest.raises(
+        pickle.PicklingError, match=r"local .* no module holds it under a name; assign it to one at the top"
+    ):
         pickle.dumps(local)
 
 
@@ -151,10 +190,13 @@ def test_a_pair_works_in_another_process() -> None:
         there = pool.submit(process, "EUR").result()
         by_invoke = pool.submit(fetch.invoke, "EUR").result()
         by_bound = pool.submit(Desk("fx").fetch, "EUR").result()
+        by_bound_of_another = pool.submit(Branch("fx").plain_limited, "EUR").result()
+        by_partial = pool.submit(of_partial, "EUR & USD").result()
         again = pool.submit(process.invoke, "EUR").result()
 
     assert there == again != os.getpid()
-    assert [by_invoke, by_bound] == ["sync EUR", "fx EUR"]
+    assert [by_invoke, by_bound, by_bound_of_another] == ["sync EUR", "fx EUR", "fx EUR"]
+    assert by_partial == "EUR &amp; USD"
 
 
 async def test_an_executor_of_processes_runs_a_bridged_side() -> None:
