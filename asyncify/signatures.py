@@ -172,7 +172,7 @@ def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None
     """Check that `fn` can be this side of a pair.
 
     Raises:
-        PairError: it is no callable, has the other colour, or takes no parameter.
+        PairError: it is no callable, has the other colour, or takes no parameter of its own.
     """
     if not callable(fn):
         raise PairError(f"{where}: expected a function, got {fn!r}")
@@ -184,9 +184,12 @@ def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None
             f"side; {f'give it as {other}=, or ' if is_argument else ''}write the {colour} one"
         )
     if not shape_of(fn).has_parameters:
+        injected = list(inspect.signature(fn).parameters)
+        taken = f"only {' and '.join(injected)}, which LangChain fills in" if injected else "no parameter"
+        remedy = f"rename {injected[0]}, or add a parameter" if injected else "give it one"
         raise PairError(
-            f"{where}: {describe(fn)} takes no parameter, and a runnable is called with one input; give it one, as "
-            "in def fetch(query)"
+            f"{where}: {describe(fn)} takes {taken}, and a runnable is called with one input; {remedy}, as in "
+            f"def fetch({', '.join(['query', *injected])})"
         )
 
 

@@ -61,6 +61,14 @@ async def _anothing() -> str:
     return ""
 
 
+def _config_alone(config: dict[str, str]) -> str:
+    return ""
+
+
+async def _injected_alone(config: dict[str, str], run_manager: object) -> str:
+    return ""
+
+
 class _Standing:
     """Pairs that are there before, so that a failed registration could disturb them."""
 
@@ -95,6 +103,16 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     ("no parameter", lambda: dual(_nothing), r"@dual: .*_nothing .* takes no parameter, .* as in def fetch\(query\)"),
     ("no parameter, async", lambda: dual(_anothing), r"_anothing .* takes no parameter"),
     ("no parameter, two sides", lambda: dual(sync=_nothing, async_=_anothing), r"_nothing .* takes no parameter"),
+    (
+        "no parameter but config",
+        lambda: dual(_config_alone),
+        r"_config_alone .* takes only config, which LangChain fills in, .*; rename config, .*\(query, config\)$",
+    ),
+    (
+        "no parameter but config and run_manager",
+        lambda: dual(_injected_alone),
+        r"_injected_alone .* takes only config and run_manager, .* rename config, .*\(query, config, run_manager\)$",
+    ),
     ("a function and sides", lambda: dual(_fetch, async_=_afetch), r"dual: give a function to decorate, or sync= and"),
     ("a bridge that is none", lambda: dual(_fetch, bridge="loop"), r"bridge='loop' is not a bridge; write"),
     ("an empty name", lambda: dual(_fetch, name=""), r"name='' is not a name; write name="),
