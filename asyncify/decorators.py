@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Hashable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Hashable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from types import CodeType, FrameType, MethodType
@@ -28,6 +28,7 @@ __all__ = ["concurrency", "dual"]
 Function = Callable[..., Any]
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
 D = TypeVar("D", bound=AnyDual)
 
 # The overloads overlap on purpose: a coroutine function is a function too, and the first one that fits is meant.
@@ -40,13 +41,23 @@ if TYPE_CHECKING:
         """What a coroutine function returns, of a result that may not be joined with another."""
 
         def __await__(self) -> T: ...
-        def send(self, value: Any, /) -> Any: ...
 
     class _Iterated(Protocol[T]):  # type: ignore[misc]  # pyright: ignore[reportInvalidTypeVarUse]
         """What an async generator function returns, of chunks that may not be joined with others."""
 
         def __aiter__(self) -> T: ...
         def __anext__(self) -> Any: ...
+
+    # An argument with an Any somewhere in its type makes mypy give up, and infer Any, where it fits two overloads that
+    # take different types. So a function is taken as what it returns, whatever else that is: its own type, to mypy.
+
+    class _Returning(Protocol[P, R, T]):  # type: ignore[misc]  # pyright: ignore[reportInvalidTypeVarUse]
+        """A function that returns R, which is a T."""
+
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-cannot-match]
 
     class _OverStub(Dual[Any, T, P, T]):
         """A pair of two functions, whose first call may decorate a stub."""
@@ -85,7 +96,9 @@ class Decorator(Protocol):
     @overload
     def __call__(self, fn: Callable[P, Nothing], /) -> Dual[Any, Any, P, Any]: ...
     @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: _Returning[P, R, Awaitable[T]], /
+    ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
         self, fn: Callable[P, AsyncIterator[T]], /
@@ -105,8 +118,8 @@ def dual(
     fn: Callable[P, Nothing], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, Any, P, Any]: ...
 @overload
-def dual(
-    fn: Callable[P, Coroutine[Any, Any, T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+def dual(  # type: ignore[overload-overlap]
+    fn: _Returning[P, R, Awaitable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -149,7 +162,7 @@ def dual(
     name: str | None = None,
     bridge: Bridge = "thread",
     warn: bool = True,
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
+) -> Callable[[Callable[P, Awaitable[T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(
     *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -159,7 +172,7 @@ def dual(
 @overload
 def dual(
     *,
-    async_: Callable[P, Coroutine[Any, Any, T]],
+    async_: Callable[P, Awaitable[T]],
     name: str | None = None,
     bridge: Bridge = "thread",
     warn: bool = True,
@@ -167,7 +180,7 @@ def dual(
 @overload
 def dual(
     *, sync: Callable[P, Nothing], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
+) -> Callable[[Callable[P, Awaitable[T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
@@ -178,7 +191,7 @@ def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlapping
 @overload
 def dual(
     *, sync: Callable[P, T], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
+) -> Callable[[Callable[P, Awaitable[T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(*, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> Decorator: ...
 def dual(

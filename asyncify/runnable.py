@@ -167,13 +167,13 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __init__(
         self: Dual[Any, Any, P, Any],
         func: Callable[P, Nothing],
-        afunc: Callable[P, Coroutine[Any, Any, Any]] | None = None,
+        afunc: Callable[P, Awaitable[Any]] | None = None,
         name: str | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: Dual[Any, T, P, Coroutine[None, object, T]],
-        func: Callable[P, Coroutine[Any, Any, T]],
+        func: Callable[P, Awaitable[T]],
         afunc: None = None,
         name: str | None = None,
     ) -> None: ...
@@ -195,7 +195,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __init__(
         self: Dual[Any, T, P, T],
         func: Callable[P, T],
-        afunc: Callable[P, Coroutine[Any, Any, T]] | None = None,
+        afunc: Callable[P, Awaitable[T]] | None = None,
         name: str | None = None,
     ) -> None: ...
     @overload
@@ -337,7 +337,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._furnish(gate=gate)
         return self
 
-    def async_(self, fn: Callable[Params, Coroutine[Any, Any, Output] | AsyncIterator[Output]]) -> Self:
+    def async_(self, fn: Callable[Params, Awaitable[Output] | AsyncIterator[Output]]) -> Self:
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         plain = function_of(fn, "async")
         if hasattr(self, "afunc") and not is_new_version(plain, self.afunc):

@@ -6,12 +6,12 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 # ruff: noqa: D103  (what a function here is for is the comment over it)
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any, NoReturn, assert_type
+from typing import Any, NoReturn, ParamSpec, TypeVar, assert_type
 
 from langchain_core.runnables import RunnableLambda
 from langchain_core.runnables.base import RunnableSerializable
@@ -19,6 +19,8 @@ from langchain_core.runnables.base import RunnableSerializable
 from asyncify import Dual, Limiter, concurrency, dual, dual_patch, registry
 
 Quote = dict[str, float]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def fetch_sync(query: str, count: int = 1) -> Quote:
@@ -47,6 +49,11 @@ async def fewer_parameters(query: str) -> Quote:
 
 async def no_result(query: str, count: int = 1) -> None:
     return
+
+
+def retrying(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Stand for a decorator of coroutine functions that says no more of what it returns."""
+    return fn
 
 
 def optional_sync(query: str) -> Quote | None:
@@ -274,6 +281,82 @@ def what_checkers_miss() -> None:
     dual(sync=fetch_sync, async_=no_result)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+# --- an async side that returns an awaitable: as one that another decorator has been over may say ---
+
+retried_async = retrying(fetch_async)
+retried_other = retrying(other_result)
+
+
+@dual(async_=retried_async)
+def on_retried(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual(sync=fetch_sync)
+@retrying
+async def retried_on_sync(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual
+@retrying
+async def retried_alone(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual(name="retried")
+@retrying
+async def retried_named(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@concurrency(limit=3)
+@retrying
+async def retried_limited(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual(sync=fetch_sync, async_=retried_async)
+async def retried_over_stub(query: str, count: int = 1) -> Quote:
+    """Fetch one quote."""
+    raise NotImplementedError
+
+
+async def awaitables() -> None:
+    """All that holds for an `async def` holds for them."""
+    assert_type(dual(sync=fetch_sync, async_=retried_async)("EUR", count=2), Quote)
+    assert_type(await dual(sync=fetch_sync, async_=retried_async).acall("EUR"), Quote)
+    assert_type(await retried_over_stub("EUR"), Quote)
+    assert_type(on_retried("EUR", count=2), Quote)
+    assert_type(await on_retried.acall("EUR"), Quote)
+    assert_type(await retried_on_sync("EUR", count=2), Quote)
+    assert_type(retried_on_sync.call("EUR"), Quote)
+    assert_type(await retried_alone("EUR", count=2), Quote)
+    assert_type(retried_alone.call("EUR"), Quote)
+    assert_type(await retried_alone.ainvoke("EUR"), Quote)
+    assert_type(retried_alone.sync(fetch_sync).call("EUR"), Quote)
+    assert_type(await retried_named("EUR", count=2), Quote)
+    assert_type(await retried_limited("EUR", count=2), Quote)
+    assert_type(retried_limited.invoke("EUR"), Quote)
+    assert_type(await one_side.async_(retried_async).acall("EUR"), Quote)
+    assert_type(await Dual(retried_async)("EUR", count=2), Quote)
+    assert_type(Dual(fetch_sync, retried_async)("EUR", count=2), Quote)
+    assert_type(dual(sync=any_sync, async_=retrying(any_async))("EUR"), Any)
+    retried_alone(3)  # type: ignore[arg-type, unused-coroutine]
+
+
+def wrong_awaitables() -> None:
+    """They have to agree, too."""
+    dual(sync=fetch_sync, async_=retried_other)  # type: ignore[arg-type]
+    dual(sync=fetch_sync, async_=retrying(other_parameters))  # type: ignore[arg-type]
+    dual(sync=ticks_sync, async_=retried_async)  # type: ignore[arg-type]
+    dual(async_=retried_other)(fetch_sync)  # type: ignore[arg-type]
+    dual(async_=retried_async)(ticks_sync)  # type: ignore[arg-type]
+    dual(sync=fetch_sync)(retried_other)  # type: ignore[arg-type]
+    dual(sync=ticks_sync)(retried_async)  # type: ignore[arg-type]
+    one_side.async_(retried_other)  # type: ignore[arg-type]
+
+
 # --- generators ---
 
 
@@ -366,6 +449,22 @@ def never(query: str) -> NoReturn:
     raise ValueError(query)
 
 
+@dual
+async def any_in_parameters(query: dict[str, Any]) -> Quote:
+    return {"EUR": query["EUR"]}
+
+
+@concurrency(limit=3)
+async def any_in_result(query: str) -> dict[str, Any]:
+    return {query: 1}
+
+
+@dual
+@retrying
+async def any_in_retried(query: dict[str, Any]) -> Quote:
+    return {"EUR": query["EUR"]}
+
+
 class Feed:
     @dual
     def read(self, query: str) -> Any:
@@ -387,6 +486,17 @@ async def any_results(feed: Feed) -> None:
     assert_type(feed.read("EUR"), Any)
     any_alone(3)  # pyright: ignore[reportArgumentType]
     feed.read(3)  # pyright: ignore[reportArgumentType]
+
+
+async def partly_any() -> None:
+    """`Any` in a part of a type leaves the rest as it is."""
+    assert_type(await any_in_parameters({"EUR": 1}), Quote)
+    assert_type(any_in_parameters.call({"EUR": 1}), Quote)
+    assert_type(await any_in_result("EUR"), dict[str, Any])
+    assert_type(any_in_result.invoke("EUR"), dict[str, Any])
+    assert_type(await any_in_retried({"EUR": 1}), Quote)
+    any_in_parameters(3)  # type: ignore[arg-type, unused-coroutine]
+    any_in_result(3)  # type: ignore[arg-type, unused-coroutine]
 
 
 # --- limits, in either order ---
