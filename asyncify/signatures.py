@@ -119,8 +119,10 @@ def coroutine_marks(fn: Callable[..., Any]) -> dict[str, object]:
     """
     marks: dict[str, object] = {"_is_coroutine": getattr(asyncio.coroutines, "_is_coroutine", None)}
     if sys.version_info >= (3, 12):
-        return marks | vars(inspect.markcoroutinefunction(lambda: None))
-    return marks | code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
+        marks |= vars(inspect.markcoroutinefunction(lambda: None))
+    else:
+        marks |= code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
+    return marks
 
 
 def code_marks(written: Callable[..., Any]) -> dict[str, object]:
