@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Hashable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterator,
+)
 from concurrent.futures import Executor
 from functools import partial
 from types import CodeType, FrameType, MethodType
@@ -46,7 +56,6 @@ if TYPE_CHECKING:
         """What an async generator function returns, of chunks that may not be joined with others."""
 
         def __aiter__(self) -> T: ...
-        def __anext__(self) -> Any: ...
 
     # An argument with an Any somewhere in its type makes mypy give up, and infer Any, where it fits two overloads that
     # take different types. So a function is taken as what it returns, whatever else that is: its own type, to mypy.
@@ -77,7 +86,7 @@ if TYPE_CHECKING:
 
         @overload
         def __call__(  # type: ignore[overload-overlap]
-            self, stub: Callable[P, AsyncIterator[T]], /
+            self, stub: Callable[P, AsyncIterable[T]], /
         ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
         @overload
         def __call__(  # type: ignore[overload-overlap]
@@ -94,14 +103,16 @@ class Decorator(Protocol):
     @overload
     def __call__(self, fn: D, /) -> D: ...
     @overload
-    def __call__(self, fn: Callable[P, Nothing], /) -> Dual[Any, Any, P, Any]: ...
+    def __call__(  # type: ignore[overload-overlap]
+        self, fn: Callable[P, Nothing], /
+    ) -> Dual[Any, Any, P, Any]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, fn: _Returning[P, R, Awaitable[T]], /
     ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-        self, fn: Callable[P, AsyncIterator[T]], /
+        self, fn: _Returning[P, R, AsyncIterable[T]], /
     ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
@@ -114,7 +125,7 @@ class Decorator(Protocol):
 @overload
 def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> D: ...
 @overload
-def dual(
+def dual(  # type: ignore[overload-overlap]
     fn: Callable[P, Nothing], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, Any, P, Any]: ...
 @overload
@@ -123,7 +134,7 @@ def dual(  # type: ignore[overload-overlap]
 ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-    fn: Callable[P, AsyncIterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    fn: _Returning[P, R, AsyncIterable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]
@@ -165,7 +176,7 @@ def dual(
 ) -> Callable[[Callable[P, Awaitable[T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(
-    *, async_: Callable[P, AsyncIterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    *, async_: Callable[P, AsyncIterable[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[
     [Callable[P, Iterator[T]]], Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]
 ]: ...
@@ -185,7 +196,7 @@ def dual(
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[
-    [Callable[P, AsyncIterator[T]]],
+    [Callable[P, AsyncIterable[T]]],
     Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
 ]: ...
 @overload

@@ -12,7 +12,17 @@ import inspect
 import operator
 import pickle
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import Executor
 from itertools import chain
 from types import MethodType, new_class
@@ -180,7 +190,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     @overload
     def __init__(
         self: Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
-        func: Callable[P, AsyncIterator[T]],
+        func: Callable[P, AsyncIterable[T]],
         afunc: None = None,
         name: str | None = None,
     ) -> None: ...
@@ -188,7 +198,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __init__(
         self: Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
         func: Callable[P, Iterator[T]],
-        afunc: Callable[P, AsyncIterator[T]] | None = None,
+        afunc: Callable[P, AsyncIterable[T]] | None = None,
         name: str | None = None,
     ) -> None: ...
     @overload
@@ -337,7 +347,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._furnish(gate=gate)
         return self
 
-    def async_(self, fn: Callable[Params, Awaitable[Output] | AsyncIterator[Output]]) -> Self:
+    def async_(self, fn: Callable[Params, Awaitable[Output] | AsyncIterable[Output]]) -> Self:
         """Add the async side to a pair that has only the sync one; a decorator that returns the pair."""
         plain = function_of(fn, "async")
         if hasattr(self, "afunc") and not is_new_version(plain, self.afunc):

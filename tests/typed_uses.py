@@ -6,7 +6,16 @@ A line that must be an error carries `# type: ignore`; both checkers report one 
 # ruff: noqa: D103  (what a function here is for is the comment over it)
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+)
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from enum import Enum
@@ -93,6 +102,10 @@ def generator_sync(query: str) -> Generator[float, None, None]:
 
 
 async def generator_async(query: str) -> AsyncGenerator[float, None]:
+    yield 1.0
+
+
+async def iterable_async(query: str) -> AsyncIterable[float]:
     yield 1.0
 
 
@@ -378,6 +391,26 @@ async def ticks_alone(query: str) -> AsyncIterator[float]:
     yield 1.0
 
 
+@dual(async_=iterable_async)
+def ticks_on_iterable(query: str) -> Iterator[float]:
+    yield 1.0
+
+
+@dual(sync=ticks_sync)
+async def iterable_on_sync(query: str) -> AsyncIterable[float]:
+    yield 1.0
+
+
+@dual
+async def iterable_alone(query: str) -> AsyncIterable[float]:
+    yield 1.0
+
+
+@concurrency(limit=3)
+async def iterable_limited(query: dict[str, Any]) -> AsyncIterable[float]:
+    yield 1.0
+
+
 async def wrong_streams() -> None:
     """Generators have to agree as functions have, in every form."""
     dual(async_=ticks_async)(fetch_sync)  # type: ignore[arg-type]
@@ -387,6 +420,10 @@ async def wrong_streams() -> None:
     dual(sync=ticks_sync, async_=other_chunks)  # type: ignore[arg-type]
     dual(sync=ticks_sync, async_=other_ticks)  # type: ignore[arg-type]
     ticks_alone.sync(fetch_sync)  # type: ignore[arg-type]
+    dual(async_=iterable_async)(fetch_sync)  # type: ignore[arg-type]
+    dual(sync=fetch_sync)(iterable_async)  # type: ignore[arg-type]
+    dual(sync=fetch_sync, async_=iterable_async)  # type: ignore[arg-type]
+    one_side.async_(iterable_async)  # type: ignore[arg-type]
 
 
 async def streams() -> None:
@@ -411,6 +448,21 @@ async def streams() -> None:
     assert_type(dual(sync=generator_sync, async_=generator_async).acall("EUR"), AsyncGenerator[float, Any])
     assert_type(dual(sync=generator_sync, async_=ticks_async).call("EUR"), Generator[float, Any, Any])
     ticks(3)  # type: ignore[arg-type]
+
+
+async def iterables() -> None:
+    """An async generator may be annotated as an `AsyncIterable`, too."""
+    assert_type(ticks_on_iterable.acall("EUR"), AsyncGenerator[float, Any])
+    assert_type(iterable_on_sync("EUR"), AsyncGenerator[float, Any])
+    assert_type(iterable_on_sync.call("EUR"), Generator[float, Any, Any])
+    assert_type(iterable_alone("EUR"), AsyncGenerator[float, Any])
+    assert_type(iterable_alone.call("EUR"), Generator[float, Any, Any])
+    assert_type(await iterable_alone.ainvoke("EUR"), float)
+    assert_type(iterable_limited({"EUR": 1}), AsyncGenerator[float, Any])
+    assert_type(dual(ticks_sync).async_(iterable_async)("EUR"), Generator[float, Any, Any])
+    assert_type(dual(sync=ticks_sync, async_=iterable_async).acall("EUR"), AsyncGenerator[float, Any])
+    assert_type(Dual(iterable_async)("EUR"), AsyncGenerator[float, Any])
+    assert_type(Dual(ticks_sync, iterable_async)("EUR"), Generator[float, Any, Any])
 
 
 # --- results that are Any ---
