@@ -107,16 +107,14 @@ class Decorator(Protocol):
         self, fn: Callable[P, Nothing], /
     ) -> Dual[Any, Any, P, Any]: ...
     @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self, fn: _Returning[P, R, Awaitable[T]], /
-    ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
+    def __call__(self, fn: _Returning[P, R, Awaitable[T]], /) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
         self, fn: _Returning[P, R, AsyncIterable[T]], /
     ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, fn: Callable[P, Iterator[T]], /
+        self, fn: _Returning[P, R, Iterator[T]], /
     ) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(self, fn: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
@@ -129,7 +127,7 @@ def dual(  # type: ignore[overload-overlap]
     fn: Callable[P, Nothing], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, Any, P, Any]: ...
 @overload
-def dual(  # type: ignore[overload-overlap]
+def dual(
     fn: _Returning[P, R, Awaitable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
 @overload
@@ -138,7 +136,7 @@ def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlapping
 ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]
-    fn: Callable[P, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    fn: _Returning[P, R, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(
@@ -189,12 +187,12 @@ def dual(
     warn: bool = True,
 ) -> Callable[[Callable[P, T]], Dual[Any, T, P, T]]: ...
 @overload
-def dual(
+def dual(  # type: ignore[overload-overlap]
     *, sync: Callable[P, Nothing], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[[Callable[P, Awaitable[T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-    *, sync: Callable[P, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    *, sync: _Returning[P, R, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[
     [Callable[P, AsyncIterable[T]]],
     Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],

@@ -517,6 +517,16 @@ async def any_in_retried(query: dict[str, Any]) -> Quote:
     return {"EUR": query["EUR"]}
 
 
+@dual
+def any_in_generator(query: dict[str, Any]) -> Generator[float, None, None]:
+    yield 1.0
+
+
+@dual(sync=any_in_generator.func)
+async def any_in_async_generator(query: dict[str, Any]) -> AsyncGenerator[float, None]:
+    yield 1.0
+
+
 class Feed:
     @dual
     def read(self, query: str) -> Any:
@@ -547,6 +557,8 @@ async def partly_any() -> None:
     assert_type(await any_in_result("EUR"), dict[str, Any])
     assert_type(any_in_result.invoke("EUR"), dict[str, Any])
     assert_type(await any_in_retried({"EUR": 1}), Quote)
+    assert_type(any_in_generator({"EUR": 1}), Generator[float, Any, Any])
+    assert_type(any_in_async_generator({"EUR": 1}), AsyncGenerator[float, Any])
     any_in_parameters(3)  # type: ignore[arg-type, unused-coroutine]
     any_in_result(3)  # type: ignore[arg-type, unused-coroutine]
 
