@@ -23,9 +23,10 @@ from functools import partial
 from typing import Any, NoReturn, ParamSpec, TypeVar, assert_type
 
 from langchain_core.runnables import RunnableLambda
-from langchain_core.runnables.base import RunnableSerializable
+from langchain_core.runnables.base import Runnable, RunnableSerializable
 
 from asyncify import Dual, Limiter, concurrency, dual, dual_patch, registry
+from asyncify.runnable import AnyDual
 
 Quote = dict[str, float]
 P = ParamSpec("P")
@@ -725,6 +726,47 @@ async def drop_in(pair: Dual[str, Quote]) -> None:
     assert_type(await Dual(fetch_async)("EUR"), Quote)
     assert_type(Dual(ticks_sync).acall("EUR"), AsyncGenerator[float, Any])
     pair.invoke(3)  # type: ignore[arg-type]
+
+
+async def annotated(
+    of_async_def: Dual[str, Quote, ..., Coroutine[Any, Any, Quote]],
+    of_either: Dual[str, Quote, ..., Any],
+    of_generator: Dual[str, float, ..., Any, Any, Any],
+    any_pair: AnyDual,
+    runnable: Runnable[str, Quote],
+) -> None:
+    """What is said of a pair in an annotation is what it gives."""
+    assert_type(await of_async_def("EUR"), Quote)
+    assert_type(of_async_def.call("EUR"), Quote)
+    assert_type(await of_async_def.acall("EUR"), Quote)
+    assert_type(of_either("EUR"), Any)
+    assert_type(of_either.call("EUR"), Quote)
+    assert_type(await of_either.acall("EUR"), Quote)
+    assert_type(of_generator("EUR"), Any)
+    assert_type(of_generator.invoke("EUR"), float)
+    assert_type(of_generator.astream("EUR"), AsyncGenerator[float])
+    assert_type(any_pair.invoke("EUR"), Any)
+    assert_type(runnable.invoke("EUR"), Quote)
+    of_async_def.invoke(3)  # type: ignore[arg-type]
+    of_either.invoke(3)  # type: ignore[arg-type]
+    of_generator.invoke(3)  # type: ignore[arg-type]
+    runnable.invoke(3)  # type: ignore[arg-type]
+
+
+async def annotations() -> None:
+    """`Dual[str, Quote]` is a pair of a `def`; each other kind has an annotation, and so have all together."""
+    await annotated(on_async, on_sync, ticks, two_ticks, on_sync)
+    await annotated(one_async_side, on_async, aticks, on_async, on_async)
+    await annotated(on_sync, over_stub, two_ticks, aticks, from_two)  # type: ignore[arg-type]
+    await annotated(on_async, ticks, ticks, ticks, from_two)  # type: ignore[arg-type]
+    streams: list[Runnable[str, float]] = [ticks, aticks, two_ticks]
+    pairs: list[AnyDual] = [on_sync, on_async, from_two, over_stub, ticks, aticks, two_ticks]
+    assert_type(streams[0].invoke("EUR"), float)
+    assert_type(pairs[0].invoke("EUR"), Any)
+    await drop_in(on_sync)
+    await drop_in(from_two)
+    await drop_in(on_async)  # type: ignore[arg-type]
+    await drop_in(ticks)  # type: ignore[arg-type]
 
 
 def fakes() -> None:
