@@ -77,6 +77,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             timeout = check_positive("timeout", timeout, "timeout=30")
         _check_name(name)
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
+        self._was_resized = False
         self.made_by: object = None  # the mark of a limiter with a key, if one has made it
 
     # --- the faces ---
@@ -181,6 +182,7 @@ class Limiter(Turnstile, BaseRateLimiter):
                 new_burst = (old.burst if old.burst > 1 else None) if isinstance(burst, EllipsisType) else burst
                 limits = Limits.of(limit=slots, burst=new_burst, **(old.amounts | named))
                 self._adaptive = adaptive
+                self._was_resized = True
                 self._configure(limits)
                 for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:
                     permit.told = limits.too_dear(permit.cost, self.title())
@@ -201,11 +203,11 @@ class Limiter(Turnstile, BaseRateLimiter):
         return self._meter.limits
 
     def is_idle(self) -> bool:
-        """Whether nobody is inside or waits, and nothing that was admitted still counts or has taught it anything."""
+        """Whether a new one would do as well: nobody is inside or waits, nothing admitted counts, nor was learned."""
         self._drop_closed_loops()
         self._settle()
         now = self._now()
-        is_as_new = self._adaptive is None or self._adaptive.is_as_new(now)
+        is_as_new = not self._was_resized and (self._adaptive is None or self._adaptive.is_as_new(now))
         return is_as_new and not self._queue and self._meter.is_idle(now)
 
     def stats(self) -> LimiterStats:

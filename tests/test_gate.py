@@ -117,6 +117,17 @@ class TestKeys:
 
         assert len(keyed) <= 2
 
+    def test_a_key_that_was_resized_is_remembered(self) -> None:
+        """A new limiter would have the limits of all the others."""
+        keyed = KeyedLimiter(lambda key: key, limit=2)
+        keyed["acme"].resize(limit=9)
+        for key in range(100):
+            keyed.enter(key, 1, None).leave()
+        gc.collect()
+
+        assert keyed["acme"].stats().limit == 9
+        assert len(keyed) <= 4
+
     def test_a_key_forgotten_between_look_up_and_admission_still_counts(self) -> None:
         """However other threads interleave, no window of a key is over."""
         clock = FakeClock()
