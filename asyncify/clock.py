@@ -33,6 +33,13 @@ class Timer:
     def cancel(self) -> None:
         """Never run the callback; harmless when it has run."""
         self.cancelled = True
+        self.callback = (
+            _nothing  # the timer is among the others until its time has come, and would keep what it leads to
+        )
+
+
+def _nothing() -> None:
+    """Stand for a callback that is not run any more."""
 
 
 class Clock(Protocol):

@@ -573,6 +573,9 @@ class Turnstile:
                 if self._departed:
                     self._take_back(now)
                 self._pump(now)
+                if not self._queue and self._timer is not None:
+                    self._timer.cancel()  # until then it would keep the limiter
+                    self._timer = None
                 if self._look_below:
                     self._heed_shrinking()
             except BaseException:

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from asyncify import aeach, concurrency, forks
+from asyncify import LimitTimeout, aeach, concurrency, forks
 from asyncify.clock import MonotonicClock
 from asyncify.forks import at_fork
 from asyncify.limiter import Limiter
@@ -587,6 +588,18 @@ class TestFinalizers:
             assert limiter.stats().in_flight == 0, f"at line {number}"
 
         assert number > 30
+
+    def test_a_limiter_is_collected_long_before_its_next_admission(self) -> None:
+        """No timer keeps it: neither that of the queue, once nobody waits, nor that of who gave up."""
+        limiter = Limiter(per_hour=1)
+        limiter.acquire()
+        with pytest.raises(LimitTimeout):
+            limiter.enter(timeout=0.001)
+        kept = weakref.ref(limiter)
+        del limiter
+        gc.collect()
+
+        assert kept() is None
 
     async def test_a_garbage_collected_waiter_leaves_the_queue(self) -> None:
         """A coroutine that is dropped while it waits gives its place back when it is collected."""
