@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from asyncify.arguments import check_count
 from asyncify.congestion import congestion_of
-from asyncify.signatures import is_async
+from asyncify.signatures import is_async, takes_one_argument
 
 __all__ = ["Adaptive", "AdaptiveLimit"]
 
@@ -65,8 +65,10 @@ class Adaptive:
             given = f"Adaptive(min={self.min}, max={self.max}, start={start})"
             raise ValueError(f"{given}: the numbers must be in order, min <= start <= max, as in {example}")
         on: object = self.on
-        if not callable(on) or is_async(on):  # a coroutine would pass for a yes
-            raise TypeError(f"on={on!r}: must be a def of the error, as in on=lambda error: ...")
+        # What an async function or a class returns would pass for a yes.
+        if not callable(on) or isinstance(on, type) or is_async(on) or not takes_one_argument(on):
+            example = "on=lambda error: isinstance(error, TimeoutError)"
+            raise TypeError(f"on={on!r}: must be a def of the error, as in {example}")
 
 
 class AdaptiveLimit:

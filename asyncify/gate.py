@@ -17,7 +17,7 @@ from asyncify.foreign import ForeignLimiter
 from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.permits import Pass
-from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input
+from asyncify.signatures import INJECTED, describe, is_async, signature_of, sole_input, takes_one_argument
 
 __all__ = ["Gate", "make_gate"]
 
@@ -194,16 +194,11 @@ def make_gate(
 def _check_takes_input(name: str, function: Function) -> None:
     if is_async(function):
         raise TypeError(f"{name}={describe(function)}: is async; it is asked before a call waits, so write a def")
-    signature = signature_of(function)
-    if signature is None:
-        return
-    try:
-        signature.bind(None)
-    except TypeError as error:
+    if not takes_one_argument(function):
         raise TypeError(
-            f"{name}={describe(function)}: is called with one argument, the input, and takes {signature}; the input of "
-            f'a function of several parameters is a mapping, as in {name}=lambda call: call["size"]'
-        ) from error
+            f"{name}={describe(function)}: is called with one argument, the input, and takes {signature_of(function)}; "
+            f'the input of a function of several parameters is a mapping, as in {name}=lambda call: call["size"]'
+        )
 
 
 def _check_usable(

@@ -38,6 +38,7 @@ __all__ = [
     "shape_of",
     "signature_of",
     "sole_input",
+    "takes_one_argument",
     "without_partials",
 ]
 
@@ -90,6 +91,17 @@ def signature_of(fn: Callable[..., Any]) -> Signature | None:
         return inspect.signature(fn)
     except (ValueError, TypeError):
         return None
+
+
+def takes_one_argument(fn: Callable[..., Any]) -> bool:
+    """Tell whether `fn` can be called with one argument; of a builtin without a signature that is taken for granted."""
+    signature = signature_of(fn)
+    try:
+        if signature is not None:
+            signature.bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def code_of(fn: Callable[..., Any]) -> CodeType | None:

@@ -526,7 +526,7 @@ class Turnstile:
         try:
             congestion = congestion_of(error)
             pause = None if congestion is None else congestion.retry_after
-            return _Failure(pause, congested=self._adaptive is not None and self._adaptive.config.on(error))
+            return _Failure(pause, congested=self._adaptive is not None and bool(self._adaptive.config.on(error)))
         except Exception as failure:  # noqa: BLE001  (the error's own attributes, or the user's `on=`)
             error.add_note(f"{self.title()}: whether this is a congestion can't be told: {failure!r}")
             return _Failure(pause, congested=False)

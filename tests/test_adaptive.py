@@ -60,6 +60,9 @@ def hurt(limit: AdaptiveLimit, now: float) -> None:
         ),
         ({"on": 429}, TypeError, "on=429"),
         ({"on": asyncio.sleep}, TypeError, "on=<function sleep"),
+        ({"on": TimeoutError}, TypeError, r"on=<class 'TimeoutError'>: .* on=lambda error: isinstance\(error, Time"),
+        ({"on": lambda: True}, TypeError, "on=<function <lambda>"),
+        ({"on": isinstance}, TypeError, "on=<built-in function isinstance>"),
     ],
 )
 def test_bad_arguments_are_told(options: dict[str, Any], error: type[Exception], says: str) -> None:

@@ -162,6 +162,21 @@ class TestJudging:
         assert "has no attribute 'status'" in caught.value.__notes__[0]
         assert (limiter.stats().in_flight, limiter.stats().limit) == (0, 4)
 
+    def test_a_judgement_that_is_neither_yes_nor_no_costs_no_slot(self) -> None:
+        """Asked for its truth, it raises; that is noted on the error, which goes on."""
+
+        class Unclear:
+            def __bool__(self) -> bool:
+                raise ValueError("the truth value is ambiguous")
+
+        judge: Any = lambda error: Unclear()  # noqa: E731
+        limiter = Limiter(limit=Adaptive(start=2, on=judge))
+        with pytest.raises(KeyError) as caught, limiter:
+            raise KeyError
+
+        assert limiter.stats().in_flight == 0
+        assert "the truth value is ambiguous" in caught.value.__notes__[0]
+
     def test_a_judgement_that_fails_hides_no_retry_after(self) -> None:
         """Whether the limit has to shrink is another question than how long all calls have to pause."""
         limiter = Limiter(limit=Adaptive(on=lambda error: error.status == 429), clock=FakeClock())  # type: ignore[attr-defined]
