@@ -256,17 +256,17 @@ def _holds_others(own: Held, known: Collection[Permit], stuck: Stuck) -> bool:
     """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
     thread = get_ident()
     return any(
-        permit.in_task and permit.thread == thread and permit not in known
+        permit.thread == thread and permit not in known
         for inside in stuck.values()
         for permit in inside.difference(own.stops(inside))
     )
 
 
 def _frozen_by(permit: Permit) -> set[Permit]:
-    """Return the calls inside that are tasks of an event loop whose thread `permit` waits in."""
+    """Return the calls inside that end in the thread that `permit` waits in, if an event loop runs there."""
     if permit.in_task or _get_running_loop() is None:
         return set()
-    return {other for other in permit.issuer.inside() if other.thread == permit.thread and other.in_task}
+    return {other for other in permit.issuer.inside() if other.thread == permit.thread}
 
 
 def _deadlock_error(permit: Permit, own: Held, stuck: Stuck) -> DeadlockError:

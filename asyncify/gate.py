@@ -110,7 +110,7 @@ class Gate:
         cost = self._cost_of(limiter, args, kwargs)
         if isinstance(limiter, KeyedLimiter):
             return limiter.enter(self._key_of(limiter, args, kwargs), cost, self.timeout)
-        return limiter.enter(cost, 1, self.timeout)
+        return limiter._enter(cost, 1, self.timeout)
 
     async def aenter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
         """Wait in this task until the call may start."""
@@ -120,7 +120,7 @@ class Gate:
         cost = self._cost_of(limiter, args, kwargs)
         if isinstance(limiter, KeyedLimiter):
             return await limiter.aenter(self._key_of(limiter, args, kwargs), cost, self.timeout)
-        return await limiter.aenter(cost, 1, self.timeout)
+        return await limiter._aenter(cost, 1, self.timeout)
 
     def _key_of(self, limiter: KeyedLimiter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         key: Hashable = self._ask("key", limiter.key, args, kwargs)

@@ -64,14 +64,15 @@ def held_by_this_task() -> list[Permit]:
 
 def _held_by_this_context() -> list[Permit]:
     """Return the permits that were entered in this very context or handed over to it."""
-    held: list[Permit] = []
+    entered: list[Permit] = []
     for permit in permits():
         token = getattr(permit, "token", None)  # an interrupt may have come before it was kept
         if isinstance(permit, Standstill) or token is None or not _is_own(innermost, token):
             break
-        held.append(permit)
-    for permit in reversed(held):
+        entered.append(permit)
+    for permit in reversed(entered):
         permit.begin()  # the tokens are spent: wind up again what was unwound
+    held = [permit for permit in entered if permit.thread]  # another may leave those that were entered by `enter()`
     link = _link.get()
     if link is not None and link.is_waited_for and _is_own(_link, link.token):
         link.begin()
@@ -279,7 +280,7 @@ class _LoopHeldUp(Standstill):
     def among(self, inside: Collection[Permit]) -> set[Permit]:
         if self._waiter.standstill is not self:
             return set()
-        return {permit for permit in inside if permit.in_task and permit.thread == self._loop_thread}
+        return {permit for permit in inside if permit.thread == self._loop_thread}
 
 
 class _LoopRun(Standstill):

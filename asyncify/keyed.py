@@ -45,14 +45,14 @@ class KeyedLimiter:
     def enter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
         """Wait in this thread at the limiter of a key."""
         limiter = self[key]
-        permit = limiter.enter(cost, 1, timeout)
+        permit = limiter._enter(cost, 1, timeout)
         self._remember(key, limiter)
         return permit
 
     async def aenter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
         """Wait in this task at the limiter of a key."""
         limiter = self[key]
-        permit = await limiter.aenter(cost, 1, timeout)
+        permit = await limiter._aenter(cost, 1, timeout)
         self._remember(key, limiter)
         return permit
 

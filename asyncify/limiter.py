@@ -82,7 +82,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     # --- the faces ---
 
-    __enter__: ClassVar[Callable[[Turnstile], Permit]] = Turnstile.enter
+    __enter__: ClassVar[Callable[[Turnstile], Permit]] = Turnstile._enter
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
@@ -93,7 +93,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             permit.taken = True
             permit.leave_innermost(error)
 
-    __aenter__: ClassVar[Callable[[Turnstile], Coroutine[Any, Any, Permit]]] = Turnstile.aenter
+    __aenter__: ClassVar[Callable[[Turnstile], Coroutine[Any, Any, Permit]]] = Turnstile._aenter
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
@@ -104,17 +104,37 @@ class Limiter(Turnstile, BaseRateLimiter):
             permit.taken = True
             permit.leave_innermost(error)
 
+    def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
+        """Wait in this thread for a slot and the rate, and return the permit, which has to be left by `leave()`.
+
+        Another thread or task may leave it; so unlike a `with` block it is no proof of a deadlock.
+
+        Args:
+            cost: what counts in the rates.
+            slots: 1, or 0 to wait for the rate alone.
+            timeout: seconds that the call may wait, instead of the limiter's own.
+        """
+        permit = self._enter(cost, slots, timeout)
+        permit.thread = 0
+        return permit
+
+    async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
+        """Wait in this task for a slot and the rate, and return the permit, which has to be left. As `enter`."""
+        permit = await self._aenter(cost, slots, timeout)
+        permit.thread = 0
+        return permit
+
     def acquire(self, *, blocking: bool = True) -> bool:
         """Wait in this thread for the rate alone; without `blocking`, say whether it was there at once."""
         if blocking:
-            self.enter(slots=0).leave()
+            self._enter(slots=0).leave()
             return True
         return self._try()
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
         """Wait in this task for the rate alone; without `blocking`, say whether it was there at once."""
         if blocking:
-            (await self.aenter(slots=0)).leave()
+            (await self._aenter(slots=0)).leave()
             return True
         return self._try()
 

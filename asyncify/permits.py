@@ -144,7 +144,7 @@ class Permit:
         self.slots: int = slots
         self.in_task: bool = False  # one goes on and ends in its event loop's thread, unless it steps out
         self.outer = outer = innermost.get()
-        self.thread: int = get_ident()  # in which it goes on; 0 if that is not known
+        self.thread: int = get_ident()  # in which it goes on and ends; 0 if that is not known
         self.ended: bool = False
         # Whether a `with limiter` has ended it. That goes by the context, and may have been another call's: then this
         # call, at its own end, gives the other's place back.

@@ -119,12 +119,8 @@ class Turnstile:
 
     # --- entering ---
 
-    def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this thread for a slot and the rate; the caller must `leave()` the permit.
-
-        `cost` counts in the rates, with `slots=0` the rate alone is waited for, and `timeout`, in seconds, stands in
-        for the limiter's own.
-        """
+    def _enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
+        """Wait in this thread for a slot and the rate; whoever runs in this context leaves the permit."""
         if cost != 1 or slots != 1 or timeout is not None:
             cost, timeout = _checked(cost, slots, timeout)
         permit = Permit(self, cost, slots)
@@ -145,8 +141,8 @@ class Turnstile:
         permit.token = set_innermost(permit)  # `begin()`, without a call
         return permit
 
-    async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this task for a slot and the rate; the caller must `leave()` the permit. As `enter`."""
+    async def _aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
+        """Wait in this task for a slot and the rate; whoever runs in this context leaves the permit."""
         if cost != 1 or slots != 1 or timeout is not None:
             cost, timeout = _checked(cost, slots, timeout)
         permit = Permit(self, cost, slots)

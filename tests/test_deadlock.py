@@ -1355,7 +1355,7 @@ def test_what_a_fork_has_not_taken_with_it_is_no_proof() -> None:
         if not child:
             result = 1
             try:
-                held = limiter.enter()
+                held = limiter._enter()
                 threading.Timer(0.1, held.end).start()
                 contextvars.Context().run(limiter.enter)
                 result = 0

@@ -799,16 +799,16 @@ async def _may_fail(limiter: Limiter, fail: asyncio.Event) -> None:
 
 
 async def _gives_up(limiter: Limiter, fail: asyncio.Event) -> None:
-    await limiter.aenter(timeout=0.2)
+    await limiter._aenter(timeout=0.2)
 
 
 async def _times_out(limiter: Limiter, fail: asyncio.Event) -> None:
     async with asyncio.timeout(0.2):
-        await limiter.aenter()
+        await limiter._aenter()
 
 
 async def _among_others(limiter: Limiter, fail: asyncio.Event) -> None:
-    await asyncio.gather(limiter.aenter(), _may_fail(limiter, fail))
+    await asyncio.gather(limiter._aenter(), _may_fail(limiter, fail))
 
 
 async def _waits(limiter: Limiter, fail: asyncio.Event) -> None:

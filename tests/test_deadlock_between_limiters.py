@@ -174,7 +174,7 @@ class TestInThreads:
         def gives_up() -> None:
             with left:
                 barrier.wait(SAFETY_NET)
-                right.enter(timeout=0.2)
+                right._enter(timeout=0.2)
 
         def nest() -> str:
             with right:
@@ -244,7 +244,7 @@ class TestInThreads:
         """Nor by the limiter within whose calls that was."""
         left, right = two()
         known = weakref.ref(right)
-        permit = right.enter()
+        permit = right._enter()
         permit.step_out()
         timer = threading.Timer(0.05, permit.end)
         timer.start()
@@ -357,7 +357,7 @@ class TestInTasks:
         async def gives_up() -> None:
             async with left:
                 await barrier.wait()
-                await right.aenter(timeout=0.2)
+                await right._aenter(timeout=0.2)
 
         async def nest() -> str:
             async with right:
@@ -450,7 +450,7 @@ class TestInTasks:
         """Nor by the limiter within whose calls that was."""
         left, right = two()
         known = weakref.ref(right)
-        permit = right.enter()
+        permit = right._enter()
         asyncio.get_running_loop().call_later(0.05, permit.end)
         permit.step_out()
         async with left, right:
@@ -603,7 +603,7 @@ def test_a_wait_looks_no_further_than_to_the_first_that_goes_on(monkeypatch: pyt
         return from_wait(proof, wait)
 
     monkeypatch.setattr(Proof, "_from_wait", look)
-    permit = inner.enter()
+    permit = inner._enter()
     permit.step_out()
 
     def nest(*limiters: Limiter) -> str:
@@ -718,7 +718,7 @@ def test_a_call_keeps_nothing_of_what_has_waited_within_it(how: str) -> None:
         elsewhere.end()
         return "in"
 
-    elsewhere = right.enter()
+    elsewhere = right._enter()
     elsewhere.step_out()
 
     assert told(ends_in_threads(nest, let_in)) == []
@@ -734,7 +734,7 @@ async def test_who_holds_something_that_nobody_wants_is_not_told() -> None:
     async def nest(outer: Limiter, inner: Limiter) -> str:
         async with outer:
             await barrier.wait()
-            permits = await asyncio.gather(inner.aenter())
+            permits = await asyncio.gather(inner._aenter())
             permits[0].end()
         return "in"
 
@@ -897,7 +897,7 @@ async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
 
     async def over_a_thread() -> None:
         async with right:
-            await Dual(lambda _: left.enter().end()).ainvoke(1)
+            await Dual(lambda _: left._enter().end()).ainvoke(1)
 
     async def other() -> None:
         async with left:
@@ -924,7 +924,7 @@ async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: py
     """Until they are fewer; those do not count that wait where somebody goes on."""
     monkeypatch.setattr(deadlocks, "_MANY", 2)
     limiter, busy, outer = Limiter(limit=1), Limiter(limit=1), Limiter(limit=10)
-    permit = busy.enter()
+    permit = busy._enter()
     permit.step_out()
 
     async def wait(for_: Limiter) -> None:
@@ -933,7 +933,7 @@ async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: py
 
     async def call(count: int) -> None:
         async with limiter:
-            await asyncio.gather(*(limiter.aenter() for _ in range(count)))
+            await asyncio.gather(*(limiter._aenter() for _ in range(count)))
 
     elsewhere = [asyncio.create_task(wait(busy)) for _ in range(5)]
     await until(lambda: busy.stats().waiting == 5)

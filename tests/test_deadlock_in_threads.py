@@ -209,7 +209,7 @@ def test_calls_at_once_of_which_one_will_give_up_are_no_proof(first: int) -> Non
 
     def call(value: int) -> None:
         wait_until(lambda: limiter.stats().waiting == (value != first) or limiter.stats().rejected == 1)
-        permit = limiter.enter(timeout=0.05) if value else limiter.enter()
+        permit = limiter._enter(timeout=0.05) if value else limiter._enter()
         permit.leave()
 
     outer = limited(limiter, Dual(call).batch)
@@ -224,7 +224,7 @@ def test_calls_at_once_wait_for_who_is_elsewhere() -> None:
     limiter = Limiter(limit=2)
     inner = limited(limiter)
     outer = limited(limiter, inner.batch)
-    permit = limiter.enter()
+    permit = limiter._enter()
     timer = threading.Timer(0.05, permit.end)
     timer.start()
 
@@ -558,7 +558,7 @@ def test_a_stream_that_is_collected_as_a_call_comes_to_wait_waits_for_nobody(
             with limiter:
                 pass
 
-    permit = limiter.enter()
+    permit = limiter._enter()
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     is_inside.wait(SAFETY_NET)
@@ -605,12 +605,12 @@ def test_what_a_collected_stream_has_left_running_may_wait_again(stream: Callabl
         with limiter:
             return "in"
 
-    permit = limiter.enter()
+    permit = limiter._enter()
     drop()
     gc.collect()
     permit.end()
     wait_until(lambda: is_free(limiter) and not any(scope_of(context) for context in contexts))
-    permit = limiter.enter()
+    permit = limiter._enter()
     timer = threading.Timer(0.05, permit.end)
     timer.start()
 

@@ -4,11 +4,13 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
-from asyncify import Adaptive, deadlocks, turnstile
+from asyncify import Adaptive, concurrency, deadlocks, turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
@@ -35,7 +37,7 @@ class TestDeadlock:
         with limiter:
             assert not limiter.acquire(blocking=False)
             with pytest.raises(DeadlockError) as caught:
-                limiter.enter()
+                limiter._enter()
 
         assert str(caught.value) == (
             "limiter quotes: all slots (1) are held by calls that wait for a slot of this very limiter, so none can "
@@ -50,7 +52,7 @@ class TestDeadlock:
         limiter = Limiter(limit=1)
         async with limiter:
             with pytest.raises(DeadlockError, match=r"^limiter: all slots \(1\) are held by calls that wait"):
-                await limiter.aenter()
+                await limiter._aenter()
 
         assert limiter.stats().in_flight == 0
         assert limiter.stats().waiting == 0
@@ -60,7 +62,7 @@ class TestDeadlock:
         limiter = Limiter(limit=1)
         async with limiter:
             with pytest.raises(DeadlockError):
-                limiter.enter()
+                limiter._enter()
 
         assert limiter.stats().in_flight == 0
 
@@ -98,7 +100,7 @@ class TestDeadlock:
         limiter = Limiter(limit=2)
 
         with limiter, limiter, pytest.raises(DeadlockError):
-            limiter.enter()
+            limiter._enter()
 
         assert limiter.stats().in_flight == 0
 
@@ -106,7 +108,7 @@ class TestDeadlock:
         """An adaptive limit that has shrunk grows again by the success of those who do not wait."""
         limiter = Limiter(limit=2)
         async with limiter:
-            other = await asyncio.create_task(limiter.aenter(), context=contextvars.Context())
+            other = await asyncio.create_task(limiter._aenter(), context=contextvars.Context())
             limiter.resize(limit=1)
             asyncio.get_running_loop().call_later(0.01, lambda: limiter.resize(limit=3))
             async with limiter:
@@ -209,7 +211,7 @@ class TestDeadlock:
         async def nest(timeout: float | None) -> str:
             async with limiter:
                 await both_in.wait()
-                permit = await limiter.aenter(timeout=timeout)
+                permit = await limiter._aenter(timeout=timeout)
                 permit.leave()
                 return "in"
 
@@ -237,7 +239,7 @@ class TestDeadlock:
 
         both_in = asyncio.Barrier(2)
         nested = asyncio.create_task(hold(limiter.aenter))
-        rate = asyncio.create_task(hold(lambda: limiter.aenter(slots=0)))
+        rate = asyncio.create_task(hold(lambda: limiter._aenter(slots=0)))
         await asyncio.sleep(0)
         clock.advance(0.1)
         await until(lambda: limiter.stats().waiting == 2)
@@ -254,14 +256,14 @@ class TestDeadlock:
         may_nest = [asyncio.Event(), asyncio.Event()]
 
         async def nest(number: int) -> str:
-            permits.append(await limiter.aenter())
+            permits.append(await limiter._aenter())
             await may_nest[number].wait()
             async with limiter:
                 return "in"
 
         tasks = [asyncio.create_task(nest(number)) for number in range(2)]
         await until(lambda: len(permits) == 2)
-        stranger = asyncio.get_running_loop().create_task(limiter.aenter(), context=contextvars.Context())
+        stranger = asyncio.get_running_loop().create_task(limiter._aenter(), context=contextvars.Context())
         await until(lambda: limiter.stats().waiting == 1)
         may_nest[0].set()
         await until(lambda: limiter.stats().waiting == 2)
@@ -291,7 +293,7 @@ class TestDeadlock:
         async with limiter:
             with monkeypatch.context() as patch:
                 patch.setattr(turnstile, "held_by_this_task", held)
-                (await limiter.aenter()).leave()
+                (await limiter._aenter()).leave()
             task = asyncio.get_running_loop().create_task(nest(), context=contextvars.Context())
             await until(lambda: limiter.stats().waiting == 1 or task.done())
 
@@ -305,7 +307,7 @@ class TestDeadlock:
         other = contextvars.Context().run(limiter.enter)
         _end_while_looking(other, monkeypatch)
         with limiter:
-            limiter.enter(timeout=SAFETY_NET).leave()
+            limiter._enter(timeout=SAFETY_NET).leave()
 
         assert other.ended
         assert limiter.stats().in_flight == 0
@@ -318,7 +320,7 @@ class TestDeadlock:
         other = contextvars.Context().run(limiter.enter)
         _end_while_looking(other, monkeypatch)
         async with limiter:
-            (await limiter.aenter(timeout=SAFETY_NET)).leave()
+            (await limiter._aenter(timeout=SAFETY_NET)).leave()
 
         assert other.ended
         assert limiter.stats().in_flight == 0
@@ -360,14 +362,14 @@ class TestDeadlock:
         async def stop_the_loop() -> None:
             await until(lambda: limiter.stats().waiting == 1)
             try:
-                limiter.enter(timeout=0.01)
+                limiter._enter(timeout=0.01)
             except (DeadlockError, LimitTimeout) as error:
                 told.append(type(error))
             other.end()
 
         async with limiter:
             blocker = asyncio.create_task(stop_the_loop())
-            nested = await limiter.aenter()
+            nested = await limiter._aenter()
             nested.leave()
             await blocker
 
@@ -377,7 +379,7 @@ class TestDeadlock:
         """A call that holds the only slot gets the rate, past those who wait for that slot."""
         limiter = Limiter(limit=1, per_second=10, clock=clock)
         async with limiter:
-            waiting = asyncio.get_running_loop().create_task(limiter.aenter(), context=contextvars.Context())
+            waiting = asyncio.get_running_loop().create_task(limiter._aenter(), context=contextvars.Context())
             await until(lambda: limiter.stats().waiting == 1)
             clock.advance(0.1)
             assert await limiter.aacquire()
@@ -389,7 +391,7 @@ class TestDeadlock:
 async def test_an_interrupt_before_a_call_is_known_by_its_context_costs_no_other_limiter() -> None:
     """A call without a token is no proof of anything, and leaves its context as any does."""
     limiter, other = Limiter(limit=1), Limiter(limit=1)
-    permit = limiter.enter()
+    permit = limiter._enter()
     del permit.token  # as if the interrupt had come just before it was kept
 
     async def wait() -> None:
@@ -564,7 +566,7 @@ async def test_who_leaves_a_limit_that_shrank_has_the_others_looked_at_once(monk
     monkeypatch.setattr(turnstile, "look_at_threads", look_at_threads)
     limiter = Limiter(limit=50)
     calls = [contextvars.Context().run(limiter.enter) for _ in range(50)]
-    waiting = asyncio.create_task(limiter.aenter())
+    waiting = asyncio.create_task(limiter._aenter())
     await until(lambda: limiter.stats().waiting == 1)
     limiter.resize(limit=1)
     for call in calls[:40]:
@@ -577,3 +579,91 @@ async def test_who_leaves_a_limit_that_shrank_has_the_others_looked_at_once(monk
 
     assert len(looked) <= 12
     assert set(looked) == {0}
+
+
+class TestHandedOn:
+    """A slot that is taken here and given back elsewhere, as many do with a semaphore."""
+
+    def test_a_permit_that_another_thread_leaves_is_no_proof(self) -> None:
+        """An executor takes so many jobs and no more: each gives the slot back that its submitter has entered."""
+        limiter = Limiter(limit=2)
+        may_end = threading.Event()
+
+        def leave_later(permit: Permit) -> None:
+            may_end.wait(SAFETY_NET)
+            permit.leave()
+
+        def submit_all(pool: ThreadPoolExecutor) -> None:
+            for _ in range(6):
+                pool.submit(leave_later, limiter.enter())
+
+        with ThreadPoolExecutor(3) as pool:
+            submitter = pool.submit(submit_all, pool)
+            wait_until(lambda: limiter.stats().waiting == 1)
+            may_end.set()
+            submitter.result(SAFETY_NET)
+
+        assert (limiter.stats().in_flight, limiter.stats().admitted) == (0, 6)
+
+    async def test_a_permit_that_another_task_leaves_is_no_proof(self) -> None:
+        """A producer takes a slot for each job before it starts a task that does it."""
+        limiter = Limiter(limit=2)
+        may_end = asyncio.Event()
+
+        async def leave_later(permit: Permit) -> None:
+            await may_end.wait()
+            permit.leave()
+
+        async def submit_all() -> None:
+            async with asyncio.TaskGroup() as jobs:
+                for _ in range(6):
+                    jobs.create_task(leave_later(await limiter.aenter()))
+
+        submitter = asyncio.create_task(submit_all())
+        await until(lambda: limiter.stats().waiting == 1)
+        for _ in range(10):
+            await asyncio.sleep(0)  # who waits is looked at in the next turn
+        may_end.set()
+        await submitter
+
+        assert (limiter.stats().in_flight, limiter.stats().admitted) == (0, 6)
+
+    async def test_a_sync_wait_on_the_loop_that_another_thread_ends_is_no_proof(self) -> None:
+        """A permit that is left by another thread comes back however long the loop stands still."""
+        limiter = Limiter(limit=1)
+        threading.Timer(0.01, limiter.enter().leave).start()
+        with limiter:
+            pass
+
+        assert limiter.stats().in_flight == 0
+
+
+class TestHeldUpLoop:
+    """A sync `with` in coroutines, where an `async with` was meant."""
+
+    @pytest.mark.parametrize("way", ["with", "by a bridge"])
+    async def test_a_sync_with_in_another_task_holds_its_slot_as_long_as_the_loop_stands_still(self, way: str) -> None:
+        """Whoever holds up the loop is told, as where that task entered by `async with`."""
+        limiter = Limiter(limit=1)
+        may_leave = asyncio.Event()
+
+        @concurrency(limiter=limiter, timeout=SAFETY_NET)
+        async def call(query: str) -> str:
+            return query
+
+        async def hold() -> None:
+            with limiter:
+                await may_leave.wait()
+
+        ways: dict[str, Callable[[], Any]] = {
+            "with": partial(limiter._enter, timeout=SAFETY_NET),
+            "by a bridge": partial(call.invoke, "EUR"),
+        }
+        holder = asyncio.create_task(hold())
+        await until(lambda: limiter.stats().in_flight == 1)
+        with pytest.raises(DeadlockError, match="run on the event loop which this one holds up"):
+            ways[way]()
+        may_leave.set()
+        await holder
+
+        assert limiter.stats().in_flight == 0

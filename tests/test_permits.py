@@ -406,17 +406,17 @@ class TestTask:
 
     async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self, issuer: Issuer) -> None:
         """One permit stands for theirs, as long as it waits."""
-        here, elsewhere, in_a_thread = (Permit(issuer, 1, 1) for _ in range(3))
-        here.in_task = elsewhere.in_task = True
+        awaited, blocking, elsewhere = (Permit(issuer, 1, 1) for _ in range(3))
+        awaited.in_task = elsewhere.in_task = True
         elsewhere.thread = 0
         link = Link()
         link.hold_up_this_thread()
         (standstill,) = link.held
 
         assert isinstance(standstill, Standstill)
-        assert standstill.among([here, elsewhere, in_a_thread]) == {here}
+        assert standstill.among([awaited, blocking, elsewhere]) == {awaited, blocking}
         link.leave()
-        assert standstill.among([here, elsewhere, in_a_thread]) == set()
+        assert standstill.among([awaited, blocking, elsewhere]) == set()
 
     def test_a_thread_that_runs_an_event_loop_holds_until_that_ends(self, issuer: Issuer) -> None:
         """One permit stands for what it holds, until the loop's first task has ended or the loop is stopped."""

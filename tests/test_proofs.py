@@ -38,7 +38,7 @@ def test_a_call_at_once_that_will_give_up_is_told_no_deadlock_of_others() -> Non
     def call(value: int) -> None:
         if value:
             wait_until(lambda: are_looked_at(limiter, 2))
-            limiter.enter(timeout=0.05)
+            limiter._enter(timeout=0.05)
         else:
             with limiter, limiter:
                 pass
@@ -108,7 +108,7 @@ def test_calls_at_once_of_which_one_waits_elsewhere_are_no_proof_when_another_en
             wait_until(lambda: limiter.stats().waiting == other.stats().waiting == 1)
 
     outer = limited(limiter, Dual(call).batch)
-    permit = other.enter()
+    permit = other._enter()
     timer = threading.Timer(0.3, permit.end)
     timer.start()
 
@@ -163,7 +163,7 @@ def test_a_thread_that_holds_a_slot_and_will_give_up_is_no_proof() -> None:
     def hurry() -> None:
         with limiter:
             all_inside.wait(SAFETY_NET)
-            limiter.enter(timeout=0.3)
+            limiter._enter(timeout=0.3)
 
     def wait() -> str:
         with limiter:
@@ -196,7 +196,7 @@ def test_a_call_that_was_ended_from_elsewhere_as_it_waited_for_another_is_no_pro
         return limiter.stats().in_flight == count
 
     def nest() -> str:
-        permits.append(limiter.enter())
+        permits.append(limiter._enter())
         first.wait(SAFETY_NET)
         with limiter:
             return "nested"
@@ -374,9 +374,9 @@ class _Lock:
 async def test_a_slot_that_comes_free_as_others_are_looked_at_is_handed_on() -> None:
     """Whoever holds the lock meanwhile has to see to that."""
     limiter = Limiter(limit=1)
-    permit = limiter.enter()
+    permit = limiter._enter()
     permit.step_out()
-    waiter = asyncio.create_task(limiter.aenter())
+    waiter = asyncio.create_task(limiter._aenter())
     await until(lambda: limiter.stats().waiting == 1)
     monkeypatched = _Lock(limiter._lock, permit.end)
     with pytest.MonkeyPatch.context() as patch:
@@ -481,7 +481,7 @@ def test_calls_at_once_are_looked_at_only_where_their_caller_may_be_waited_for(m
 
     def looks_of(caller: Limiter | nullcontext[None]) -> int:
         looks.clear()
-        permit = limiter.enter()
+        permit = limiter._enter()
         permit.step_out()
         counts: list[int] = []
 
@@ -543,7 +543,7 @@ def test_calls_at_once_of_several_callers_that_wait_for_the_same_task_are_told_t
 def test_a_limit_that_is_below_the_calls_inside_is_no_proof_for_a_thread() -> None:
     """It may grow again before they end."""
     limiter = Limiter(limit=2)
-    permit = limiter.enter()
+    permit = limiter._enter()
     permit.step_out()
     timer = threading.Timer(0.1, lambda: limiter.resize(limit=3))
 
@@ -624,7 +624,7 @@ def test_a_wait_that_is_called_off_as_others_are_looked_at_is_no_proof() -> None
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(deadlocks, "Proof", call_off_first)
-                permit = limiter.enter()
+                permit = limiter._enter()
             permit.leave()
             return "in"
 
@@ -786,8 +786,8 @@ async def test_places_left_empty_are_dropped_when_they_are_most_of_the_queue(mon
         Turnstile, "_close_up", lambda turnstile: _noted(drops, turnstile._abandoned, close_up)(turnstile)
     )
     limiter = Limiter(limit=1)
-    permit = limiter.enter()
-    tasks = [asyncio.create_task(limiter.aenter()) for _ in range(400)]
+    permit = limiter._enter()
+    tasks = [asyncio.create_task(limiter._aenter()) for _ in range(400)]
     await until(lambda: limiter.stats().waiting == 400)
     for task in tasks[100:250]:
         task.cancel()
@@ -873,10 +873,10 @@ def test_calls_at_once_of_which_one_has_given_up_are_told_with_who_waits_besides
 def test_calls_that_were_waited_for_are_not_kept(slots: int) -> None:
     """Neither by the limiter nor by who waited."""
     limiter = Limiter(limit=slots)
-    permits = [limiter.enter() for _ in range(slots)]
+    permits = [limiter._enter() for _ in range(slots)]
     known = [weakref.ref(permit) for permit in permits]
     with suppress(DeadlockError):
-        limiter.enter()
+        limiter._enter()
     while permits:
         permits.pop().leave()
     gc.collect()
@@ -955,9 +955,9 @@ def test_a_call_that_was_let_in_before_it_could_be_looked_at_is_not_noted_as_a_w
 ) -> None:
     """What it has been asked for within would be taken for held up as long as the limiter lives."""
     limiter = Limiter(limit=2)
-    elsewhere = limiter.enter()
+    elsewhere = limiter._enter()
     elsewhere.step_out()
-    permit = limiter.enter()
+    permit = limiter._enter()
     known = weakref.ref(permit)
 
     def held_after_the_slot_came_free() -> Any:
@@ -965,7 +965,7 @@ def test_a_call_that_was_let_in_before_it_could_be_looked_at_is_not_noted_as_a_w
         return held_by_this_thread()
 
     monkeypatch.setattr("asyncify.turnstile.held_by_this_thread", held_after_the_slot_came_free)
-    limiter.enter().leave()
+    limiter._enter().leave()
     permit.leave()
     del permit
     gc.collect()
@@ -987,7 +987,7 @@ async def test_a_task_that_waits_for_itself_and_for_a_thread_that_does_is_told()
         thread.start()
         await until(lambda: limiter.stats().waiting == 1)
         with pytest.raises(DeadlockError):
-            await asyncio.wait_for(limiter.aenter(), SAFETY_NET)
+            await asyncio.wait_for(limiter._aenter(), SAFETY_NET)
     await until(lambda: ends != [])
     thread.join()
 
@@ -1071,7 +1071,7 @@ async def test_who_comes_to_wait_first_asks_the_call_that_went_on_last(monkeypat
             async with limiter:
                 pass
 
-    busy = await asyncio.create_task(limiter.aenter(), context=contextvars.Context())
+    busy = await asyncio.create_task(limiter._aenter(), context=contextvars.Context())
     busy.kept_by = set()  # somebody has waited within it
     async with asyncio.timeout(SAFETY_NET), asyncio.TaskGroup() as group:
         for around in (*[limiter] * 50, *[outer] * 100):
