@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from asyncify.crews import Crew
 from asyncify.errors import DeadlockError
 from asyncify.forks import at_fork
-from asyncify.lookout import HeldUp, Lookout
+from asyncify.lookout import HeldUp, Lookout, closes_generators
 from asyncify.permits import Issuer, Permit
 from asyncify.proofs import Held, Proof, is_anybody_free, lasts
 from asyncify.scopes import CancelScope
@@ -113,7 +113,7 @@ def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuc
     with _looking:
         proof = Proof(own, [limiter], scope=permit.scope, loop=loop)
         is_certain = proof.stuck and not permit.gives_up() and not _may_go_on(permit, own, proof)
-        if not is_certain or not _is_needed(permit, loop):
+        if not is_certain or not _is_needed(permit, loop) or (loop is not None and closes_generators(loop)):
             return None
         permit.is_called_off = True
         return proof.stuck
@@ -186,7 +186,7 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
     else:
         return False
     stuck = _smallest(own, by, scope, loop, proof.stuck)
-    if not stuck or _holds_others(own, by, stuck):
+    if not stuck or _holds_others(own, by, stuck) or closes_generators(loop):
         return False
     around = Proof(own, {*proof.stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
     everybody = HeldUp(_waiting_on(loop, around))  # also those within no call: they may be siblings of these

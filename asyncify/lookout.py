@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from asyncio import AbstractEventLoop, Timeout, all_tasks, get_running_loop
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextvars import Context
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from asyncify.holds import Waiter, callbacks_of, waiting_for
 from asyncify.joins import Join, join_of, leader_of
 from asyncify.permits import Permit
 
-__all__ = ["SHARE", "HeldUp", "Lookout"]
+__all__ = ["SHARE", "HeldUp", "Lookout", "closes_generators"]
 
 _PAUSE = 0.05
 """Seconds between two looks at least, if nobody has come between them."""
@@ -196,6 +196,26 @@ class HeldUp:
         for key in failed:
             failed += {other for part in together[key] for other in fails_by[part]}.difference(failed)
         return timers.union(*(together[key] for key in failed))
+
+
+def closes_generators(loop: AbstractEventLoop) -> bool:
+    """Tell whether an async generator is being closed or about to be, as one is that a `break` has left.
+
+    It ends what it is inside of; but to its reader's context it looks as if that were inside still.
+    """
+    about_to_begin = (given for handle in getattr(loop, "_ready", ()) for given in handle._args or ())
+    begun = (task.get_coro() for task in all_tasks(loop))
+    return any(type(each) is _CLOSING for each in (*about_to_begin, *begun))
+
+
+async def _no_chunks() -> AsyncGenerator[None, None]:
+    yield
+
+
+_closing = _no_chunks().aclose()
+_closing.close()
+_CLOSING = type(_closing)
+"""What closes an async generator; asyncio runs it in a task, if the generator is dropped when it has begun."""
 
 
 def _reached(edges: Mapping[int, list[Any]], start: Iterable[Any]) -> dict[int, Any]:

@@ -3,8 +3,9 @@
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -636,6 +637,60 @@ class TestHandedOn:
             pass
 
         assert limiter.stats().in_flight == 0
+
+
+class TestDroppedGenerators:
+    """An async generator that its reader has left is closed by asyncio, some turns of the loop later."""
+
+    @pytest.mark.parametrize("turns", [0, 5])
+    async def test_a_generator_that_a_break_has_left_is_no_proof(self, turns: int) -> None:
+        """Its slot is about to come back, though it takes a few turns to end, and looks as if its reader had it."""
+        limiter = Limiter(limit=1)
+
+        async def pages() -> AsyncIterator[int]:
+            async with limiter:
+                try:
+                    for number in range(3):
+                        yield number
+                finally:
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+
+        async def first_page() -> int:
+            async for page in pages():
+                return page
+            raise AssertionError("no pages")
+
+        assert [await first_page(), await first_page()] == [0, 0]
+        assert [*await asyncio.gather(first_page(), first_page())] == [0, 0]
+        await until(lambda: limiter.stats().in_flight == 0)
+
+    async def test_who_waits_beside_one_that_is_closed_is_told_when_it_has_ended(self) -> None:
+        """It is looked at again."""
+        limiter, other = Limiter(limit=1), Limiter(limit=1)
+
+        async def pages() -> AsyncIterator[int]:
+            async with other:
+                yield 1
+
+        async for _ in pages():
+            break
+        with pytest.raises(DeadlockError):
+            async with limiter, limiter:
+                pass
+
+    async def test_a_generator_that_is_kept_is_told_as_before(self) -> None:
+        """Nobody closes it as long as its reader waits."""
+        limiter = Limiter(limit=1)
+
+        async def pages() -> AsyncGenerator[int, None]:
+            async with limiter:
+                yield 1
+
+        async with aclosing(pages()) as kept:
+            assert await anext(kept) == 1
+            with pytest.raises(DeadlockError):
+                await limiter._aenter()
 
 
 class TestHeldUpLoop:
