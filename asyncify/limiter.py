@@ -87,7 +87,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
         permit = get_innermost()  # looked up here, as a call of another function is felt in each call that is limited
-        if permit is None or permit.issuer is not self or permit.ended:
+        if permit is None or permit.issuer is not self or permit.ended or not permit.thread:
             self._leave_one(error)
         else:
             permit.taken = True
@@ -98,7 +98,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
         permit = get_innermost()
-        if permit is None or permit.issuer is not self or permit.ended:
+        if permit is None or permit.issuer is not self or permit.ended or not permit.thread:
             self._leave_one(error)
         else:
             permit.taken = True
@@ -152,7 +152,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
         A generator that entered in one task may be closed in another.
         """
-        if (permit := self._entered()) is not None:
+        if (permit := self._entered(by_with=True)) is not None:
             permit.taken = True
             permit.leave(error)
         elif self._meter.inside:  # looked at without the lock: a finalizer may be in the thread that holds it

@@ -30,7 +30,7 @@ from asyncify.forks import at_fork, in_worker
 from asyncify.holds import held_by_this_task, held_by_this_thread
 from asyncify.lookout import SHARE
 from asyncify.meter import Limits, Meter
-from asyncify.permits import Permit, get_innermost, permits, set_innermost
+from asyncify.permits import Permit, permits, set_innermost
 from asyncify.scopes import get_scope
 from asyncify.wakeups import Wakeups, wakeups_of
 
@@ -587,12 +587,10 @@ class Turnstile:
             self._timer = None
         self._settle()
 
-    def _entered(self) -> Permit | None:
-        """Return the innermost permit of this limiter that this context runs under."""
-        permit = get_innermost()
-        while permit is not None and (permit.issuer is not self or permit.ended):
-            permit = permit.outer
-        return permit
+    def _entered(self, *, by_with: bool = False) -> Permit | None:
+        """Return the innermost permit of this limiter that this context runs under; `by_with`, of no `enter()`."""
+        own = (permit for permit in permits() if permit.issuer is self and (permit.thread or not by_with))
+        return next(own, None)
 
 
 def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:

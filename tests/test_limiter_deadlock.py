@@ -629,6 +629,32 @@ class TestHandedOn:
 
         assert (limiter.stats().in_flight, limiter.stats().admitted) == (0, 6)
 
+    def test_a_with_does_not_end_what_was_entered_in_it(self) -> None:
+        """The block gives its own slot back; the other is given back with its permit, and is no proof till then."""
+        limiter = Limiter(limit=2)
+        with limiter:
+            handed = limiter.enter()
+        assert (handed.ended, limiter.stats().in_flight) == (False, 1)
+        with limiter:
+            threading.Timer(0.01, handed.leave).start()
+            with limiter:
+                pass
+
+        assert limiter.stats().in_flight == 0
+
+    async def test_an_async_with_does_not_end_what_was_entered_in_it(self) -> None:
+        """The block gives its own slot back; the other is given back with its permit, and is no proof till then."""
+        limiter = Limiter(limit=2)
+        async with limiter:
+            handed = await limiter.aenter()
+        assert (handed.ended, limiter.stats().in_flight) == (False, 1)
+        async with limiter:
+            asyncio.get_running_loop().call_later(0.01, handed.leave)
+            async with limiter:
+                pass
+
+        assert limiter.stats().in_flight == 0
+
     async def test_a_sync_wait_on_the_loop_that_another_thread_ends_is_no_proof(self) -> None:
         """A permit that is left by another thread comes back however long the loop stands still."""
         limiter = Limiter(limit=1)
