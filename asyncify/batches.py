@@ -16,7 +16,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Never
 
 from langchain_core.runnables.base import Runnable, RunnableBindingBase
-from langchain_core.runnables.config import RunnableConfig, get_config_list
+from langchain_core.runnables.config import RunnableConfig, ensure_config, get_config_list
 
 from asyncify.arguments import check_bound
 from asyncify.background import background
@@ -25,7 +25,7 @@ from asyncify.pools import DEFAULT_THREADS
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
 
-__all__ = ["Batches", "Items", "check_configs", "layers"]
+__all__ = ["Batches", "Items", "is_bounded", "layers"]
 
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
 
@@ -154,6 +154,10 @@ class Batches:
     def _admits(self) -> int | None:
         """Return how many inputs the limits let in at once, None if they don't bound that."""
 
+    @abstractmethod
+    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
+        """Tell of the traps that an async batch of so many calls runs into; `bounded` if not all run at once."""
+
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
 
         def batch(
@@ -178,6 +182,7 @@ class Batches:
             `max_concurrency` tasks are alive at once, or else somewhat more than the limit admits calls, or else
             all. The first error cancels the others and is raised when they have ended.
             """
+            self._warn_of_traps(len(inputs), bounded=is_bounded(config))
             items = _items(self, inputs, config, kwargs)
             return await agather(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
 
@@ -192,6 +197,7 @@ class Batches:
             self, inputs: Sequence[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
         ) -> AsyncGenerator[tuple[int, Any]]:
             """Run as `abatch` does and yield index and output as each input ends; leaving the loop cancels the rest."""
+            self._warn_of_traps(len(inputs), bounded=is_bounded(config))
             items = _items(self, inputs, config, kwargs)
             return aas_completed(items.start, inputs, items.tasks, return_exceptions=return_exceptions)
 
@@ -219,11 +225,18 @@ def _count(config: Configs, inputs: Sequence[Any]) -> int:
     Where one config serves all, two of them do for any number: the first, which alone keeps the run id, and another.
     A list of configs is taken whole; without inputs it has no length to agree with but its own.
     """
-    check_configs(config)
+    _check_configs(config)
     return len(inputs) or len(config) if isinstance(config, Sequence) else min(max(len(inputs), 1), 2)
 
 
-def check_configs(config: object) -> None:
+def is_bounded(config: Configs) -> bool:
+    """Tell whether a batch with this config, or these, has a bound of its own on the calls in flight."""
+    _check_configs(config)
+    first = next(iter(config), None) if isinstance(config, Sequence) else config
+    return ensure_config(first).get("max_concurrency") is not None
+
+
+def _check_configs(config: object) -> None:
     """Check that these can be the configs of a batch.
 
     Raises:

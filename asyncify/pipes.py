@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from functools import partial
 from operator import itemgetter
@@ -20,7 +19,7 @@ from langchain_core.runnables.utils import AddableDict
 
 from asyncify.arguments import check_bound
 from asyncify.background import background
-from asyncify.batches import Batches, check_configs
+from asyncify.batches import Batches
 from asyncify.branches import amerge, merge
 from asyncify.fanout import Ended, Threads, attempt, until_ended
 from asyncify.joins import Join, Joining
@@ -30,7 +29,7 @@ from asyncify.runs import config_of_steps, is_reserved, observed
 from asyncify.scopes import CancelScope
 from asyncify.streams import astart_run, astream_run, closable, only, start_run, stream_run
 
-__all__ = ["DualParallel", "DualSequence", "Piped", "is_bounded"]
+__all__ = ["DualParallel", "DualSequence", "Piped"]
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -38,10 +37,6 @@ Output = TypeVar("Output")
 
 class Piped(Batches):
     """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
-
-    @abstractmethod
-    def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
-        """Tell of the traps that an async batch of so many calls runs into; `bounded` if not all run at once."""
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
 
@@ -56,16 +51,6 @@ class Piped(Batches):
         def pipe(self, *others: Any, name: str | None = None) -> Any:
             """Compose, as `Runnable` does."""
             return _of_pairs(super().pipe(*others, name=name))
-
-        async def abatch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
-            """Run as `Runnable` does, and tell of the traps that so many calls run into."""
-            self._warn_of_traps(len(inputs), bounded=is_bounded(config))
-            return await super().abatch(inputs, config, **options)
-
-        def abatch_as_completed(self, inputs: Any, config: Any = None, **options: Any) -> Any:
-            """Run as `Runnable` does, and tell of the traps that so many calls run into."""
-            self._warn_of_traps(len(inputs), bounded=is_bounded(config))
-            return super().abatch_as_completed(inputs, config, **options)
 
         # What follows makes a stream of `_transform` and `_atransform`, which LangChain has too.
 
@@ -100,13 +85,6 @@ class Piped(Batches):
         async def _abegin(self, config: Any) -> Any:
             """Return the same for an async one."""
             return await astart_run(config, self.get_name())
-
-
-def is_bounded(config: RunnableConfig | Sequence[RunnableConfig] | None) -> bool:
-    """Tell whether a batch with this config, or these, has a bound of its own on the calls in flight."""
-    check_configs(config)
-    first = next(iter(config), None) if isinstance(config, Sequence) else config
-    return ensure_config(first).get("max_concurrency") is not None
 
 
 class DualSequence(Piped, RunnableSequence[Input, Output]):

@@ -35,6 +35,7 @@ from langchain_core.utils.pydantic import TypeBaseModel
 from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
+from asyncify.batches import is_bounded
 from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
@@ -43,7 +44,6 @@ from asyncify.gate import Gate
 from asyncify.handover import run_in_background
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
-from asyncify.pipes import is_bounded
 from asyncify.schemas import (
     asks_for_tool,
     description_of,
