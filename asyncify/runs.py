@@ -296,29 +296,17 @@ def context_of(config: RunnableConfig) -> Context:
 
 
 class _Signed:
-    """A method that binds to an instance as a `_Bound`."""
+    """A method that is bound with its `__signature__`, which a bound method of Python's own has to make each time."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
         signature = inspect.signature(method)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 
-    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
-        return _Bound(self._method, instance, self._signature)
-
-
-class _Bound:
-    """A method of an instance with a `__signature__`, which a bound method of Python's own has to make each time."""
-
-    __slots__ = ("__signature__", "_instance", "_method")
-
-    def __init__(self, method: Callable[..., Any], instance: object, signature: inspect.Signature) -> None:
-        self._method = method
-        self._instance = instance
-        self.__signature__ = signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._method(self._instance, *args, **kwargs)
+    def __get__(self, instance: object, owner: type) -> Any:
+        bound: Any = functools.partial(self._method, instance)
+        bound.__signature__ = self._signature
+        return bound
 
 
 def signed(method: F) -> F:
