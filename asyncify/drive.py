@@ -30,7 +30,7 @@ from asyncify.errors import BlockingWarning
 from asyncify.forks import at_fork
 from asyncify.relay import Relay
 
-__all__ = ["Held", "Place", "Watch", "Watchable", "subscribe", "timed", "watch"]
+__all__ = ["Held", "Place", "Watch", "subscribe", "timed", "watch"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

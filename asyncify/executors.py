@@ -27,7 +27,6 @@ from asyncify.signatures import Shape, describe
 __all__ = [
     "Outcome",
     "Parcel",
-    "Ticket",
     "check_sendable",
     "goes_as_code",
     "portable_config",

@@ -16,7 +16,7 @@ import threading
 from _thread import get_ident
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from time import monotonic
@@ -599,7 +599,7 @@ async def agather(
     return outputs
 
 
-def as_completed(fan: Threads, inputs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+def as_completed(fan: Threads, inputs: Sequence[Any]) -> Generator[tuple[int, Any]]:
     """Yield index and output of each item as it ends; the first error, or closing this, stops the rest."""
     try:
         with fan:

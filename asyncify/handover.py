@@ -17,24 +17,22 @@ from asyncify.sources import END
 
 __all__ = [
     "aasked",
-    "acall_linked",
     "achunks_linked",
     "asked",
     "call_linked",
     "chunks_linked",
     "run_in_background",
     "waited_for_by_task",
-    "waited_for_by_thread",
 ]
 
 
 def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
     """Await what `call` makes on the background loop, and wait for it in this thread."""
-    context, link = waited_for_by_thread()
-    return background.run(call if link is None else partial(acall_linked, link, call), context)
+    context, link = _waited_for_by_thread()
+    return background.run(call if link is None else partial(_acall_linked, link, call), context)
 
 
-def waited_for_by_thread() -> tuple[Context, Link | None]:
+def _waited_for_by_thread() -> tuple[Context, Link | None]:
     """Return the context for a coroutine that this thread waits for, and the link to it of what this thread holds."""
     context, link = background.context_of_waiter(), Link()
     link.hold_up_this_thread()
@@ -56,7 +54,7 @@ def call_linked(link: Link, work: Callable[[], Any]) -> Any:
         link.end()
 
 
-async def acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
+async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
     """Do the same with work that is awaited."""
     try:
         with link:

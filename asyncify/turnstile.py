@@ -410,11 +410,11 @@ class Turnstile:
                 continue  # it came in before
             self._learn(permit, outcome, permit.at, now)
             if permit.slots and not self._meter.release(permit) and permit in _robbed:
-                self._rob(permit)
+                self._rob_another()
             permit.at = None  # two threads may have given it up at the same moment; it is taken back once
 
-    def _rob(self, permit: Permit) -> None:
-        """Give back the slot of some other call, as this call's own is gone; that other will do the same."""
+    def _rob_another(self) -> None:
+        """Give back the slot of some other call, for one whose own is gone; that other will do the same."""
         for other in list(self._meter.inside):
             _robbed.add(other)  # before its slot is taken, or it could leave without being seen
             if self._meter.release(other):
