@@ -37,7 +37,7 @@ def _one_argument(only: Parameter, signature: Signature, args: tuple[Any, ...], 
         return kwargs[only.name]
     if only.default is not Parameter.empty:
         return only.default
-    _bound(signature, args, kwargs)  # it says what is missing
+    _bound(signature, args, kwargs)  # it says what is missing, if anything is
     return None
 
 

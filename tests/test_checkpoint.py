@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sqlite3
+import sys
 import threading
 import time
 import weakref
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -839,6 +841,21 @@ def test_what_pickle_does_not_give_back_is_told_at_once(way: str, path: Path) ->
         collect(way, counted.pair(), [1], checkpoint=path, codec="pickle")
 
     assert collect(way, Counted().pair(), [1], checkpoint=path, codec="pickle") == [10]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_can_not_be_read_back_any_more_is_told(way: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of an output may be gone by the next run: that is no reason to pay for the call again."""
+    module = ModuleType("of_an_output")
+    exec("class Output: pass", vars(module))  # noqa: S102  (as it would be imported)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, module.__name__, module)
+        collect(way, Counted(lambda _: module.Output()).pair(), [1], checkpoint=path, codec="pickle")
+    counted = Counted(lambda _: None)
+
+    with pytest.raises(CheckpointError, match=r"can't read back the output of '1': No module named 'of_an_output'"):
+        collect(way, counted.pair(), [1], checkpoint=path, codec="pickle")
+    assert counted.calls == {}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -193,6 +193,15 @@ class TestKeys:
 
         assert seen == [{"pair": "EUR", "tenant": "acme"}]
 
+    def test_the_key_of_no_argument_at_all_is_none(self) -> None:
+        """A function that takes any number of them may be called without one."""
+        seen: list[Any] = []
+        gate = gate_of(key=seen.append, fn=lambda *pairs: pairs, limit=1)
+        gate.enter(("EUR", "GBP"), {}).leave()
+        gate.enter((), {}).leave()
+
+        assert seen == ["EUR", None]
+
     @both_paths
     @pytest.mark.parametrize("fn", [quote, convert, lambda pair, **options: pair])
     async def test_a_call_that_lacks_the_argument_asks_for_no_key(self, path: str, fn: Callable[..., Any]) -> None:
