@@ -63,8 +63,8 @@ def come_to_wait(permit: Permit, held: Collection[Permit], scope: CancelScope | 
         DeadlockError: the wait can never end, as all calls inside are kept by this waiter or by others.
     """
     own = Held.of(held if permit.in_task else [*held, *_frozen_by(permit)])
-    if gives_up:
-        own.hands.clear()  # who waits for it among others is set free
+    if gives_up and own.hands:
+        own = Held(own.permits, own.standstills)  # who waits for it among others is set free
     permit.scope = scope
     permit.wait_within(own.permits.union(permit.around()))
     permit.blocks = () if gives_up else own.blocks()

@@ -27,26 +27,26 @@ class Held:
         hands: of crews, whose threads may all have to wait before anybody is stopped.
     """
 
-    permits: set[Permit]
-    standstills: list[Standstill]
-    hands: list[Hand]
+    permits: frozenset[Permit]
+    standstills: tuple[Standstill, ...] = ()
+    hands: tuple[Hand, ...] = ()
 
     @classmethod
     def of(cls, held: Collection[Permit]) -> Self:
         """Tell these apart, without permits that take no slot."""
-        permits = {permit for permit in held if permit.slots}
+        permits = frozenset([permit for permit in held if permit.slots])
         if len(permits) == len(held):
-            return cls(permits, [], [])
+            return cls(permits)
         standstills = {other for other in held if isinstance(other, Standstill) and other not in loose}
-        hands = [other for other in standstills if isinstance(other, Hand)]
-        return cls(permits, [*standstills.difference(hands)], hands)
+        hands = tuple(other for other in standstills if isinstance(other, Hand))
+        return cls(permits, tuple(standstills.difference(hands)), hands)
 
     @classmethod
     def by(cls, permit: Permit) -> Self:
         """Return what can't go on before the wait of a call ends, as far as it was noted when that began."""
         crews = [other for other in permit.blocks if isinstance(other, Crew)]
-        hands = [hand for crew in crews for hand in crew.hands() if hand.waits_for() is permit]
-        return cls({other for other in permit.blocks if isinstance(other, Permit)}, [], hands)
+        hands = tuple(hand for crew in crews for hand in crew.hands() if hand.waits_for() is permit)
+        return cls(frozenset(other for other in permit.blocks if isinstance(other, Permit)), hands=hands)
 
     def __bool__(self) -> bool:
         return bool(self.permits or self.standstills or self.hands)
@@ -61,11 +61,11 @@ class Held:
         """Return what is kept from ending for as long as the wait lasts; what a standstill stops may end before."""
         return (*self.permits, *{hand.crew for hand in self.hands})
 
-    def stops(self, inside: Collection[Permit]) -> set[Permit]:
+    def stops(self, inside: Collection[Permit]) -> frozenset[Permit]:
         """Return those of the calls inside that can't end before, whatever other threads do."""
-        return self.permits.intersection(inside).union(*(standstill.among(inside) for standstill in self.standstills))
+        return self.permits.intersection(inside).union(*(other.among(inside) for other in self.standstills))
 
-    def stops_at_most(self, inside: Collection[Permit]) -> set[Permit]:
+    def stops_at_most(self, inside: Collection[Permit]) -> frozenset[Permit]:
         """Return those that can't end before if none of the crews' threads can go on."""
         return self.stops(inside).union(*(crew.stops(inside) for crew in crews_of(self.hands)))
 

@@ -145,7 +145,7 @@ def test_a_proof_finds_what_is_stuck(world: World) -> None:
     for without in [None, *world.waits[:2]]:
         slow = slow_proof(world, without)
         for limit in cast("list[Any]", world.limits):
-            own = Held({*world.own}, [], [])
+            own = Held(frozenset(world.own))
             found = Proof(own, [limit], scope=None, loop=None, by=world.by, without=without).stuck
 
             assert (limit in found) == (limit in slow)
