@@ -6,7 +6,6 @@ import langchain_core.runnables.base  # noqa: F401  # pyright: ignore[reportUnus
 
 from asyncify.adaptive import Adaptive
 from asyncify.decorators import concurrency, dual
-from asyncify.drive import watch
 from asyncify.errors import (
     AsyncifyError,
     AsyncifyWarning,
@@ -27,6 +26,7 @@ from asyncify.limiter import Limiter
 from asyncify.pairs import Registry, registry
 from asyncify.patch import dual_patch
 from asyncify.runnable import Dual
+from asyncify.watches import watch
 
 __all__ = [
     "Adaptive",

@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 from asyncify.background import background
 from asyncify.delegated import delegated
-from asyncify.drive import timed
 from asyncify.errors import BridgeError
 from asyncify.gate import Gate
 from asyncify.handover import (
@@ -36,6 +35,7 @@ from asyncify.relay import Relay
 from asyncify.signatures import Shape, binds_by_itself, describe, shape_of
 from asyncify.sources import END
 from asyncify.traps import telling_if_held
+from asyncify.watches import timed
 
 __all__ = ["Bridge", "Entries", "Entry", "Kind", "make_entries"]
 

@@ -36,7 +36,6 @@ from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.batches import is_bounded
-from asyncify.drive import subscribe
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.executors import goes_as_code
@@ -70,6 +69,7 @@ from asyncify.signatures import (
     same_parameters,
 )
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
+from asyncify.watches import subscribe
 
 __all__ = [
     "AnyDual",

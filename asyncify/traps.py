@@ -1,6 +1,6 @@
 """The traps that a pair's callers are told of, at their own line and with the line to write.
 
-The fourth, blocking I/O in an async side, is found by `watch` in `drive`.
+The fourth, blocking I/O in an async side, is found by `watch`, in `watches`.
 """
 
 from __future__ import annotations

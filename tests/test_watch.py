@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from asyncify import BlockingWarning, Dual, concurrency, drive, dual, registry, watch
+from asyncify import BlockingWarning, Dual, concurrency, dual, registry, watch, watches
 from asyncify.runnable import AnyDual
 from tests.waiting import SAFETY_NET, run_program
 
@@ -42,7 +42,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Put a clock of the test's own into the watch."""
     clock = Clock()
-    monkeypatch.setattr(drive, "perf_counter", clock)
+    monkeypatch.setattr(watches, "perf_counter", clock)
     return clock
 
 
@@ -412,13 +412,13 @@ THRESHOLD = 0.001
 def looked(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Return what is set once the stack of a step has been looked at."""
     looked = threading.Event()
-    look = drive._Step.look
+    look = watches._Step.look
 
     def look_and_tell(step: Any, thread: int) -> None:
         look(step, thread)
         looked.set()
 
-    monkeypatch.setattr(drive._Step, "look", look_and_tell)
+    monkeypatch.setattr(watches._Step, "look", look_and_tell)
     return looked
 
 
@@ -566,7 +566,7 @@ def test_without_a_watch_a_side_is_the_function_itself(make):
 
 async def hold(query: str) -> None:
     """Hold the loop, by the clock that the watch sees."""
-    vars(drive)["perf_counter"].pass_by(0.12)
+    vars(watches)["perf_counter"].pass_by(0.12)
 
 
 async def hold_and_yield(query: str) -> AsyncIterator[str]:
@@ -615,7 +615,7 @@ async def test_a_pair_is_watched_while_a_watch_is_on(clock, monkeypatch, make, c
         with watch() as watching:
             pair = pair or make(overrides)
             await run(pair)
-        monkeypatch.delattr(drive, "_stepped")
+        monkeypatch.delattr(watches, "_stepped")
         held = clock.now
         await run(pair)
 
@@ -718,7 +718,7 @@ def test_a_pair_made_in_the_midst_of_a_change_follows_it():
             made.append(Dual(fetch))
 
     maker = Maker()
-    drive.subscribe(maker)
+    watches.subscribe(maker)
     with watch():
         during = [runs(pair) for pair in made]
 
@@ -741,7 +741,7 @@ def test_a_pair_made_while_another_thread_begins_a_watch_follows_it():
             told.append(on)
 
     slow = Slow()
-    making = threading.Thread(target=drive.subscribe, args=(slow,))
+    making = threading.Thread(target=watches.subscribe, args=(slow,))
     making.start()
     assert first.wait(SAFETY_NET)
     with watch():
@@ -862,7 +862,7 @@ def test_a_threshold_of_another_type_is_refused(threshold):
 
 FORKING = """
 import os, threading
-from asyncify import Dual, drive, watch
+from asyncify import Dual, watch, watches
 
 async def fetch(query):
     pass
@@ -876,7 +876,7 @@ def come_and_go():
             pass
 
 def agree():
-    on = bool(drive._watches)
+    on = bool(watches._watches)
     return all((pair._live.async_.run is not fetch) is on for pair in [*pairs, Dual(fetch)])
 
 thread = threading.Thread(target=come_and_go)
@@ -918,10 +918,10 @@ def test_a_process_that_is_forked_in_a_watched_step():
 
 PROGRAM = """
 import asyncio, os, time, warnings
-from asyncify import drive, dual
+from asyncify import dual, watches
 
 time_passed = [0.0]
-drive.perf_counter = lambda: time_passed[0]
+watches.perf_counter = lambda: time_passed[0]
 
 @dual
 async def fetch(query):
@@ -935,7 +935,7 @@ def watched():
 
 print("here", watched(), flush=True)
 if os.fork() == 0:
-    alive = [watch._thread.is_alive() for watch in drive._watches]
+    alive = [watch._thread.is_alive() for watch in watches._watches]
     print("child", watched(), alive, flush=True)
     os._exit(0)
 os.wait()

@@ -1,4 +1,4 @@
-"""Drives a coroutine step by step under a timer, and tells of steps that held the event loop.
+"""`watch`: runs async sides step by step under a timer, and tells of steps that held the event loop.
 
 A step is what runs from one await to the next. While it runs, nothing else does on its event loop.
 """
