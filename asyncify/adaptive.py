@@ -29,7 +29,7 @@ _STEEPNESS = 0.04  # per cubic second: back at the old limit after 2.3 s, at its
 _HOLD_SECONDS = 4.0  # since the congestion: with the 2.9 s to double, and some rounds, a recovery within 10 s
 _HOLD_PER_PAUSE = 2.0  # more of them for each second that the congestion paused all calls
 _HOLD_SUCCESSES = 100  # since the congestion: so a try that fails costs 1% of the calls, however few they are
-_FORGET_SECONDS = 60.0  # for so long is kept what the limit of a key has learned, when nobody uses the key
+_FORGET_SECONDS = 60.0  # since the limit last changed: then a key that nobody uses is forgotten
 
 
 def _is_congestion(error: BaseException) -> bool:

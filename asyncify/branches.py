@@ -125,7 +125,10 @@ def _end_with(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
 async def amerge(
     inputs: AsyncIterator[Any], branches: Mapping[str, Callable[[AsyncIterator[Any]], AsyncIterator[Any]]]
 ) -> AsyncGenerator[tuple[str, Any]]:
-    """Do the same, with a task for each branch; the input is read by the task that reads this."""
+    """Yield the chunks of all branches as they come, each with its key; each is made in a task of its branch.
+
+    The input is read by the task that reads this.
+    """
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[str | None] = asyncio.Queue()  # whose answer is there, and None to ask for input
     shared = _Shared(inputs, lambda: told.put_nowait(None))

@@ -45,7 +45,7 @@ _READ_AT_ONCE = 10_000
 """Keys in memory while a file is read."""
 
 _INSERTED_AT_ONCE = 100
-"""Rows of one statement: each has to fetch Python's lock again, from the event loop, so one for each row is dear."""
+"""Rows in one INSERT: each statement has to take the GIL back from the event loop, so one for each row is dear."""
 
 _LARGEST = 200_000_000
 """Characters or bytes of an output: SQLite keeps 1,000,000,000 bytes in a row, and a character may take four."""

@@ -34,13 +34,13 @@ By = Mapping[Permit, Collection[Permit]]
 _looking = threading.RLock()
 
 _ROUNDS = 10
-"""So often it is begun anew without those that may go on."""
+"""How often at most a proof is begun anew without the waits that may go on."""
 
 _NAMED = 5
 """Limiters that an error names beside its own, if there are more."""
 
 _MANY = 10_000
-"""More than these are not looked at: it would hold the event loop for tenths of a second."""
+"""If more wait than this, they are not looked at: it would hold the event loop for tenths of a second."""
 
 _lookouts: weakref.WeakKeyDictionary[AbstractEventLoop, Lookout] = weakref.WeakKeyDictionary()
 

@@ -39,7 +39,7 @@ Function = Callable[..., Any]
 _PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurrency")
 
 _WAYS = ("", f".{SYNC_SIDE}", ".__wrapped__")
-"""From what a name means to the function itself: it, the side of a pair, what a wrapper wraps."""
+"""What leads from a name to the function itself: nothing, the side of a pair, or what a wrapper wraps."""
 
 
 def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
@@ -268,7 +268,7 @@ class _Unsent:
     why: str
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Say so."""
+        """Raise an error that says why."""
         raise BridgeError(self.why)
 
 

@@ -138,7 +138,7 @@ def _streamed(fake: Function) -> Function:
 
 
 def _astreamed(fake: Function) -> Function:
-    """Do the same with one that is awaited."""
+    """Return an async fake of a generator that returns its chunks, or the only one, as one that yields them."""
 
     @functools.wraps(fake, updated=())
     async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:

@@ -61,7 +61,7 @@ _STRIDE = 100
 up, and those that wait have all begun before the first of them must be looked after again."""
 
 _STRIDE_SECONDS = 0.02
-"""Longer than that a stride never holds the event loop up: the source may be slow."""
+"""Seconds that a stride may hold the event loop, as the source may be slow."""
 
 
 def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:

@@ -48,7 +48,7 @@ def _all_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _bound(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
-    """Bind the arguments of either side, of which the other may be the one that takes a config or a run manager."""
+    """Bind a call's arguments, without a config or a run manager that only the other side takes."""
     given = {name: value for name, value in kwargs.items() if name not in INJECTED or name in signature.parameters}
     return signature.bind(*args, **given)
 

@@ -55,7 +55,7 @@ def call_linked(link: Link, work: Callable[[], Any]) -> Any:
 
 
 async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
-    """Do the same with work that is awaited."""
+    """Await work that another thread or task waits for."""
     try:
         with link:
             return await call()

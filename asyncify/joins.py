@@ -24,8 +24,8 @@ class Join:
     """A wait for several tasks or futures, its parts; it ends with the last of them, or before if one fails.
 
     Attributes:
-        whole: the future that is set then, or what a thread waits with; it is one for all parts. If nobody waits yet,
-            what will have it.
+        whole: the future that is set at its end, or what a thread waits with; the same one for all parts. If nobody
+            waits yet, what will have such a future: a task group, say.
         parts: how many of them have not ended; infinitely many if nobody waits yet, or more of them may come.
         cancels_parts: whether they are cancelled with who waits.
         fails_at_once: whether they are also cancelled when one of them fails.

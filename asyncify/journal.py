@@ -57,7 +57,7 @@ class Journal:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Do as `__exit__` does, without holding the event loop up: SQLite may have a long log to work in."""
+        """Record the rest and close the file, without holding the loop up: SQLite may have a long log to work in."""
         if self._checkpoint is None:
             return
         closing = asyncio.wrap_future(self._pool.submit(self.__exit__))
@@ -89,7 +89,7 @@ class Journal:
         return self._with_equals(group, keys)
 
     async def asettle(self, group: Sequence[Ended]) -> Sequence[Ended]:
-        """Do the same, without holding the event loop up."""
+        """Record and return as `settle` does, without holding the event loop up."""
         keys = self.note(group)
         if self._rows:
             await self._pool.call(self.flush, lambda _: None, Context())

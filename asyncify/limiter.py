@@ -24,8 +24,8 @@ __all__ = ["Limiter", "LimiterStats"]
 class LimiterStats:
     """What a limiter has seen; waits are in seconds, over the last 1,000 admissions.
 
-    Rejected is who timed out, would have deadlocked, was not admitted at once by `acquire(blocking=False)`, or costs
-    more than a `resize` leaves; not who was cancelled.
+    `rejected` counts the calls that timed out, would have deadlocked, were not admitted at once by
+    `acquire(blocking=False)`, or cost more than a `resize` allows; not those that were cancelled.
     """
 
     in_flight: int

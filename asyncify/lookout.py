@@ -27,10 +27,10 @@ _PAUSE = 0.05
 """Seconds between two looks at least, if nobody has come between them."""
 
 _CANDIDATES = 10
-"""Those who wait of whom it is asked whether nothing will let them in; the others are asked at another look."""
+"""How many waiters one look asks about, whether nothing will let them in; the others are left to a later look."""
 
 SHARE = 20
-"""A look is followed by as many times its length in which there is none."""
+"""After a look there is none for this many times as long as it took."""
 
 
 Look = Callable[[AbstractEventLoop, list[Permit]], bool]

@@ -220,7 +220,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
     async def _abegin(
         self, config: RunnableConfig | None
     ) -> tuple[RunnableConfig, AsyncCallbackManagerForChainRun | None]:
-        """Return the same for an async one."""
+        """Return the config of an async run that streams, and its manager if anybody needs one."""
         if self._live.async_.shape.takes_run_manager or observed(config):
             return await astart_run(config, self.get_name())
         return quiet_config(config, is_async=True), None

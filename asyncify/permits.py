@@ -1,4 +1,8 @@
-"""Permits: each call's place at a limiter, from the moment it asks until it has ended."""
+"""Permits: each call's place at a limiter, from the moment it asks until it has ended.
+
+A context runs under a chain of them, the innermost first: it says which call a `with limiter` ends, and which calls a
+thread or a task holds.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +180,7 @@ class Permit:
             self.end(error)  # this context runs under another, which may end later
 
     def leave_innermost(self, error: BaseException | None) -> None:
-        """Do the same, where this context is known to run under it."""
+        """End the call, in a context that is known to run under it."""
         try:
             innermost.reset(self.token)
         except (ValueError, RuntimeError, AttributeError):  # the last if an interrupt came before it was kept

@@ -83,7 +83,7 @@ class Piped(Batches):
             return start_run(config, self.get_name())
 
         async def _abegin(self, config: Any) -> Any:
-            """Return the same for an async one."""
+            """Return the config of an async run that streams, and its manager."""
             return await astart_run(config, self.get_name())
 
 
@@ -272,7 +272,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             return super().stream(input, config)
 
         def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
-            """Do the same with the async sides, each in a task."""
+            """Stream the async sides' outputs as they come, each in a task; keyword arguments go to none of them."""
             return super().astream(input, config)
 
         def _is_langchains(self, kwargs: Any) -> bool:

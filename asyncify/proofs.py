@@ -107,7 +107,7 @@ class Proof:
     """Which limiters nobody can leave and so nobody enter, as all inside wait for this wait or for others.
 
     That is a largest fixed point: a graph of waits, reduced until nothing more can go on (R. C. Holt, Some Deadlock
-    Properties of Computer Systems, ACM Computing Surveys 4(3), 1972). It is supposed that whatever is come across is
+    Properties of Computer Systems, ACM Computing Surveys 4(3), 1972). It supposes that whatever it comes across is
     stuck: a limiter, a wait, a crew. What is found to go on sets free what waits for nothing else, and so on. What is
     left is stuck indeed.
 

@@ -507,7 +507,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     # --- identity ---
 
     def __hash__(self) -> int:  # type: ignore[override]
-        """Hash by the sync side, or else the async one, as a `RunnableLambda` is compared by."""
+        """Hash by the sync side, or else the async one: by these a `RunnableLambda` is compared."""
         try:
             return hash(self.func if hasattr(self, "func") else self.afunc)
         except TypeError:  # a callable that has no hash
@@ -566,7 +566,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Do the same: functions are not copied, and a limit is one wherever it stands."""
+        """Copy as `copy.copy` does: functions are not copied, and a limit is one wherever it stands."""
         return copy.copy(self)
 
 

@@ -1,4 +1,4 @@
-"""Is a run observed, and what does a run that nobody observes hand down to those inside it.
+"""Whether anybody observes a run, and what a run that nobody observes hands down to those inside it.
 
 An observed run takes LangChain's own way. An unobserved one skips the callback managers that no one reads, and
 must leave everything else that a user can see as it is: the child config above all.

@@ -27,7 +27,8 @@ class Wait(Protocol):
 class CancelScope:
     """The waits of a fan-out's items, whatever thread or loop they are in, those of scopes inside it included.
 
-    No lock is taken, for a finalizer may come in between and a process be forked: each change is one step of C.
+    No lock is taken, for a finalizer may come in between and a process be forked: each change is one step of the
+    interpreter.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,8 @@
-"""An async generator in a task of its own, which makes a chunk each time that it is asked for one."""
+"""An async generator that lives in one task, for a reader in another task or thread.
+
+A timeout or a task group inside a generator belongs to the task that it was entered in. So the reader takes none of
+its steps: the reader asks, and the generator's own task answers.
+"""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ async def astream_run(
     chunks: AsyncIterator[Any],
     begin: Callable[[], Awaitable[tuple[RunnableConfig, AsyncRun]]],
 ) -> AsyncGenerator[Any, None]:
-    """Do the same for an async run."""
+    """Yield the chunks of an async run and report its end, an early one by the reader as `GeneratorExit`."""
     received, sent = _Sum(), _Sum()
     inputs = await _astarted(received.aof(chunks))
     config, run = await begin()

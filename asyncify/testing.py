@@ -1,4 +1,4 @@
-"""Fakes for tests of code that uses this package."""
+"""A clock for tests of limits; fakes of pairs are put in their place by `registry.override`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The traps that a pair's callers are told of, at their own line and with the line to write.
+"""The warnings of traps, each at the caller's own line and with the line to write.
 
-The fourth, blocking I/O in an async side, is found by `watch`, in `watches`.
+That of blocking I/O in an async side is given by `watch`, in `watches`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _is_module_code(frame: FrameType | None) -> bool:
 
 
 def _rounded(milliseconds: float) -> str:
-    """Return a figure that is one of few, or Python's filter, which goes by the text, would tell a line each time."""
+    """Round down to 1, 2 or 5 times a power of ten: Python's filter would let each different text through."""
     ten = 10 ** math.floor(math.log10(milliseconds))
     return f"{max(number * ten for number in (1, 2, 5) if number * ten <= milliseconds):,.0f}"
 

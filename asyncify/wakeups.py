@@ -34,7 +34,7 @@ class Sleeper(Protocol):
 
 
 def _nothing() -> None:
-    """Stand for a reference to a round that does not come."""
+    """Stand for a weak reference, where no round is to come."""
 
 
 class Wakeups:
