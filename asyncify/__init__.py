@@ -1,9 +1,5 @@
 """Ordinary functions as LangChain runnables with a real sync path, a real async path, and one limit on both."""
 
-# First of all: with our own modules in front of it, this import takes 1.4 times as long (measured), nearly all of it
-# in LangSmith's models. Why is not known.
-import langchain_core.runnables.base  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
 from asyncify.adaptive import Adaptive
 from asyncify.decorators import concurrency, dual
 from asyncify.errors import (
