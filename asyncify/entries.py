@@ -20,9 +20,9 @@ from asyncify.delegated import delegated
 from asyncify.errors import BridgeError
 from asyncify.gate import Gate
 from asyncify.handover import (
-    aasked,
     achunks_linked,
     asked,
+    await_linked,
     call_linked,
     chunks_linked,
     run_in_background,
@@ -267,11 +267,11 @@ def _threaded(fn: Function, shape: Shape, gate: Gate | None, pool: ThreadPool) -
         threaded = pool.stream(chunks_linked(link, _chunks_under(permit, chunks)), permit.end, context)
         relay: Relay[Any] = Relay(threaded)
         try:
-            while (chunk := await aasked(link, anext(relay, END))) is not END:
+            while (chunk := await await_linked(link, anext(relay, END))) is not END:
                 with relay:
                     yield chunk
         finally:
-            await aasked(link, threaded.aclose())
+            await await_linked(link, threaded.aclose())
 
     return stream if shape.is_generator else run
 

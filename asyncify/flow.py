@@ -270,7 +270,7 @@ class _Options:
         return _DEFAULT_WINDOW if bound is None else 2 * bound
 
 
-class _Source:
+class _Inputs:
     """An iterable that is read one input at a time, by its owner's thread."""
 
     def __init__(self, inputs: Iterable[Any]) -> None:
@@ -331,7 +331,7 @@ def _drive(
         fan = _fan(via, items, window, options.name, ordered=ordered, return_exceptions=return_exceptions)
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         stack.enter_context(fan)
-        source = stack.enter_context(_Source(inputs))
+        source = stack.enter_context(_Inputs(inputs))
         while True:
             if held < window() and not source.is_done and (item := source.read()) is not None:
                 try:

@@ -16,9 +16,9 @@ from asyncify.relay import Relay
 from asyncify.sources import END
 
 __all__ = [
-    "aasked",
     "achunks_linked",
     "asked",
+    "await_linked",
     "call_linked",
     "chunks_linked",
     "run_in_background",
@@ -112,7 +112,7 @@ def asked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, A
         ask(chunks.close)
 
 
-async def aasked(link: Link, step: Awaitable[Any]) -> Any:
+async def await_linked(link: Link, step: Awaitable[Any]) -> Any:
     """Await what another thread does; this task waits with what it holds."""
     link.held = held_by_this_task()
     try:

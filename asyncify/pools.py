@@ -244,9 +244,9 @@ class ThreadPool:
         Closed early, it closes the generator first; cancelled, it leaves that to the thread.
         """
         requests: SimpleQueue[_Call | None] = SimpleQueue()
-        source = _Source(chunks, on_end)
+        in_thread = _ThreadChunks(chunks, on_end)
         try:
-            self.start(partial(_serve, requests, source))
+            self.start(partial(_serve, requests, in_thread))
         except BaseException as error:
             on_end(error)
             raise
@@ -257,13 +257,13 @@ class ThreadPool:
             return call.wait()
 
         try:
-            while (chunk := await ask(source.next)) is not _END:
+            while (chunk := await ask(in_thread.next)) is not _END:
                 yield chunk
         except asyncio.CancelledError:
-            requests.put(_Call(lambda: context.run(source.close), _nothing))
+            requests.put(_Call(lambda: context.run(in_thread.close), _nothing))
             raise
         except BaseException:
-            await ask(source.close)
+            await ask(in_thread.close)
             raise
         finally:
             requests.put(None)
@@ -325,8 +325,8 @@ def _nothing(error: BaseException | None) -> None:
     pass
 
 
-class _Source:
-    """A generator that tells of its end once, and before its reader can know of it."""
+class _ThreadChunks:
+    """What a generator yields in its thread; of its end it tells once, and before its reader can know of it."""
 
     __slots__ = ("_chunks", "_on_end")
 
@@ -355,11 +355,11 @@ class _Source:
         on_end(error)
 
 
-def _serve(requests: SimpleQueue[_Call | None], source: _Source) -> None:
+def _serve(requests: SimpleQueue[_Call | None], chunks: _ThreadChunks) -> None:
     while (request := requests.get()) is not None:
         request.run()
         del request
-    source.tell(None)
+    chunks.tell(None)
 
 
 def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:

@@ -30,7 +30,7 @@ from asyncify.errors import BlockingWarning
 from asyncify.forks import at_fork
 from asyncify.relay import Relay
 
-__all__ = ["Held", "Place", "Watch", "subscribe", "timed", "watch"]
+__all__ = ["HeldLoop", "Place", "Watch", "subscribe", "timed", "watch"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldLoop:
     """A step of an async side that held its event loop.
 
     `since` is the await that the step went on from, None at the start of the call. `at` is where it was seen most of
@@ -102,7 +102,7 @@ class Watch(Block):
 
     def __init__(self, threshold: float = 0.05) -> None:
         self.threshold: float = check_positive("threshold", threshold, "watch(threshold=0.05)")
-        self.held: deque[Held] = deque(maxlen=_KEPT)
+        self.held: deque[HeldLoop] = deque(maxlen=_KEPT)
         self._entered = 0
 
     def __enter__(self) -> Self:
@@ -279,7 +279,7 @@ def timed(fn: Function, pair: str, *, is_generator: bool) -> Function:
 
 def _tell(pair: str, seconds: float, since: list[Line], step: _Step) -> None:
     at = step.seen.most_common(1)[0][0] if step.seen else None
-    held = Held(pair, seconds, _place(_own_line(since)) if since else None, _place(at) if at else None)
+    held = HeldLoop(pair, seconds, _place(_own_line(since)) if since else None, _place(at) if at else None)
     for watching in _watches:
         if seconds > watching.threshold:
             watching.held.append(held)
