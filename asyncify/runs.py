@@ -181,13 +181,14 @@ def _langsmith_reader() -> Callable[[], bool]:
     what it has once seen. Where another version keeps them elsewhere, it asks LangSmith's public functions.
     """
     from langsmith import utils  # noqa: PLC0415
-    from langsmith._internal import _context  # noqa: PLC0415
 
-    kept: Any = _context
     try:
+        from langsmith._internal import _context  # noqa: PLC0415
+
+        kept: Any = _context
         parent, tags, metadata = kept._PARENT_RUN_TREE_REF, kept._TAGS, kept._METADATA
         enabled, _ = kept._TRACING_ENABLED, kept._GLOBAL_TRACING_ENABLED
-    except AttributeError:
+    except (ImportError, AttributeError):
         return _ask_langsmith
     from_environment: Callable[..., str] = utils.get_env_var
 

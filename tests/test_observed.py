@@ -1,6 +1,7 @@
 """Whoever watches a run sees all of it: each way to watch, with a real watcher, against what it sees of lambdas."""
 
 import asyncio
+import builtins
 import functools
 import inspect
 import os
@@ -25,8 +26,7 @@ from langchain_core.tracers.context import (
     tracing_v2_enabled,
 )
 from langsmith import utils as langsmith_utils
-from langsmith._internal import _context as langsmith_context
-from langsmith.run_helpers import tracing_context
+from langsmith.run_helpers import get_tracing_context, tracing_context
 from langsmith.run_trees import RunTree
 
 from asyncify import Dual
@@ -311,6 +311,12 @@ def fresh_reader() -> Iterator[None]:
 
 
 @pytest.fixture
+def langsmith_context() -> Any:
+    """Return the module in which LangSmith keeps its variables; its older versions have none."""
+    return pytest.importorskip("langsmith._internal._context")
+
+
+@pytest.fixture
 def client() -> Iterator[FakeClient]:
     """Stand in for the LangSmith client of this process."""
     fake = FakeClient()
@@ -370,7 +376,11 @@ def test_langsmith_by_context_sees_the_run(
 
 
 def test_langsmith_configured_for_the_process_sees_the_run(
-    client: FakeClient, run: Run, shape: Callable[[Any], Runnable[Any, Any]], monkeypatch: pytest.MonkeyPatch
+    client: FakeClient,
+    run: Run,
+    shape: Callable[[Any], Runnable[Any, Any]],
+    langsmith_context: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The setting of `langsmith.configure(enabled=True)` makes each run a trace."""
     monkeypatch.setattr(langsmith_context, "_GLOBAL_TRACING_ENABLED", True)
@@ -383,7 +393,7 @@ def test_a_langsmith_parent_sees_the_run(
     """Inside a traced function a run is its child, without tracing being enabled in any other way."""
     parent = RunTree(name="parent", ls_client=client)
     with tracing_context(parent=parent):
-        assert langsmith_context._TRACING_ENABLED.get() is None
+        assert get_tracing_context()["enabled"] is None
         assert _sees_both_alike(client, run, shape)
 
 
@@ -832,7 +842,11 @@ def _langsmith_states() -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("in_environment", ["", "true", "false"])
 @pytest.mark.parametrize("in_context", dict(_langsmith_states()).values(), ids=dict(_langsmith_states()))
 def test_reading_langsmith_gives_what_asking_it_gives(
-    in_context: dict[str, Any], in_environment: str, for_process: Any, monkeypatch: pytest.MonkeyPatch
+    in_context: dict[str, Any],
+    in_environment: str,
+    for_process: Any,
+    langsmith_context: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The variables that are read directly say what LangSmith's public functions say."""
     monkeypatch.setenv("LANGSMITH_TRACING", in_environment)
@@ -842,8 +856,38 @@ def test_reading_langsmith_gives_what_asking_it_gives(
         assert asyncify_runs._langsmith_reader()() == asyncify_runs._ask_langsmith()
 
 
-def test_another_version_of_langsmith_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the variables are not to be found, the public functions answer."""
+@pytest.fixture
+def other_langsmith(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the module with LangSmith's variables be none, as in its older versions."""
+    import_ = builtins.__import__
+
+    def import_others(name: str, names: Any = None, *rest: Any) -> Any:
+        if name == "langsmith._internal" and names and names["__name__"] == asyncify_runs.__name__:
+            raise ImportError(name)
+        return import_(name, names, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", import_others)
+    asyncify_runs._langsmith_reader.cache_clear()
+    yield
+    asyncify_runs._langsmith_reader.cache_clear()
+
+
+@pytest.mark.usefixtures("other_langsmith")
+def test_a_langsmith_without_the_variables_is_asked(
+    client: FakeClient, run: Run, shape: Callable[[Any], Runnable[Any, Any]]
+) -> None:
+    """Where their module is not to be found, the public functions answer, and whoever watches sees the run."""
+    assert not observed(None)
+    assert run(_single(Dual)) == 2
+    with tracing_context(enabled=True, client=cast("Any", client)):
+        assert observed(None)
+        assert _sees_both_alike(client, run, shape)
+    with tracing_context(tags=["t"], enabled=False):
+        assert observed(None)
+
+
+def test_a_langsmith_with_other_variables_is_asked(langsmith_context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are not to be found, the public functions answer."""
     monkeypatch.delattr(langsmith_context, "_TAGS")
     asyncify_runs._langsmith_reader.cache_clear()
     try:
