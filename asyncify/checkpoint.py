@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sqlite3
 from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -249,7 +250,7 @@ class Checkpoint:
 
 
 def _checksum(key: str, output: str | bytes) -> int:
-    """Return the CRC-32 of both; a text that UTF-8, and so SQLite, can't write is a `UnicodeEncodeError`."""
+    """Return the CRC-32 of both."""
     return crc32((key + output).encode() if isinstance(output, str) else key.encode() + output)
 
 
@@ -381,6 +382,8 @@ def _is_ours(db: sqlite3.Connection) -> bool:
     return _pragma(db, "application_id") == _APPLICATION_ID
 
 
+_BOTH_HALVES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
 _encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -388,7 +391,23 @@ def _to_json(output: object) -> str:
     if type(output) is int:  # without the machinery, which takes five times as long
         return repr(output)
     _require_plain(output)
-    return _encode_json(output)
+    written = _encode_json(output)
+    return written if written.isascii() else _writable(written)
+
+
+def _writable(written: str) -> str:
+    r"""Return JSON that UTF-8 can write: half a surrogate pair, as of a text that was cut off, becomes its `\ud83d`.
+
+    Raises:
+        ValueError: it has two halves in a row, of which JSON would make one character.
+    """
+    try:
+        written.encode()
+    except UnicodeEncodeError:
+        if _BOTH_HALVES.search(written):
+            raise ValueError("JSON makes one character of two surrogates in a row") from None
+        return written.encode(errors="backslashreplace").decode()
+    return written
 
 
 def _require_plain(value: object) -> None:
