@@ -436,7 +436,7 @@ def _to_pickle(output: object) -> bytes:
 
 
 _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any], str]] = {
-    "json": (_to_json, json.loads, 'write codec="pickle", or return plain JSON'),
+    "json": (_to_json, json.loads, 'write codec="pickle" and name a new file, or return plain JSON'),
     "pickle": (_to_pickle, pickle.loads, "return what pickle gives back, such as plain data"),
 }
 """What writes an output, what reads it, and what to do where the former can't."""

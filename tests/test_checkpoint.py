@@ -648,7 +648,7 @@ def test_a_text_that_can_not_be_written_takes_no_other_with_it(way: str, path: P
     """An output is refused with the way out; what ended beside it is recorded."""
     counted = Counted(lambda value: "\ud83d" + "\ude00" if value == 1 else value)
 
-    with pytest.raises(CheckpointError, match='in a row; write codec="pickle", or return plain'):
+    with pytest.raises(CheckpointError, match='in a row; write codec="pickle" and name a new file, or return plain'):
         collect(way, counted.pair(), range(4), checkpoint=path, window=4)
     with closing(sqlite3.connect(path)) as db:
         recorded = db.execute("SELECT count(*) FROM items").fetchone()[0]
