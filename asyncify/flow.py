@@ -126,7 +126,8 @@ def each(
         ordered: yield in the order of the inputs; otherwise index and output, as each input ends.
         window: inputs at most that are in flight or whose results have not been asked for; by default twice the
             pair's limit, or twice `max_concurrency`, or else 64.
-        return_exceptions: yield an exception in the place of the output, instead of raising it.
+        return_exceptions: yield an exception in the place of the output, instead of raising it; a `CheckpointError`
+            in the place of one that the checkpoint can't keep.
         via: run the sync side in threads; or the async side on a background event loop.
         progress: show a bar; or a function that is called after every result with a `Progress`.
         checkpoint: an SQLite file: inputs that it has are not run again, and what has ended is recorded in it.
@@ -326,7 +327,7 @@ def _drive(
     held = 0
     with ExitStack() as stack:
         checkpoint = options.open_checkpoint and options.open_checkpoint()
-        journal = stack.enter_context(Journal(checkpoint, options.key, line.put))
+        journal = stack.enter_context(Journal(checkpoint, options.key, line.put, return_exceptions=return_exceptions))
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         fan = _fan(via, items, window, options.name, ordered=ordered, return_exceptions=return_exceptions)
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
@@ -388,7 +389,9 @@ async def _adrive(
     fan = Tasks(start, inputs, width, window, return_exceptions=return_exceptions, ordered=ordered)
     async with AsyncExitStack() as stack:
         checkpoint = options.open_checkpoint and await _opened(options.open_checkpoint)
-        journal = await stack.enter_async_context(Journal(checkpoint, options.key, fan.settle))
+        journal = await stack.enter_async_context(
+            Journal(checkpoint, options.key, fan.settle, return_exceptions=return_exceptions)
+        )
         tell = stack.enter_context(reporting(options.progress, title=options.name, total=options.total()))
         stack.callback(lambda: journal.note_last(fan.take_at_once()))
         await stack.enter_async_context(fan)

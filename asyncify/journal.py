@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from contextlib import suppress
 from contextvars import Context
 from typing import Any, Self
@@ -28,10 +28,19 @@ class Journal:
         checkpoint: the file, or None to remember nothing.
         key: what to know an input by, or None for its fingerprint.
         on_known: called with an input that has ended without a call, as the checkpoint has it.
+        return_exceptions: an output that the checkpoint can't keep is a failure of its input; otherwise it is raised.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, key: Key | None, on_known: Callable[[Ended], None]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint | None,
+        key: Key | None,
+        on_known: Callable[[Ended], None],
+        *,
+        return_exceptions: bool = False,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._return_exceptions = return_exceptions
         self._key = key
         self._on_known = on_known
         self._keys: dict[int, str] = {}
@@ -82,31 +91,42 @@ class Journal:
         self._keys[index] = key
         return True
 
-    def settle(self, group: Sequence[Ended]) -> Sequence[Ended]:
+    def settle(self, group: MutableSequence[Ended]) -> Sequence[Ended]:
         """Record those that were run, and return all, with those that waited for an equal one."""
         keys = self.note(group)
         self.flush()
         return self._with_equals(group, keys)
 
-    async def asettle(self, group: Sequence[Ended]) -> Sequence[Ended]:
+    async def asettle(self, group: MutableSequence[Ended]) -> Sequence[Ended]:
         """Record and return as `settle` does, without holding the event loop up."""
         keys = self.note(group)
         if self._rows:
             await self._pool.call(self.flush, lambda _: None, Context())
         return self._with_equals(group, keys)
 
-    def note(self, group: Sequence[Ended]) -> list[str | None]:
-        """Take down those that were run, to be recorded by the next `flush`; return the key of each."""
+    def note(self, group: MutableSequence[Ended]) -> list[str | None]:
+        """Take down those that were run, to be recorded by the next `flush`; return the key of each.
+
+        Where exceptions are returned, one whose output can't be kept is replaced by a failure.
+
+        Raises:
+            CheckpointError: an output can't be kept; when all others have been taken down.
+        """
         if self._checkpoint is None:
             return []
         refused: CheckpointError | None = None
         keys = [self._keys.pop(index, None) for index, _, _ in group]  # none for one that was not run
-        for key, (_, output, error) in zip(keys, group, strict=True):
+        for place, (key, (index, output, error)) in enumerate(zip(keys, tuple(group), strict=True)):
             if key is not None and (error is None or isinstance(error, Exception)):  # not a cancelled one
                 try:
                     self._rows.append(self._checkpoint.row(key, output, error))
                 except CheckpointError as refusal:  # the others have been paid for as well
-                    refused = refusal
+                    if self._return_exceptions:
+                        failure = CheckpointError(*refusal.args)  # without a traceback, which would hold this frame
+                        self._rows.append(self._checkpoint.row(key, None, failure))
+                        group[place] = index, None, failure
+                    else:
+                        refused = refusal
         try:
             if refused is not None:
                 raise refused
@@ -114,7 +134,7 @@ class Journal:
             del refused  # its traceback holds this frame
         return keys
 
-    def note_last(self, group: Sequence[Ended]) -> None:
+    def note_last(self, group: MutableSequence[Ended]) -> None:
         """Take down those that have ended by the time that the stream is left, whatever it is left for.
 
         What can't be kept is lost with it: to say so would hide the reason.

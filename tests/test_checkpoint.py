@@ -614,6 +614,31 @@ def test_a_refused_output_takes_no_other_with_it(way: str, path: Path) -> None:
     assert recorded == sum(counted.calls.values()) - 1
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_refused_output_is_a_failure_of_its_input_where_exceptions_are_returned(
+    way: str, path: Path, *, ordered: bool
+) -> None:
+    """The error takes its place, beside the others; the file says why, and the next run calls that input alone."""
+    counted = Counted(lambda value: (value,) if value == 1 else value)
+    options: Any = {"checkpoint": path, "window": 4, "return_exceptions": True, "ordered": ordered}
+    outputs: list[Any] = []
+    for _ in range(2):
+        found = collect(way, counted.pair(), [0, 1, 1, *range(2, 9)], **options)
+        outputs = found if ordered else [output for _, output in sorted(found, key=lambda result: result[0])]
+
+        assert [type(output) for output in outputs[1:3]] == [CheckpointError] * 2
+        assert "can't keep an output of type tuple as it is" in str(outputs[1])
+        assert [*outputs[:1], *outputs[3:]] == [0, *range(2, 9)]
+    with closing(sqlite3.connect(path)) as db:
+        (said, attempts), *others = db.execute("SELECT error, attempts FROM items WHERE error IS NOT NULL").fetchall()
+
+    assert counted.calls == {value: attempts if value == 1 else 1 for value in range(9)}
+    assert attempts > 1
+    assert str(outputs[1]) in said
+    assert not others
+
+
 HALF = "\ud83d"
 """Half of a surrogate pair, as a text that was cut off has it, which UTF-8 can't write."""
 
@@ -721,23 +746,24 @@ def no_id(document: Document) -> str:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("returned", [False, True])
 @pytest.mark.parametrize(("key", "output"), [(no_id, 1), (lambda _: "one", (1,))], ids=["key", "output"])
 def test_an_error_of_key_or_of_the_codec_lets_the_inputs_go(
-    way: str, path: Path, key: Callable[[Document], str], output: object
+    way: str, path: Path, key: Callable[[Document], str], output: object, *, returned: bool
 ) -> None:
     """They are not left to a garbage collection."""
     pair: Pair = Dual(lambda _: output, name="constant")
 
     async def arun(inputs: list[Document]) -> None:
         with suppress(LookupError, CheckpointError):  # here, for `asyncio.run` itself keeps what it raises
-            [_ async for _ in aeach(pair, inputs, checkpoint=path, key=key)]
+            [_ async for _ in aeach(pair, inputs, checkpoint=path, key=key, return_exceptions=returned)]
 
     def run(inputs: list[Document]) -> None:
         if way == "aeach":
             asyncio.run(arun(inputs))
             return
         with suppress(LookupError, CheckpointError):
-            collect(way, pair, inputs, checkpoint=path, key=key)
+            collect(way, pair, inputs, checkpoint=path, key=key, return_exceptions=returned)
 
     gone = threading.Event()
     inputs = [Document()]
