@@ -38,7 +38,7 @@ Row = tuple[str, str | bytes | None, int | str]
 """What is recorded of an input: its key, encoded output and checksum; of a failure its key, None and the error."""
 
 _APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
-_VERSION = 4
+_VERSION = 5
 _BUSY_SECONDS = 60.0
 _RETRY_SECONDS = 0.01
 

@@ -27,6 +27,9 @@ _WRITTEN_AS_THEY_ARE = frozenset((str, TextAccessor, float, bool, bytes, type(No
 _LONG_BITS = 2000  # Python may refuse to write longer ones in decimal digits
 _SHORT_INT = 10**18
 
+_PROGRAM = ("__main__", "__mp_main__")
+"""Names of the program's own module, which any program has: they say nothing."""
+
 
 def fingerprint(value: object) -> str:
     """Return a text that is the same for equal inputs, in every process: a short input as it is written, or a digest.
@@ -67,6 +70,8 @@ def _canonical(value: object) -> str:
 def work_of(runnable: object) -> str:
     """Name the work that a runnable does, so that a checkpoint can tell it from other work: all its parts, by name.
 
+    A function's name is that of its module and class as well, as another may have a function of this name.
+
     A binding looks like what it binds, whose attributes it hands on: so its class is asked, not its attributes.
     """
     its: Any = runnable
@@ -78,9 +83,20 @@ def work_of(runnable: object) -> str:
         return "{" + ", ".join(f"{name}: {work_of(branch)}" for name, branch in its.steps__.items()) + "}"
     name: str = its.get_name()
     if isinstance(runnable, RunnableLambda):
-        name += _digests(_fixed_in(its.func if hasattr(its, "func") else its.afunc))
+        fn = its.func if hasattr(its, "func") else its.afunc
+        name = _place_of(getattr(its, "__wrapped__", fn)) + name + _digests(_fixed_in(fn))
     parts = ", ".join(map(work_of, _parts_of(its)))
     return f"{name}({parts})" if parts else name
+
+
+def _place_of(fn: object) -> str:
+    """Return the module and the class that a function is written in, with a dot behind each."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    module: object = getattr(fn, "__module__", None)
+    name: object = getattr(fn, "__qualname__", None)
+    written_in = name.rpartition(".")[0] if isinstance(name, str) else ""
+    return "".join(f"{part}." for part in (module, written_in) if part and part not in _PROGRAM)
 
 
 def _fixed_in(fn: object) -> dict[str, object]:

@@ -920,7 +920,7 @@ def test_a_file_of_another_runnable_is_refused(path: Path) -> None:
     """Both are named."""
     list(each(Counted().pair("one"), [1], checkpoint=path))
 
-    with pytest.raises(CheckpointError, match="runnable 'one', and this is 'two'"):
+    with pytest.raises(CheckpointError, match=r"runnable '\w+\.one', and this is '\w+\.two'"):
         list(each(Counted().pair("two"), [1], checkpoint=path))
 
 
@@ -929,7 +929,7 @@ def test_a_file_of_another_pipe_is_refused(path: Path) -> None:
     one, two = Counted().pair("one"), Counted().pair("two")
     list(each(one | two, [1], checkpoint=path))
 
-    with pytest.raises(CheckpointError, match=r"'one \| two', and this is 'two \| one'"):
+    with pytest.raises(CheckpointError, match=r"'\w+\.one \| \w+\.two', and this is '\w+\.two \| \w+\.one'"):
         list(each(two | one, [1], checkpoint=path))
 
 
@@ -943,7 +943,7 @@ def test_a_file_of_other_bound_arguments_is_refused(path: Path) -> None:
     list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
     list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
 
-    said = r"'price\(currency=(\w{16}), rate=object\) \| other'"
+    said = r"'[\w.<>]+\.price\(currency=(\w{16}), rate=object\) \| \w+\.other'"
     with pytest.raises(CheckpointError, match=f"{said}, and this is {said}") as refused:
         list(each(pair.bind(currency="JPY", rate=object()) | other, [1], checkpoint=path))
     assert len(set(re.findall(said, str(refused.value)))) == 2
@@ -969,6 +969,11 @@ def suffixed(value: str, suffix: str = "") -> str:
 
 
 def upper(value: str) -> str:
+    """Return a text in capitals."""
+    return value.upper()
+
+
+async def aupper(value: str) -> str:
     """Return a text in capitals."""
     return value.upper()
 
@@ -1005,6 +1010,31 @@ class Desk:
         return self.rate * amount + fee
 
 
+class Shop:
+    """Something that is known by nothing but its class."""
+
+    @dual
+    def price(self, amount: float) -> float:
+        """Return the price of an amount."""
+        return amount
+
+
+class Stall:
+    """The same of another class."""
+
+    @dual
+    def price(self, amount: float) -> float:
+        """Return the price of an amount."""
+        return 0.9 * amount
+
+
+def parse_of(module: str) -> Callable[[str], str]:
+    """Return a function that is written in a module of this name."""
+    names: dict[str, Any] = {"__name__": module}
+    exec("def parse(value): ...", names)  # noqa: S102
+    return cast("Callable[[str], str]", names["parse"])
+
+
 class Model(BaseModel):
     """The same of pydantic."""
 
@@ -1038,10 +1068,16 @@ theirs = RunnableLambda(suffixed) | RunnableLambda(upper)
         (Desk(1).price, Desk(2).price),
         (Dual(partial(Desk(1).plain, 1)), Dual(partial(Desk(2).plain, 1))),
         (Model(rate=1).price, Model(rate=2).price),
+        (Dual(parse_of("one")), Dual(parse_of("other"))),
+        (Dual(parse_of("one"), name="parse_all"), Dual(parse_of("other"), name="parse_all")),
+        (RunnableLambda(parse_of("one")).bind() | str, RunnableLambda(parse_of("other")).bind() | str),
+        (Dual(partial(parse_of("one")), name="parse"), Dual(partial(parse_of("other")), name="parse")),
+        (Shop().price, Stall().price),
     ],
     ids=[
         *("pipe.bind", "theirs.bind", "map", "fallbacks", "branch", "assign", "alternatives", "configurable"),
         *("partial", "partial by place", "partial of theirs", "dataclass", "partial of a method", "pydantic"),
+        *("module", "module and name", "module in a pipe of theirs", "module of a partial", "class"),
     ],
 )
 def test_a_file_of_work_with_other_parts_is_refused(path: Path, one: Any, other: Any) -> None:
@@ -1051,6 +1087,20 @@ def test_a_file_of_work_with_other_parts_is_refused(path: Path, one: Any, other:
 
     with pytest.raises(CheckpointError, match="this is"):
         Checkpoint(path, work_of(other), "json")
+
+
+def test_a_function_of_the_program_itself_is_known_in_other_processes() -> None:
+    """Its module has one name when it is run, another in a process that was spawned, and neither says which it is."""
+    program, spawned = (work_of(Dual(parse_of(module))) for module in ("__main__", "__mp_main__"))
+
+    assert program == spawned == "parse"
+
+
+def test_a_stub_tells_more_than_the_functions_behind_it() -> None:
+    """Two pairs of the functions of one module may be written in two."""
+    pairs: list[Any] = [dual(sync=upper, async_=aupper)(cast("Any", parse_of(module))) for module in ("one", "other")]
+
+    assert [work_of(pair) for pair in pairs] == ["one.parse", "other.parse"]
 
 
 def test_a_file_of_another_codec_is_refused(path: Path) -> None:
@@ -1228,7 +1278,7 @@ def test_a_result_outlives_a_failure_to_record_it(
     with pytest.raises(CheckpointError, match="database is locked"):
         collect(way, counted.pair(), range(3), checkpoint=path, progress=told.append)
     paid = set(counted.calls)
-    with Checkpoint(path, "counted", "json") as checkpoint:
+    with Checkpoint(path, work_of(counted.pair()), "json") as checkpoint:
         kept = {value for value in range(3) if checkpoint.find(fingerprint(value)) is not None}
 
     assert not told
@@ -1248,12 +1298,13 @@ def test_a_file_that_is_taken_away_during_a_run_is_told(way: str, fate: str, tmp
             if fate == "deleted":
                 elsewhere.unlink()
 
+    pair = Counted().pair()
     with pytest.raises(CheckpointError, match=r"run.sqlite: the file was moved or deleted during the run"):
-        collect(way, Counted().pair(), range(9), checkpoint=file, window=1, progress=take_away)
+        collect(way, pair, range(9), checkpoint=file, window=1, progress=take_away)
 
     if fate == "moved":
         elsewhere.rename(file)
-        with Checkpoint(file, "counted", "json") as checkpoint:
+        with Checkpoint(file, work_of(pair), "json") as checkpoint:
             assert [checkpoint.find(str(value)) for value in (0, 1)] == [(0,), (10,)]
 
 
