@@ -98,8 +98,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec, *, has_key: bool = False) -> None:
-        self.path = path
-        self._place = Path(path).absolute()  # a program may go to another directory
+        self.path: Path = Path(path).absolute()  # a program may go elsewhere, and SQLite take "file:x" for a URI
         self._encode, self._decode, self._instead = _CODECS[codec]
         self._ids = _Ids()
         with self._explained():
@@ -228,7 +227,7 @@ class Checkpoint:
                 self._writer.executemany(_INSERT_FAILURE, failures)
             if outputs:
                 self._take_in([row[0] for row in outputs], last)
-        if not self._place.exists():
+        if not self.path.exists():
             raise CheckpointError(
                 f"checkpoint {self.path}: the file was moved or deleted during the run; put it back, beside the -wal "
                 "file that is a part of it, or begin anew"

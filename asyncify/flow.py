@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
 from langchain_core.runnables.base import Runnable
@@ -246,7 +247,8 @@ class _Options:
         self.key = key
         self.open_checkpoint: Callable[[], Checkpoint] | None = None
         if checkpoint is not None:
-            self.open_checkpoint = partial(Checkpoint, checkpoint, work_of(runnable), codec, has_key=key is not None)
+            path = Path(checkpoint).absolute()  # now: by the time that it is opened the program may be elsewhere
+            self.open_checkpoint = partial(Checkpoint, path, work_of(runnable), codec, has_key=key is not None)
         self._inputs: Any = inputs
         self._asked_window = check_bound("window", window)
         config = _bounded(config, runnable)

@@ -1308,8 +1308,42 @@ def test_a_file_that_is_taken_away_during_a_run_is_told(way: str, fate: str, tmp
             assert [checkpoint.find(str(value)) for value in (0, 1)] == [(0,), (10,)]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_relative_path_is_of_the_directory_of_the_call(way: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program may be elsewhere by the time that the first result is asked for."""
+    monkeypatch.chdir(path.parent)
+    if way == "aeach":
+        aresults = aeach(Counted().pair(), range(3), checkpoint=path.name)
+        monkeypatch.chdir("/")
+        asyncio.run(aread_all(aresults))
+    else:
+        results = each(Counted().pair(), range(3), checkpoint=path.name, via="threads" if way == "each" else "async")
+        monkeypatch.chdir("/")
+        read_all(results)
+
+    assert path.exists()
+
+
+def test_a_path_that_looks_like_a_uri_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some builds of SQLite take file:x for the file x."""
+    monkeypatch.chdir(tmp_path)
+    opened: list[Any] = []
+    connect = sqlite3.connect
+
+    def note(path: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(path)
+        connection: sqlite3.Connection = connect(path, **options)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", note)
+    read_all(each(Counted().pair(), range(3), checkpoint="file:run.sqlite"))
+
+    assert set(opened) == {tmp_path / "file:run.sqlite"}
+    assert opened[0].exists()
+
+
 def test_a_program_may_go_to_another_directory_during_a_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path is that of the directory in which the stream began."""
+    """The file is looked for where it was opened."""
     monkeypatch.chdir(path.parent)
 
     def leave(_: object) -> None:
