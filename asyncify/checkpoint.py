@@ -153,8 +153,7 @@ class Checkpoint:
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the last of an error's own text, out of a damaged file
-            way_out = _WAYS_OUT.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _WAY_OUT)
-            raise CheckpointError(f"checkpoint {self.path}: {error}; {way_out}") from error
+            raise CheckpointError(f"checkpoint {self.path}: {error}; {_way_out(error, self.path)}") from error
 
     def __enter__(self) -> Self:
         """Return the checkpoint itself."""
@@ -357,6 +356,26 @@ _WAYS_OUT = {
     ),
 }
 """What to do about errors that say nothing against the file, which may hold what was dear."""
+
+
+def _way_out(error: Exception, path: Path) -> str:
+    code: int = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_CANTOPEN and _is_missing(path.parent):
+        is_home = any(part.startswith("~") for part in path.parts)
+        way_out = "expand the ~, by Path(...).expanduser()" if is_home else "make it, or name another path"
+        return f"there is no directory {path.parent}: {way_out}"
+    return _WAYS_OUT.get(code, _WAY_OUT)
+
+
+def _is_missing(directory: Path) -> bool:
+    """Tell whether it is certain that a directory is not there."""
+    try:
+        directory.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _use_write_ahead_log(db: sqlite3.Connection) -> None:

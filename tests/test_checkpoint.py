@@ -1214,10 +1214,23 @@ def test_a_flipped_bit_never_makes_another_output(path: Path) -> None:
     assert ends["opened"]
 
 
-def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere/run.sqlite", "there is no directory {}/nowhere: make it, or name another path"),
+        ("~/run.sqlite", "there is no directory {}/~: expand the ~, by Path(...).expanduser()"),
+        ("notes.md/run.sqlite", "see to the disk and its permissions, or name another path"),
+        ("notes.md/nowhere/run.sqlite", "see to the disk and its permissions, or name another path"),
+        ("", "see to the disk and its permissions, or name another path"),
+    ],
+)
+def test_a_path_that_can_not_be_opened_is_refused(tmp_path: Path, name: str, says: str) -> None:
     """A directory that is not there is named."""
-    with pytest.raises(CheckpointError, match=r"nowhere.* see to the disk and its permissions, or name another path"):
-        list(each(Counted().pair(), [1], checkpoint=tmp_path / "nowhere" / "run.sqlite"))
+    (tmp_path / "notes.md").touch()
+
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / name}: unable to open database file; ")) as told:
+        list(each(Counted().pair(), [1], checkpoint=tmp_path / name))
+    assert str(told.value).endswith(says.format(tmp_path))
 
 
 def other_program(path: Path, begin: str) -> sqlite3.Connection:
