@@ -23,27 +23,30 @@ Function = Callable[..., Any]
 
 
 class Override(Block):
-    """A fake in the place of a pair, for a `with` block or while a function runs that it decorates."""
+    """A fake in the place of a pair, for a `with` block or while a function runs that it decorates.
 
-    def __init__(self, make: Callable[[], AbstractContextManager[AnyDual]]) -> None:
-        self._make = make
-        self._entered: list[AbstractContextManager[AnyDual]] = []
+    Args:
+        put: puts the fake there, and returns the pair and what puts back what was there.
+    """
+
+    def __init__(self, put: Callable[[], tuple[AnyDual, Callable[[], None]]]) -> None:
+        self._put = put
+        self._entered: list[Callable[[], None]] = []
 
     def _around_a_call(self) -> AbstractContextManager[AnyDual]:
-        return self._make()
+        return Override(self._put)
 
     def __enter__(self) -> AnyDual:
-        """Put the fake there, and return the pair."""
-        entered = self._make()
-        pair = entered.__enter__()
-        self._entered.append(entered)
+        """Put the fake there, until this is exited, and return the pair."""
+        pair, put_back = self._put()
+        self._entered.append(put_back)
         return pair
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put back what was there."""
-        self._entered.pop().__exit__(kind, error, traceback)
+        self._entered.pop()()
 
 
 def fake_entries(pair: AnyDual, fake: Function | None, sync: Function | None, async_: Function | None) -> Entries:

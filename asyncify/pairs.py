@@ -9,8 +9,8 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Signature
 from types import CodeType
@@ -200,6 +200,7 @@ class Registry:
         The fake is called as the function was, at once: the pair's limit does not hold for it. One function, `def` or
         `async def`, serves both paths; on the async path a `def` runs on the event loop itself. A generator's fake is a
         generator, or returns its chunks. Nested overrides may be undone in any order; the newest that is left counts.
+        One that was entered by hand lasts until it is exited.
 
         Args:
             pair: the pair, or its name.
@@ -211,21 +212,22 @@ class Registry:
             PairNotFoundError: no pair has this name.
             TypeError: there is nothing that could be called.
         """
-        return Override(functools.partial(self._overridden, pair, fake, sync, async_))
+        return Override(functools.partial(self._put_fake, pair, fake, sync, async_))
 
-    @contextmanager
-    def _overridden(
+    def _put_fake(
         self, pair: AnyDual | str, fake: Function | None, sync: Function | None, async_: Function | None
-    ) -> Generator[AnyDual]:
+    ) -> tuple[AnyDual, Callable[[], None]]:
+        """Put a fake in the place of a pair; return the pair and what undoes that."""
         target = in_its_class(self[pair].pair if isinstance(pair, str) else pair)
         entries = fake_entries(target, fake, sync, async_)
-        with self._lock:
-            target._set_fakes((*target._fakes, entries))
-        try:
-            yield target
-        finally:
+
+        def put_back() -> None:
             with self._lock:
                 target._set_fakes(tuple(other for other in target._fakes if other is not entries))
+
+        with self._lock:
+            target._set_fakes((*target._fakes, entries))
+        return target, put_back
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """`registry.override`: a fake in the place of a pair, wherever the pair is used."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,20 @@ async def test_a_sync_fake_runs_on_the_event_loop() -> None:
         answer: Any = await fetch.ainvoke("EUR")
 
     assert answer == threading.get_ident()
+
+
+def test_an_override_that_was_entered_lasts_until_it_is_exited() -> None:
+    """As with `mock.patch(...).start()`, it is no matter whether anybody holds it."""
+    pair = Dual(lambda query: f"real {query}")
+    registry.override(pair, _fake).__enter__()
+    gc.collect()
+    assert pair.invoke("EUR") == "fake EUR"
+
+    override = registry.override(fetch, _fake)
+    assert override.__enter__() is fetch
+    assert fetch.invoke("EUR") == "fake EUR"
+    override.__exit__(None, None, None)
+    assert fetch.invoke("EUR") == "sync EUR"
 
 
 async def test_an_override_decorates_functions_of_either_colour() -> None:
