@@ -24,6 +24,7 @@ from asyncify.fanout import Threads, aas_completed, agather, as_completed, gathe
 from asyncify.pools import DEFAULT_THREADS
 from asyncify.runs import is_reserved, observed
 from asyncify.scopes import CancelScope
+from asyncify.traps import MANY_BRIDGED
 
 __all__ = ["Batches", "Items", "is_bounded", "layers"]
 
@@ -64,6 +65,8 @@ class Items:
         asked = [check_bound("max_concurrency", each.get("max_concurrency")) for each in configs]
         self._asked = asked[0] if asked else None
         self._context = copy_context()
+        self._started = 0
+        self._has_told = False
 
     def fan(self, *, return_exceptions: bool) -> Threads:
         """Return the threads that run a batch."""
@@ -85,12 +88,23 @@ class Items:
 
         What keeps it from being started, such as a config that LangChain can't read, is how it ends.
         """
+        self._started += 1
         try:
             if self._aquiet is not None:
                 return self._context.run(self._aquiet._start_unobserved, value, self._shared_by(index), self._kwargs)
             return self._context.run(self._start, index, value)
         except Exception as error:  # noqa: BLE001  (whoever takes the item gets it)
             return asyncio.get_running_loop().create_task(_fail(error))
+
+    def tell_of_traps(self) -> None:
+        """Tell of the traps that a stream of tasks runs into: where its caller's line can be seen, once there are many.
+
+        A stream has a window, so there is never no limit.
+        """
+        if self._started >= MANY_BRIDGED and not self._has_told:
+            self._has_told = True
+            if isinstance(self._limited, Batches):
+                self._limited._warn_of_traps(self._started, bounded=True)
 
     def _start(self, index: int, value: Any) -> asyncio.Task[Any]:
         config = self._config_of(index)
@@ -156,7 +170,7 @@ class Batches:
 
     @abstractmethod
     def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
-        """Tell of the traps that an async batch of so many calls runs into; `bounded` if not all run at once."""
+        """Tell of the traps that so many async calls run into; `bounded` if not all run at once."""
 
     if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
 

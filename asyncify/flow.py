@@ -348,6 +348,7 @@ def _drive(
             must_wait = not line.is_ready() and (held >= window() or source.is_done)
             line.put(*journal.settle(fan.take() if must_wait else fan.take_at_once()))
             source.is_done |= fan.is_over
+            items.tell_of_traps()
             if line.is_ready():
                 held -= 1
                 result = outcome(line.pop(tell), return_exceptions=return_exceptions)
@@ -400,6 +401,7 @@ async def _adrive(
         while group := await fan.take():
             line.put(*await journal.asettle(group))
             del group  # an error's traceback holds this frame
+            items.tell_of_traps()
             while line.is_ready():
                 fan.free()
                 result = outcome(line.pop(tell), return_exceptions=return_exceptions)

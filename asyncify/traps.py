@@ -27,7 +27,7 @@ __all__ = ["MANY_BRIDGED", "MANY_UNBOUNDED", "tell_bridged", "tell_unbounded", "
 Function = Callable[..., Any]
 
 MANY_BRIDGED = 10
-"""Calls in a batch from which on it matters that the async side is made of threads."""
+"""Calls in a batch or a stream from which on it matters that the async side is made of threads."""
 
 MANY_UNBOUNDED = 100
 """Calls in a batch up to which no limit is needed."""
@@ -40,7 +40,7 @@ _NOT_THE_CALLER = tuple(
 
 
 def tell_bridged(name: str, fn: Function, calls: int) -> None:
-    """Tell that a batch of async calls runs on threads."""
+    """Tell that many async calls run on threads."""
     _tell(
         BridgedWarning(
             f"{calls:,} async calls of {name} run in threads, for it has no async side of its own; write one, and "

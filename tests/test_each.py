@@ -123,6 +123,7 @@ def test_a_stream_raises_where_the_loop_raises(way: str, inputs: list[int], wind
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [RunnableLambda, Pair, lambda f, g: Pair(f, g) | Pair(f, g), lambda f, _: Pair(f)])
+@pytest.mark.filterwarnings("ignore::asyncify.BridgedWarning")  # of the last
 def test_any_runnable_goes(way: str, kind: Callable[..., Any]) -> None:
     """A RunnableLambda, a pair, a pipe and a pair with one side stream alike."""
     assert collect(way, kind(same, same_async), range(20), window=3) == list(range(20))

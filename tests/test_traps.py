@@ -16,8 +16,10 @@ from asyncify import (
     BridgedWarning,
     Dual,
     UnboundedWarning,
+    aeach,
     concurrency,
     dual,
+    each,
     registry,
     traps,
 )
@@ -151,6 +153,72 @@ async def test_a_stream_of_completed_calls_is_told_as_well():
     bridged = await told(consume(Dual(fetch), 10))
 
     assert [message.category for message in unbounded + bridged] == [UnboundedWarning, BridgedWarning]
+
+
+async def stream(way: str, pair: Any, calls: int, **options: Any) -> list[Any]:
+    """Return all that a stream yields."""
+    if way == "aeach":
+        return [output async for output in aeach(pair, range(calls), **options)]
+    via: Any = "async" if way == "each via async" else "threads"
+    return await asyncio.to_thread(lambda: list(each(pair, range(calls), via=via, **options)))
+
+
+@pytest.mark.parametrize("window", [1, 64])
+@pytest.mark.parametrize("way", ["aeach", "each via async"])
+async def test_a_long_stream_over_threads_is_told(way, window):
+    """From the tenth call on, at the line of the loop, once for each pair."""
+    pair = Dual(fetch)
+
+    assert await told(stream(way, pair, 9, window=window)) == []
+    messages = await told(stream(way, pair, 10, window=window))
+    assert [(message.category, message.filename) for message in messages] == [(BridgedWarning, __file__)]
+    assert "10 async calls of fetch run in threads" in str(messages[0].message)
+    assert await told(stream(way, pair, 50)) == []
+
+
+async def test_a_stream_tells_where_it_is_read():
+    """The warning points at the loop, also where the stream was made elsewhere."""
+    results = aeach(Dual(fetch), range(10))
+    with pytest.warns(BridgedWarning) as messages:
+        async for _ in results:
+            pass
+    line = test_a_stream_tells_where_it_is_read.__code__.co_firstlineno + 4
+
+    assert (messages[0].filename, messages[0].lineno) == (__file__, line)
+
+
+@pytest.mark.parametrize("way", ["aeach", "each via async"])
+async def test_a_stream_of_a_pipe_or_a_binding_tells_for_its_pairs(way):
+    """What has been told of a pair with a config is not told of the pair alone."""
+    pair = Dual(fetch)
+    pipe = (pair | {"a": Dual(fetch), "b": Dual(fetch, fetch_async)}).with_config(tags=["t"])
+    messages = await told(stream(way, pipe, 10))
+
+    assert [message.category for message in messages] == [BridgedWarning] * 2
+    assert await told(stream(way, pair, 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("way", "make"),
+    [
+        pytest.param("aeach", lambda: Dual(fetch, fetch_async), id="aeach"),
+        pytest.param("each via async", lambda: Dual(fetch, fetch_async), id="each via async"),
+        pytest.param("each in threads", lambda: Dual(fetch), id="each in threads"),
+        pytest.param("aeach", lambda: dual(warn=False)(fetch), id="silent"),
+        pytest.param("aeach", lambda: RunnableLambda(fetch), id="LangChain's"),
+    ],
+)
+async def test_a_stream_in_no_trap_tells_nothing(way, make):
+    """Both sides, or threads that were asked for; and a window of any size is a limit."""
+    assert await told(stream(way, make(), 300, window=200)) == []
+
+
+async def test_what_a_checkpoint_has_is_no_call(tmp_path):
+    """A stream over many inputs that makes few calls is told of none."""
+    file = tmp_path / "run.sqlite"
+    await stream("each in threads", Dual(fetch), 95, checkpoint=file)
+
+    assert await told(stream("aeach", Dual(fetch), 100, checkpoint=file)) == []
 
 
 async def test_a_pipe_tells_for_its_pairs():
