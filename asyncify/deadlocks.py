@@ -75,7 +75,7 @@ def come_to_wait(permit: Permit, held: Collection[Permit], scope: CancelScope | 
         return
     loop = permit.ready.get_loop() if permit.in_task else None
     if own and (stuck := _stuck_by(permit, own, loop)):
-        permit.issuer.count_rejected()
+        permit.issuer._count_rejected()
         raise _deadlock_error(permit, own, stuck)
     if loop is not None and permit.within and not gives_up:
         _lookouts.setdefault(loop, Lookout()).note(permit, loop, _look)
@@ -101,14 +101,14 @@ def _tell_if_stuck(permit: Permit) -> None:
     own = Held.by(permit)
     if own and not permit.in_task and (stuck := _stuck_by(permit, own, None)):
         permit.told = _deadlock_error(permit, own, stuck)
-        permit.issuer.count_rejected()
+        permit.issuer._count_rejected()
         permit.call_off()
 
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:
     """Return the limiters that are stuck by this wait, if it can never end; it is taken for called off then."""
     limiter = permit.issuer
-    if is_anybody_free(limiter.inside(), own) or not Proof(own, [limiter], scope=permit.scope, loop=loop).stuck:
+    if is_anybody_free(limiter._inside(), own) or not Proof(own, [limiter], scope=permit.scope, loop=loop).stuck:
         return None
     with _looking:
         proof = Proof(own, [limiter], scope=permit.scope, loop=loop)
@@ -152,7 +152,7 @@ def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
 
 def _is_busy(limiter: Issuer) -> bool:
     """Tell whether one of the calls inside is certain to be kept by nobody who waits."""
-    return any(not call.keepers() for call in limiter.inside())
+    return any(not call.keepers() for call in limiter._inside())
 
 
 def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
@@ -165,7 +165,7 @@ def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
         if call.slots:
             groups.join(call.issuer, (permit.issuer for permit in waits))
     for limiter in limiters:
-        for call in limiter.inside():
+        for call in limiter._inside():
             groups.join(limiter, (keeper.issuer for keeper in call.keepers() if isinstance(keeper, Permit)))
     parts: defaultdict[Issuer, list[Permit]] = defaultdict(list)
     for permit in waiting:
@@ -194,7 +194,7 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
         return False
     permit.ready.set_exception(_deadlock_error(permit, own, stuck))
     permit.ready.exception()  # its task may be cancelled at this moment, and not hear of it
-    permit.issuer.count_rejected()
+    permit.issuer._count_rejected()
     return True
 
 
@@ -249,7 +249,7 @@ class _Groups:
 
 
 def _waiting_on(loop: AbstractEventLoop, limiters: Iterable[Issuer]) -> list[asyncio.Future[None]]:
-    return [future for limiter in limiters for future in limiter.waiting_on(loop)]
+    return [future for limiter in limiters for future in limiter._waiting_on(loop)]
 
 
 def _holds_others(own: Held, known: Collection[Permit], stuck: Stuck) -> bool:
@@ -266,20 +266,20 @@ def _frozen_by(permit: Permit) -> set[Permit]:
     """Return the calls inside that end in the thread that `permit` waits in, if an event loop runs there."""
     if permit.in_task or _get_running_loop() is None:
         return set()
-    return {other for other in permit.issuer.inside() if other.thread == permit.thread}
+    return {other for other in permit.issuer._inside() if other.thread == permit.thread}
 
 
 def _deadlock_error(permit: Permit, own: Held, stuck: Stuck) -> DeadlockError:
     """Return what a call is told that waits for itself."""
     limiter = permit.issuer
-    slots = f"{limiter.title()}: all slots ({limiter.places()}) are held by calls that"
+    slots = f"{limiter._title()}: all slots ({limiter._places()}) are held by calls that"
     holds_loop = not permit.in_task and _get_running_loop() is not None
     if (holds_loop or own.holds_up_loop()) and not own.stops_at_most(stuck[limiter]).issubset(permit.around()):
         return DeadlockError(
             f"{slots} run on the event loop which this one holds up while it waits, so none can ever come free. "
             "On an event loop, await the async side: ainvoke or acall."
         )
-    if others := sorted({other.title() for other in stuck if other is not limiter}):
+    if others := sorted({other._title() for other in stuck if other is not limiter}):
         way = " and ".join(others if len(others) <= _NAMED else [*others[:_NAMED], f"{len(others) - _NAMED} others"])
         return DeadlockError(
             f"{slots} wait, by way of {way}, for a slot of this very limiter, so none can ever come free. Have all "

@@ -411,7 +411,7 @@ def _make_pair(
     pair._binding = _binding_of(decorated)
     former = unwrapped(decorated)
     replaced = former if is_pair(former) else None
-    registry.add(pair, fn, name, instead_of=replaced)
+    registry._add(pair, fn, name, instead_of=replaced)
     if replaced is not None and replaced._gate is not None:
         replaced._gate.rename(_name_of(pair))
     pair._by_reference = True
@@ -441,7 +441,7 @@ def _binding_of(decorated: object) -> Binding:
 
 def _decorate_stub(name: str | None, pair: AnyDual, stub: Function) -> None:
     pair._binding = _binding_of(stub)
-    registry.add(pair, unwrapped(stub), name, instead_of=pair)
+    registry._add(pair, unwrapped(stub), name, instead_of=pair)
     pair._furnish(wears=unwrapped(stub))
 
 

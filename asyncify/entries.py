@@ -239,7 +239,7 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
         return replace(side, run=delegated(side.fn, side.shape, gate, bridge), kind="bridged")
 
     def threads() -> int | None:
-        return None if gate is not None and gate.limiter.bounds_calls else DEFAULT_THREADS  # a limit may be resized
+        return None if gate is not None and gate.limiter._bounds_calls else DEFAULT_THREADS  # a limit may be resized
 
     pool = ThreadPool(threads, name)
     return replace(side, run=_threaded(side.run, side.shape, gate, pool), kind="bridged")

@@ -23,7 +23,7 @@ class ForeignLimiter:
     loop that uses it, so all its waiting is done on one loop in the background.
     """
 
-    bounds_calls = False
+    _bounds_calls = False
 
     def __init__(self, limiter: AsyncLimiter | BaseRateLimiter) -> None:
         if not isinstance(limiter, (AsyncLimiter, BaseRateLimiter)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -63,10 +63,10 @@ class ForeignLimiter:
         """Hash by whose it is."""
         return id(self._limiter)
 
-    def state(self) -> str:
+    def _state(self) -> str:
         """Say whose it is."""
         return f"limited by {type(self._limiter).__name__}"
 
     def __repr__(self) -> str:
         """Show whose it is: `<ForeignLimiter limited by AsyncLimiter>`."""
-        return f"<ForeignLimiter {self.state()}>"
+        return f"<ForeignLimiter {self._state()}>"

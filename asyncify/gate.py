@@ -136,7 +136,7 @@ class Gate:
         if not callable(self.cost):
             return self.cost
         cost = check_not_negative(f"{self._title}: cost", self._ask("cost", self.cost, args, kwargs), "cost=20")
-        limiter.limits.check_affordable(cost, self._title)
+        limiter._limits.check_affordable(cost, self._title)
         return cost
 
     def _ask(self, what: str, function: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,7 +208,7 @@ def _check_usable(
         raise TypeError("cost= and timeout= need a limiter of asyncify's; a foreign one knows neither")
     if cost is None:
         return
-    if not limiter.limits.rates:
+    if not limiter._limits.rates:
         raise ValueError("cost= needs a rate, as in per_minute=90_000, cost=count_tokens")
     if not callable(cost):
-        limiter.limits.check_affordable(cost, f"cost={cost!r}")
+        limiter._limits.check_affordable(cost, f"cost={cost!r}")

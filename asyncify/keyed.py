@@ -24,21 +24,21 @@ class KeyedLimiter:
     """
 
     def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
-        self.limits: Limits = Limiter(**limits, name=name).limits  # bad arguments are told now, not at the first call
+        self._limits: Limits = Limiter(**limits, name=name)._limits  # bad arguments are told now, not at the first call
         self.key = key
         self.name = name
         self._arguments = limits
         self._mark = object()  # by which it knows its own, without a cycle
-        self.after_fork()
+        self._after_fork()
         _keyed.add(self)
         # Whoever is inside or waits keeps a limiter alive; `_recent` keeps those whose admissions still count.
         self._alive: weakref.WeakValueDictionary[Hashable, Limiter] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Hashable, Limiter] = OrderedDict()
 
-    bounds_calls = False
+    _bounds_calls = False
     """There is a limit on the calls of a key, but none on their sum over all keys."""
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """Make a lock that no thread of the parent holds."""
         self._lock = threading.RLock()  # a finalizer may come here in the middle of what is done under it
 
@@ -67,7 +67,7 @@ class KeyedLimiter:
             limiter = self._alive.get(key)
             if limiter is None:
                 limiter = self._alive[key] = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
-                limiter.made_by = self._mark
+                limiter._made_by = self._mark
             self._recent[key] = limiter
             self._recent.move_to_end(key)
             self._forget_idle()
@@ -77,7 +77,7 @@ class KeyedLimiter:
         """Look at the two that were used longest ago: so a call pays little, and idle ones do not pile up."""
         for _ in range(2):
             key, limiter = next(iter(self._recent.items()))
-            is_idle = len(self._recent) > 1 and limiter.is_idle()
+            is_idle = len(self._recent) > 1 and limiter._is_idle()
             with suppress(KeyError):  # a finalizer has had it forgotten meanwhile
                 if is_idle:
                     del self._recent[key]
@@ -92,19 +92,19 @@ class KeyedLimiter:
         """Correct, from inside a call, what it was estimated to cost."""
         for permit in permits():
             limiter = permit.issuer
-            if isinstance(limiter, Limiter) and limiter.made_by is self._mark:
+            if isinstance(limiter, Limiter) and limiter._made_by is self._mark:
                 limiter.record(actual)
                 return
         raise RuntimeError(f"{self.name or 'keyed limiter'}: this context is not inside a call that it has admitted")
 
-    def state(self) -> str:
+    def _state(self) -> str:
         """Say how many keys are remembered."""
         return f"{len(self)} keys"
 
     def __repr__(self) -> str:
         """Show how many keys are remembered: `<KeyedLimiter quotes 12 keys>`."""
         name = f"{self.name} " if self.name else ""
-        return f"<KeyedLimiter {name}{self.state()}>"
+        return f"<KeyedLimiter {name}{self._state()}>"
 
 
 _keyed: weakref.WeakSet[KeyedLimiter] = weakref.WeakSet()
@@ -112,7 +112,7 @@ _keyed: weakref.WeakSet[KeyedLimiter] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for limiter in list(_keyed):
-        limiter.after_fork()
+        limiter._after_fork()
 
 
 at_fork(after_in_child=_after_fork)

@@ -78,7 +78,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         _check_name(name)
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
         self._was_resized = False
-        self.made_by: object = None  # the mark of a limiter with a key, if one has made it
+        self._made_by: object = None  # the mark of a limiter with a key, if one has made it
 
     # --- the faces ---
 
@@ -141,11 +141,11 @@ class Limiter(Turnstile, BaseRateLimiter):
     def _try(self) -> bool:
         admitted = self._admit(Permit(self, 1, 0), queue=False)
         if not admitted:
-            self.count_rejected()
+            self._count_rejected()
         return admitted
 
     def _not_inside(self) -> str:
-        return f"{self.title()}: this context is not inside a call that it has admitted"
+        return f"{self._title()}: this context is not inside a call that it has admitted"
 
     def _leave_one(self, error: BaseException | None) -> None:
         """End a call whose permit is not the innermost here, or is not here at all.
@@ -156,7 +156,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             permit.taken = True
             permit.leave(error)
         elif self._meter.inside:  # looked at without the lock: a finalizer may be in the thread that holds it
-            self.give_back_other(error)
+            self._give_back_other(error)
         else:
             raise RuntimeError(self._not_inside())
 
@@ -205,7 +205,7 @@ class Limiter(Turnstile, BaseRateLimiter):
                 self._was_resized = True
                 self._configure(limits)
                 for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:
-                    permit.told = limits.too_dear(permit.cost, self.title())
+                    permit.told = limits.too_dear(permit.cost, self._title())
                     self._turn_away(permit)
         finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
             self._settle()
@@ -213,16 +213,16 @@ class Limiter(Turnstile, BaseRateLimiter):
     # --- what it tells ---
 
     @property
-    def bounds_calls(self) -> bool:
+    def _bounds_calls(self) -> bool:
         """Whether there is a limit on the calls in flight, and not on their rate alone."""
         return self._meter.limits.limit is not None
 
     @property
-    def limits(self) -> Limits:
+    def _limits(self) -> Limits:
         """The limits as they are now."""
         return self._meter.limits
 
-    def is_idle(self) -> bool:
+    def _is_idle(self) -> bool:
         """Whether a new one would do as well: nobody is inside or waits, nothing admitted counts, nor was learned."""
         self._drop_closed_loops()
         self._settle()
@@ -244,7 +244,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         p50, p95, p99 = (_percentile(ordered, share) for share in (0.50, 0.95, 0.99))
         return LimiterStats(*counts, self._meter.limits.limit, wait_p50=p50, wait_p95=p95, wait_p99=p99)
 
-    def state(self) -> str:
+    def _state(self) -> str:
         """Say what it holds now: `3/10 in flight, 50 per second, 7 waiting`."""
         self._drop_closed_loops()
         self._settle()
@@ -257,7 +257,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     def __repr__(self) -> str:
         """Show the state: `<Limiter quotes 3/10 in flight, 50 per second, 7 waiting>`."""
         name = f"{self.name} " if self.name else ""
-        return f"<Limiter {name}{self.state()}>"
+        return f"<Limiter {name}{self._state()}>"
 
     def __copy__(self) -> Self:
         """Return the limiter itself: a limit is one wherever it stands."""
@@ -270,7 +270,7 @@ class Limiter(Turnstile, BaseRateLimiter):
     def __reduce__(self) -> Any:
         """Refuse: a limit holds in one process."""
         raise pickle.PicklingError(
-            f"{self.title()}: holds in one process, so it can't be pickled; make one where the calls are made"
+            f"{self._title()}: holds in one process, so it can't be pickled; make one where the calls are made"
         )
 
 

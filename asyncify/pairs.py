@@ -115,7 +115,7 @@ class Registry:
         """Show how many pairs there are: `<Registry of 3 pairs>`."""
         return f"<Registry of {len(self)} pairs>"
 
-    def add(self, pair: AnyDual, fn: Function, name: str | None = None, *, instead_of: AnyDual | None = None) -> None:
+    def _add(self, pair: AnyDual, fn: Function, name: str | None = None, *, instead_of: AnyDual | None = None) -> None:
         """Register a pair under `name`, or else under that of the function that stands for it.
 
         A function without a name of its own, or with the name that a decorator has given to another one too, and one
@@ -148,7 +148,7 @@ class Registry:
             self._origins[full_name] = origin
             self._drop_origins()
 
-    def discard(self, pair: AnyDual) -> None:
+    def _discard(self, pair: AnyDual) -> None:
         """Forget a pair, if it is known."""
         with self._lock:
             for name in [known for known, other in self._pairs.items() if other is pair]:

@@ -69,7 +69,7 @@ class Patch:
         try:
             setattr(self._parent, self._name, pair)
         except (AttributeError, TypeError) as error:
-            registry.discard(pair)
+            registry._discard(pair)
             raise PairError(f"dual_patch: {self.target} can't be replaced where it stands: {error}") from error
         if inspect.isclass(self._parent):
             pair._become_method()
@@ -100,7 +100,7 @@ class Patch:
                 f"dual_patch: {self.target} is {found!r} by now, and no longer the pair; undo that first, the last "
                 "patch before the first"
             )
-        registry.discard(pair)
+        registry._discard(pair)
         self.pair = None
 
     def _restore(self) -> None:

@@ -37,39 +37,39 @@ __all__ = [
 class Issuer(Protocol):
     """The limiter that has issued a permit, and that it gives its place back to."""
 
-    def give_back(self, permit: Permit, error: BaseException | None) -> None:
+    def _give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended."""
         ...
 
-    def give_up(self, permit: Permit) -> None:
+    def _give_up(self, permit: Permit) -> None:
         """Take back the place of a call that will never start, be it waiting still or admitted already."""
         ...
 
-    def give_back_other(self, error: BaseException | None) -> None:
+    def _give_back_other(self, error: BaseException | None) -> None:
         """Take back the place of some call inside, as it is not known of which."""
         ...
 
-    def call_off(self, permit: Permit) -> None:
+    def _call_off(self, permit: Permit) -> None:
         """Wake a call that still waits, to give up."""
         ...
 
-    def count_rejected(self) -> None:
+    def _count_rejected(self) -> None:
         """Count a call that is turned away."""
         ...
 
-    def title(self) -> str:
+    def _title(self) -> str:
         """Return what errors call it."""
         ...
 
-    def inside(self) -> frozenset[Permit]:
+    def _inside(self) -> frozenset[Permit]:
         """Return the calls inside at this moment."""
         ...
 
-    def places(self) -> float:
+    def _places(self) -> float:
         """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
         ...
 
-    def waiting_on(self, loop: AbstractEventLoop) -> list[Future[None]]:
+    def _waiting_on(self, loop: AbstractEventLoop) -> list[Future[None]]:
         """Return what those wait on who wait in tasks of a loop, and without an end."""
         ...
 
@@ -189,10 +189,10 @@ class Permit:
             self.ended = True
             if self.outer is not None:
                 self.skip_ended()
-            self.issuer.give_back(self, error)
+            self.issuer._give_back(self, error)
         elif self.taken:
             self.taken = False  # before any call, at which another thread may come in between
-            self.issuer.give_back_other(error)
+            self.issuer._give_back_other(error)
 
     def step_out(self) -> None:
         """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
@@ -212,10 +212,10 @@ class Permit:
             self.ended = True
             if self.outer is not None:
                 self.skip_ended()
-            self.issuer.give_back(self, error)
+            self.issuer._give_back(self, error)
         elif self.taken:
             self.taken = False  # before any call, at which another thread may come in between
-            self.issuer.give_back_other(error)
+            self.issuer._give_back_other(error)
 
     def skip_ended(self) -> None:
         """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""
@@ -278,11 +278,11 @@ class Permit:
             self.timer.cancel()
         if not self.ended:
             self.ended = True
-            self.issuer.give_up(self)
+            self.issuer._give_up(self)
 
     def call_off(self) -> None:
         """Wake whoever waits with it, to give up; of no effect when it waits no longer."""
-        self.issuer.call_off(self)
+        self.issuer._call_off(self)
 
     def move_to_this_thread(self) -> None:
         """Note that the call now runs in this thread, in a context of its own."""

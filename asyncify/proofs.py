@@ -187,10 +187,10 @@ class Proof:
         return self._from_crew(each) if isinstance(each, Crew) else self._from_limiter(each)
 
     def _from_limiter(self, limiter: Issuer) -> Iterator[Any]:
-        self._inside[limiter] = inside = limiter.inside()
+        self._inside[limiter] = inside = limiter._inside()
         stopped = self._own.stops(inside)
         # An adaptive limit may have shrunk below the number of calls inside, and grow by their success.
-        if len(inside) < limiter.places():
+        if len(inside) < limiter._places():
             self._set_free(limiter)
         for call in _last_free_first(limiter, inside):
             if limiter in self._free:

@@ -401,7 +401,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def _admits(self) -> int | None:
         """Return how many calls the limit lets in at once; a fake runs at once, in the place of pair and limit."""
         limiter = None if self._fakes else self.limiter
-        return limiter.limits.limit if isinstance(limiter, Limiter) else None
+        return limiter._limits.limit if isinstance(limiter, Limiter) else None
 
     def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
         """Tell, once each, of the traps that an async batch of so many calls runs into."""
@@ -424,7 +424,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
         def batch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `RunnableLambda` does; a bridged sync side with a limit runs all inputs on the background loop."""
-            bounded = is_bounded(config) or (self._gate is not None and self._gate.limiter.bounds_calls)
+            bounded = is_bounded(config) or (self._gate is not None and self._gate.limiter._bounds_calls)
             if self._live.sync.kind == "bridged" and bounded and not self._runs_by_invoke:
                 return run_in_background(functools.partial(self.abatch, inputs, config, **options))
             return super().batch(inputs, config, **options)
@@ -520,7 +520,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         kinds = {"sync": self._entries.sync.kind, "async": self._entries.async_.kind}
         real = "+".join(side for side, kind in kinds.items() if kind == "native")
         made = "".join(f" ({side} {kind})" for side, kind in kinds.items() if kind != "native")
-        state = "" if self._gate is None else f" {self._gate.limiter.state()}"
+        state = "" if self._gate is None else f" {self._gate.limiter._state()}"
         return f"<Dual {self.get_name()} {real}{made}{state}>"
 
     def __reduce__(self) -> Any:

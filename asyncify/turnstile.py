@@ -105,7 +105,7 @@ class Turnstile:
         self._timer: Timer | None = None
         self._knows_permits = True  # a permit which looks held is held
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """Keep, in a forked child, only the calls that the forking thread is inside of."""
         self._begin()
         self._meter.inside.clear()
@@ -186,7 +186,7 @@ class Turnstile:
                     if queue:
                         self._call_back_at(at)
                 if permit.cost > self._meter.largest_cost:
-                    self._meter.limits.check_affordable(permit.cost, self.title())
+                    self._meter.limits.check_affordable(permit.cost, self._title())
                 if queue:
                     permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
                     if not permit.slots:
@@ -238,16 +238,16 @@ class Turnstile:
 
     # --- what a deadlock is looked for by; called without the lock, as others leave without it ---
 
-    def inside(self) -> frozenset[Permit]:
+    def _inside(self) -> frozenset[Permit]:
         """Return the calls inside at this moment."""
         return frozenset(self._meter.inside)
 
-    def places(self) -> float:
+    def _places(self) -> float:
         """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
         limit = self._meter.limits.limit
         return math.inf if limit is None or not self._knows_permits else limit
 
-    def waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+    def _waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
         """Return what those wait on who wait in tasks of a loop, and without an end."""
         with self._lock:
             waiting = [permit for permit in self._queue if permit.in_task and permit.timer is None]
@@ -255,11 +255,11 @@ class Turnstile:
         futures = [permit.ready for permit in waiting if permit.queue is not None]  # not of an empty place
         return [future for future in futures if future is not None and future.get_loop() is loop and not future.done()]
 
-    def title(self) -> str:
+    def _title(self) -> str:
         """Return what errors call it."""
         return f"limiter {self.name}" if self.name else "limiter"
 
-    def count_rejected(self) -> None:
+    def _count_rejected(self) -> None:
         """Count a call that is turned away."""
         with self._lock:
             self._rejected += 1
@@ -305,7 +305,7 @@ class Turnstile:
         if paused > 0:
             way_out = f"By a Retry-After all calls are paused for another {paused:.4g} s."
         return LimitTimeout(
-            f"{self.title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
+            f"{self._title()}: not admitted within {self._now() - permit.since:.3g} s; {permit.ahead} calls were "
             f"ahead of it when it came. {way_out}"
         )
 
@@ -468,7 +468,7 @@ class Turnstile:
 
     # --- leaving; called without the lock ---
 
-    def give_back(self, permit: Permit, error: BaseException | None) -> None:
+    def _give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended; `error` is what it raised.
 
         A finalizer may end a call in the middle of anything, in a thread that holds the lock just then. So nobody
@@ -492,7 +492,7 @@ class Turnstile:
             if error is not None or self._queue:
                 self._settle()
 
-    def give_back_other(self, error: BaseException | None) -> None:
+    def _give_back_other(self, error: BaseException | None) -> None:
         """Take back the place of some call inside, as it is not known of which.
 
         Its slot is free then, but its permit still looks held from where it was entered: so no deadlock is certain
@@ -504,12 +504,12 @@ class Turnstile:
         _robbed.add(permit)
         permit.end(error)
 
-    def give_up(self, permit: Permit) -> None:
+    def _give_up(self, permit: Permit) -> None:
         """Take back the place of a call that will never start, be it waiting still or admitted already."""
         self._departed.append((permit, _UNUSED))
         self._settle()
 
-    def call_off(self, permit: Permit) -> None:
+    def _call_off(self, permit: Permit) -> None:
         """Have a call give up that still waits: its place is taken at once, and it is woken to hear of it."""
         if permit.queue is not None:
             permit.is_called_off = True
@@ -524,7 +524,7 @@ class Turnstile:
             pause = None if congestion is None else congestion.retry_after
             return _Failure(pause, congested=self._adaptive is not None and bool(self._adaptive.config.on(error)))
         except Exception as failure:  # noqa: BLE001  (the error's own attributes, or the user's `on=`)
-            error.add_note(f"{self.title()}: whether this is a congestion can't be told: {failure!r}")
+            error.add_note(f"{self._title()}: whether this is a congestion can't be told: {failure!r}")
             return _Failure(pause, congested=False)
 
     def _pass_on(self) -> None:
@@ -608,7 +608,7 @@ _turnstiles: weakref.WeakSet[Turnstile] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for turnstile in list(_turnstiles):
-        turnstile.after_fork()
+        turnstile._after_fork()
 
 
 at_fork(after_in_child=_after_fork)

@@ -109,7 +109,7 @@ class Watch(Block):
         """Begin to watch."""
         with _changing:
             if not self._entered:
-                self.look_around()
+                self._look_around()
                 _set_watches((*_watches, self))
             self._entered += 1
         return self
@@ -130,7 +130,7 @@ class Watch(Block):
     def _around_a_call(self) -> Self:
         return self
 
-    def look_around(self) -> None:
+    def _look_around(self) -> None:
         """Look at the stacks of steps that are under way, again and again, from a thread of its own."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, args=(self._over,), name="asyncify-watch", daemon=True)
@@ -318,7 +318,7 @@ def _look_around_again() -> None:
     for thread in _running.keys() - {get_ident()}:
         del _running[thread]
     for watching in _watches:
-        watching.look_around()
+        watching._look_around()
     _changing.release()
 
 

@@ -101,7 +101,7 @@ connections = httpx.Limits(max_connections=TASKS, max_keepalive_connections=TASK
 async def observe(run: Run, client: httpx.AsyncClient, control: httpx.Client) -> None:
     """Send calls for as long as the plan says, change the server's capacity, and note what happens."""
     limiter = Limiter(limit=Adaptive(min=1, max=TASKS), name="market")
-    run.limits.append((0.0, limiter.limits.limit or 0))
+    run.limits.append((0.0, limiter.stats().limit or 0))
     begun = time.monotonic()
 
     @concurrency(limiter=limiter)

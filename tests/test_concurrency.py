@@ -229,7 +229,7 @@ def test_each_argument_reaches_the_limiter(place: Place, arguments: dict[str, An
     pair = place(Room(), concurrency(**arguments))
 
     assert isinstance(pair.limiter, Limiter)
-    assert pair.limiter.state() == state
+    assert pair.limiter._state() == state
     assert repr(pair).endswith(f" {state}>")
 
 

@@ -517,7 +517,7 @@ def test_a_wait_that_is_called_off_during_a_look(monkeypatch: pytest.MonkeyPatch
     may_look = threading.Event()
     others: list[Permit] = []
     looks: list[Limiter] = []
-    places = Limiter.places
+    places = Limiter._places
 
     def call_off_late(limiter: Limiter) -> float:
         if limiter is right and threading.current_thread().name == "last":
@@ -546,7 +546,7 @@ def test_a_wait_that_is_called_off_during_a_look(monkeypatch: pytest.MonkeyPatch
         others.extend((right if is_one_of_them else left)._queue)
         may_look.set()
 
-    monkeypatch.setattr(Limiter, "places", call_off_late)
+    monkeypatch.setattr(Limiter, "_places", call_off_late)
     ends = ends_in_threads(partial(TestInThreads().nest, left, right, inside), last, besides)
 
     assert isinstance(ends[1], DeadlockError) != is_one_of_them

@@ -112,7 +112,7 @@ class TestKeys:
         assert len(keyed) == 101
         clock.advance(1)
         for _ in range(200):
-            keyed["b"].state()
+            keyed["b"]._state()
         gc.collect()
 
         assert len(keyed) <= 2
@@ -296,7 +296,7 @@ class TestKeys:
 
     def test_limits_of_a_key_do_not_bound_all_calls(self) -> None:
         """A thread pool of a pair can't be sized by them."""
-        assert not KeyedLimiter(lambda key: key, limit=3).bounds_calls
+        assert not KeyedLimiter(lambda key: key, limit=3)._bounds_calls
 
 
 class TestCost:
@@ -528,7 +528,7 @@ class TestForeignLimiters:
 
         for end in (granted.leave, granted.end, granted.step_out, granted.move_to_this_thread):
             end()
-        assert not gate.limiter.bounds_calls
+        assert not gate.limiter._bounds_calls
 
     def test_both_sides_may_bring_the_same(self) -> None:
         """It is one limit then, and no two."""

@@ -849,7 +849,7 @@ class TestArguments:
 
     def test_a_burst_of_one_goes_with_any_rate(self) -> None:
         """It is what every rate has by default."""
-        assert Limiter(per_second=0.5, burst=1).limits.burst == 1
+        assert Limiter(per_second=0.5, burst=1)._limits.burst == 1
 
     def test_a_copy_is_the_limiter_itself(self) -> None:
         """A limit is one wherever it stands; and it holds in one process."""
@@ -862,5 +862,12 @@ class TestArguments:
 
     def test_it_knows_whether_it_bounds_calls(self) -> None:
         """A limit does, a rate does not."""
-        assert Limiter(limit=1).bounds_calls
-        assert not Limiter(per_second=1).bounds_calls
+        assert Limiter(limit=1)._bounds_calls
+        assert not Limiter(per_second=1)._bounds_calls
+
+
+def test_it_has_few_public_names() -> None:
+    """A subclass may call its own as it likes: all else that a limiter has inside is private."""
+    names = {name for name in dir(Limiter(limit=1)) if not name.startswith("_")}
+
+    assert names == {"aacquire", "acquire", "aenter", "enter", "name", "record", "resize", "stats", "timeout"}

@@ -254,11 +254,11 @@ class TestResize:
         limiter = Limiter(limit=3, per_second=10, per_hour=99, burst=2)
         limiter.resize(per_second=20)
         assert repr(limiter) == "<Limiter 0/3 in flight, 20 per second, 99 per hour, 0 waiting>"
-        assert limiter.limits.burst == 2
+        assert limiter._limits.burst == 2
         limiter.resize(limit=None, per_minute=50, per_hour=None, burst=None)
 
         assert repr(limiter) == "<Limiter 20 per second, 50 per minute, 0 waiting>"
-        assert limiter.limits.burst == 1
+        assert limiter._limits.burst == 1
 
     def test_who_leaves_gives_its_own_slot_back(self) -> None:
         """Those who are still inside are the others, also where each end is learnt from."""
@@ -393,7 +393,7 @@ class TestAdaptive:
         for _ in range(10 * seconds):
             clock.advance(0.1)
             if clock.now() > pause:
-                permits = [contextvars.Context().run(limiter.enter) for _ in range(limiter.limits.limit or 0)]
+                permits = [contextvars.Context().run(limiter.enter) for _ in range(limiter._limits.limit or 0)]
                 for permit in permits:
                     permit.end()
 

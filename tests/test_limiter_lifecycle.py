@@ -343,7 +343,7 @@ class TestLoops:
             assert asyncio.run(asyncio.wait_for(fetch.acall(1), SAFETY_NET)) == 1
         elif next_one == "a thread":
             assert limiter.enter(timeout=SAFETY_NET).at is not None
-            limiter.give_back_other(None)
+            limiter._give_back_other(None)
 
         assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
 
@@ -367,9 +367,9 @@ class TestLoops:
 
         assert limiter._loops
         with limiter._lock:
-            assert run_apart(limiter.is_idle)
-            assert limiter.is_idle()
-        assert limiter.is_idle()
+            assert run_apart(limiter._is_idle)
+            assert limiter._is_idle()
+        assert limiter._is_idle()
         assert not limiter._loops
 
     def test_run_cancels_its_waiters(self) -> None:
@@ -688,7 +688,7 @@ class TestInterrupts:
             _turn(loop)
             with At(number, self.MODULES, interrupt) as at, suppress(KeyboardInterrupt):
                 limiter.resize(limit=10)
-            if limiter.limits.limit == 1:
+            if limiter._limits.limit == 1:
                 limiter.resize(limit=10)
             tasks.append(loop.create_task(_pass(limiter)))
             _turn(loop)

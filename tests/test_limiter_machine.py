@@ -83,7 +83,7 @@ class LimiterMachine(RuleBasedStateMachine):
         timeout=st.none() | st.just(0.7),
     )
     def come(self, cost: float, slots: int, timeout: float | None) -> None:
-        if cost > self.limiter.limits.largest_cost:
+        if cost > self.limiter._limits.largest_cost:
             return
         waiter = Waiter(len(self.calls), cost, slots, self.clock.now(), timeout)
         waiter.task = self.loop.create_task(self.limiter.aenter(cost, slots, timeout))
@@ -118,7 +118,7 @@ class LimiterMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 4))
     def resize(self, limit: int) -> None:
-        old = self.limiter.limits.limit
+        old = self.limiter._limits.limit
         if old is not None:
             self.limiter.resize(limit=limit)
             self.settle()
@@ -177,7 +177,7 @@ class LimiterMachine(RuleBasedStateMachine):
     def check_admission(self, waiter: Waiter, permit: Permit) -> None:
         assert permit.at is not None
         waiter.admitted_at = permit.at
-        limits = self.limiter.limits
+        limits = self.limiter._limits
         ahead = [other for other in self.waiting() if other.number < waiter.number]
         assert not [other for other in ahead if other.slots == 0 or waiter.slots], "overtaken"
         self.started.append(waiter)
@@ -188,7 +188,7 @@ class LimiterMachine(RuleBasedStateMachine):
             assert sum(cost for at, cost in times if at <= permit.at < at + rate.period) <= rate.amount + EPSILON
 
     def check_pace(self, waiter: Waiter) -> None:
-        limits = self.limiter.limits
+        limits = self.limiter._limits
         if not limits.rates:
             return
         interval = limits.rates[0].period / limits.rates[0].amount

@@ -691,7 +691,7 @@ async def test_a_class_method_in_the_midst_of_decorators_loses_nothing(pair: Any
     """Both sides are there, and the limit."""
     assert pair.invoke("x") == pair.call("x") == sync
     assert await pair.ainvoke("x") == await pair.acall("x") == async_
-    assert pair.limiter.limits.limit == 2
+    assert pair.limiter.stats().limit == 2
 
 
 def test_a_class_method_is_faked_where_it_is_looked_up() -> None:

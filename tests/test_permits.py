@@ -23,31 +23,31 @@ class Issuer:
         self.others: list[BaseException | None] = []
         self.called_off: list[Permit] = []
 
-    def give_back(self, permit: Permit, error: BaseException | None) -> None:
+    def _give_back(self, permit: Permit, error: BaseException | None) -> None:
         self.taken.append((permit, error))
 
-    def give_up(self, permit: Permit) -> None:
+    def _give_up(self, permit: Permit) -> None:
         self.given_up.append(permit)
 
-    def give_back_other(self, error: BaseException | None) -> None:
+    def _give_back_other(self, error: BaseException | None) -> None:
         self.others.append(error)
 
-    def call_off(self, permit: Permit) -> None:
+    def _call_off(self, permit: Permit) -> None:
         self.called_off.append(permit)
 
-    def count_rejected(self) -> None:
+    def _count_rejected(self) -> None:
         raise NotImplementedError
 
-    def title(self) -> str:
+    def _title(self) -> str:
         raise NotImplementedError
 
-    def inside(self) -> frozenset[Permit]:
+    def _inside(self) -> frozenset[Permit]:
         raise NotImplementedError
 
-    def places(self) -> float:
+    def _places(self) -> float:
         raise NotImplementedError
 
-    def waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+    def _waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
         raise NotImplementedError
 
 

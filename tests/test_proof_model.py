@@ -20,13 +20,13 @@ class Limit:
 
     def __init__(self, places: int) -> None:
         self.calls: list[Permit] = []
-        self._places = places
+        self._limit = places
 
-    def inside(self) -> frozenset[Permit]:
+    def _inside(self) -> frozenset[Permit]:
         return frozenset(self.calls)
 
-    def places(self) -> float:
-        return self._places
+    def _places(self) -> float:
+        return self._limit
 
 
 class Threads(Crew):
@@ -131,7 +131,7 @@ def slow_proof(world: World, without: Permit | None = None) -> set[Any]:
         still_limits = {
             limit
             for limit in limits
-            if len(limit.calls) >= limit.places() and all(call in kept and not call.ended for call in limit.calls)
+            if len(limit.calls) >= limit._places() and all(call in kept and not call.ended for call in limit.calls)
         }
         if (still_limits, still_waits, still_crews) == (limits, waits, crews):
             return limits

@@ -381,7 +381,7 @@ async def test_a_slot_that_comes_free_as_others_are_looked_at_is_handed_on() -> 
     monkeypatched = _Lock(limiter._lock, permit.end)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limiter, "_lock", monkeypatched)
-        limiter.waiting_on(asyncio.get_running_loop())
+        limiter._waiting_on(asyncio.get_running_loop())
 
     (await asyncio.wait_for(waiter, SAFETY_NET)).end()
 

@@ -88,9 +88,9 @@ def test_a_pair_that_nobody_holds_is_forgotten() -> None:
     """The registry keeps no pair alive, and nothing of it."""
     own = Registry()
     for number in range(10):
-        own.add(Dual[Any, Any](lambda query: query), quote.func, f"pair_{number}")
+        own._add(Dual[Any, Any](lambda query: query), quote.func, f"pair_{number}")
     gc.collect()
-    own.add(quote, quote.func)
+    own._add(quote, quote.func)
 
     assert [record.name for record in own] == [f"{__name__}.quote"]
     assert set(own._origins) == {f"{__name__}.quote"}
@@ -221,7 +221,7 @@ def test_a_sum_of_threads_registers_all() -> None:
     def register(part: int) -> None:
         start.wait()
         for number in range(part, 400, 4):
-            own.add(pairs[number], quote.func, f"pair_{number}")
+            own._add(pairs[number], quote.func, f"pair_{number}")
 
     def read() -> None:
         start.wait()
