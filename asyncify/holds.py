@@ -1,7 +1,7 @@
 """Which calls can't end while this one waits: what a deadlock is told by.
 
-That a context has inherited a permit proves nothing: a task left running in the background has inherited it too.
-These are proofs:
+That a context has inherited a permit proves nothing: a task left running in the background has inherited it too. Nor
+does one that was entered by `enter()`, as whoever it is given to may leave it. These are proofs:
 
 - A thread holds what was entered in it, and what has moved to it.
 - A task holds what was entered in its own context. A token can be reset only in the context that it was made in, and
