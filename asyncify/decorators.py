@@ -30,7 +30,18 @@ from asyncify.errors import PairError
 from asyncify.gate import Gate, make_gate
 from asyncify.limiter import Limiter
 from asyncify.pairs import registry
-from asyncify.runnable import AnyDual, Binding, Dual, Nothing, function_of, gate_of, is_pair, side_beside, unwrapped
+from asyncify.runnable import (
+    AnyDual,
+    Binding,
+    Dual,
+    Nothing,
+    Returning,
+    function_of,
+    gate_of,
+    is_pair,
+    side_beside,
+    unwrapped,
+)
 from asyncify.signatures import check_pair, check_side, describe, is_async
 
 __all__ = ["concurrency", "dual"]
@@ -39,7 +50,6 @@ Function = Callable[..., Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
-D = TypeVar("D", bound=AnyDual)
 
 # The overloads overlap on purpose: a coroutine function is a function too, and the first one that fits is meant.
 
@@ -56,17 +66,6 @@ if TYPE_CHECKING:
         """What an async generator function returns, of chunks that may not be joined with others."""
 
         def __aiter__(self) -> T: ...
-
-    # An argument with an Any somewhere in its type makes mypy give up, and infer Any, where it fits two overloads that
-    # take different types. So a function is taken as what it returns, whatever else that is: its own type, to mypy.
-
-    class _Returning(Protocol[P, R, T]):  # type: ignore[misc]  # pyright: ignore[reportInvalidTypeVarUse]
-        """A function that returns R, which is a T."""
-
-        @overload
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
-        @overload
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-cannot-match]
 
     class _OverStub(Dual[Any, T, P, T]):
         """A pair of two functions, whose first call may decorate a stub."""
@@ -96,47 +95,51 @@ if TYPE_CHECKING:
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Generator[T, Any, Any]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+    OverStub = TypeVar("OverStub", bound=_OverStub[Any, ...] | _OverStreamStub[Any, ...])
+
 
 class Decorator(Protocol):
     """Makes a pair of a function, or of what was already one."""
 
     @overload
-    def __call__(self, fn: D, /) -> D: ...
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, fn: OverStub, /
+    ) -> OverStub: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, fn: Callable[P, Nothing], /
     ) -> Dual[Any, Any, P, Any]: ...
     @overload
-    def __call__(self, fn: _Returning[P, R, Awaitable[T]], /) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
+    def __call__(self, fn: Returning[P, R, Awaitable[T]], /) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-        self, fn: _Returning[P, R, AsyncIterable[T]], /
+        self, fn: Returning[P, R, AsyncIterable[T]], /
     ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, fn: _Returning[P, R, Iterator[T]], /
+        self, fn: Returning[P, R, Iterator[T]], /
     ) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
     @overload
     def __call__(self, fn: Callable[P, T], /) -> Dual[Any, T, P, T]: ...
 
 
 @overload
-def dual(fn: D, /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> D: ...
+def dual(fn: Nothing, /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> Any: ...
 @overload
 def dual(  # type: ignore[overload-overlap]
     fn: Callable[P, Nothing], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, Any, P, Any]: ...
 @overload
 def dual(
-    fn: _Returning[P, R, Awaitable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    fn: Returning[P, R, Awaitable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Coroutine[None, object, T]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-    fn: _Returning[P, R, AsyncIterable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    fn: Returning[P, R, AsyncIterable[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]
-    fn: _Returning[P, R, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    fn: Returning[P, R, Iterator[T]], /, *, name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]]: ...
 @overload
 def dual(
@@ -192,7 +195,7 @@ def dual(  # type: ignore[overload-overlap]
 ) -> Callable[[Callable[P, Awaitable[T]]], Dual[Any, T, P, Coroutine[None, object, T]]]: ...
 @overload
 def dual(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
-    *, sync: _Returning[P, R, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
+    *, sync: Returning[P, R, Iterator[T]], name: str | None = None, bridge: Bridge = "thread", warn: bool = True
 ) -> Callable[
     [Callable[P, AsyncIterable[T]]],
     Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
@@ -204,7 +207,7 @@ def dual(
 @overload
 def dual(*, name: str | None = None, bridge: Bridge = "thread", warn: bool = True) -> Decorator: ...
 def dual(
-    fn: Function | None = None,
+    fn: Any = None,
     /,
     *,
     sync: Function | None = None,

@@ -26,7 +26,7 @@ from collections.abc import (
 from concurrent.futures import Executor
 from itertools import chain
 from types import MethodType, new_class
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Self, TypeGuard, cast, final, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Protocol, Self, TypeGuard, cast, final, overload
 
 from langchain_core.runnables.base import Runnable, RunnableSerializable
 from langchain_core.runnables.config import RunnableConfig
@@ -76,6 +76,7 @@ __all__ = [
     "Binding",
     "Dual",
     "Nothing",
+    "Returning",
     "function_of",
     "gate_of",
     "in_its_class",
@@ -93,6 +94,8 @@ Called = TypeVar("Called", default=Output)
 Acalled = TypeVar("Acalled", default=Coroutine[None, object, Output])
 P = ParamSpec("P")
 T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
+T_co = TypeVar("T_co", covariant=True)
 Function = Callable[..., Any]
 Binding = Literal["instance", "class", "nothing"]
 
@@ -100,6 +103,19 @@ Binding = Literal["instance", "class", "nothing"]
 @final
 class Nothing:
     """To a checker, what no function returns: only `Any` passes for it, and the result of what never returns."""
+
+
+# An argument with an Any somewhere in its type, as each pair is, makes mypy give up, and infer Any, where it fits two
+# overloads that take different types. So it is taken as what it returns, whatever else that is: its own type, to mypy.
+
+
+class Returning(Protocol[P, R_co, T_co]):
+    """A function, or a pair, that returns R, which is a T."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T_co: ...  # type: ignore[overload-cannot-match]
 
 
 class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):

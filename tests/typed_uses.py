@@ -129,6 +129,11 @@ class Callables:
         return float(query)
 
 
+class AsyncCallable:
+    async def __call__(self, query: str) -> float:
+        return float(query)
+
+
 upper = RunnableLambda(str.upper)
 
 
@@ -271,6 +276,7 @@ def agreeing_sides() -> None:
     assert_type(dual(sync=optional_sync, async_=optional_async)("EUR"), Quote | None)
     assert_type(dual(sync=lambda query: 1.5, async_=number_async).call("EUR"), float)
     assert_type(dual(sync=Callables().number, async_=Callables().anumber)("EUR"), float)
+    assert_type(dual(AsyncCallable()).call("EUR"), float)
     assert_type(dual(sync=Callables(), async_=Callables().anumber)("EUR"), float)
     assert_type(dual(sync=partial(fetch_sync, count=2), async_=partial(fetch_async, count=2))("EUR"), Quote)
     assert_type(dual(sync=concurrency(limit=3)(fetch_sync), async_=fetch_async)("EUR", count=2), Quote)
@@ -534,6 +540,13 @@ class Feed:
         return query
 
 
+async def any_function(fn: Any) -> None:
+    """What `Any` is made to is `Any`."""
+    assert_type(dual(fn), Any)
+    assert_type(concurrency(limit=3)(fn), Any)
+    assert_type(Dual(fn)("EUR"), Any)
+
+
 async def any_results(feed: Feed) -> None:
     """`Any` is neither taken for an awaitable nor for an iterator; nor is what never returns."""
     assert_type(any_alone("EUR"), Any)
@@ -589,6 +602,131 @@ def limit_on_ticks(query: str) -> Iterator[float]:
     yield 1.0
 
 
+@concurrency(limit=3)
+@dual
+def limit_over_def(query: str) -> Quote:
+    return {query: 1}
+
+
+@concurrency(limit=3)
+@dual
+async def limit_over_async(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@concurrency(limit=3)
+@dual(sync=fetch_sync)
+async def limit_over_both(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@concurrency(limit=3)
+@dual
+def limit_over_ticks(query: str) -> Iterator[float]:
+    yield 1.0
+
+
+@concurrency(limit=3)
+@dual(name="limited ticks")
+async def limit_over_aticks(query: str) -> AsyncIterator[float]:
+    yield 1.0
+
+
+@concurrency(limit=3)
+@dual
+async def limit_over_any(query: dict[str, Any]) -> dict[str, Any]:
+    return query
+
+
+@concurrency(limit=3)
+@dual
+async def limit_over_any_ticks(query: dict[str, Any]) -> AsyncIterator[float]:
+    yield 1.0
+
+
+@dual
+@concurrency(limit=3)
+def limit_under_def(query: str) -> Quote:
+    return {query: 1}
+
+
+@dual
+@concurrency(limit=3)
+async def limit_under_async(query: str, count: int = 1) -> Quote:
+    return {query: count}
+
+
+@dual
+@concurrency(limit=3)
+def limit_under_ticks(query: str) -> Iterator[float]:
+    yield 1.0
+
+
+@dual(name="more limited ticks")
+@concurrency(limit=3)
+async def limit_under_aticks(query: str) -> AsyncIterator[float]:
+    yield 1.0
+
+
+@dual
+@concurrency(limit=3)
+async def limit_under_any(query: dict[str, Any]) -> dict[str, Any]:
+    return query
+
+
+limit_over_two = concurrency(limit=3)(from_two)
+limit_over_two_ticks = concurrency(limit=3)(two_ticks)
+
+
+@concurrency(limit=3)(dual(sync=fetch_sync, async_=fetch_async))
+def limited_stub(query: str, count: int = 1) -> Quote:
+    """Fetch one quote."""
+    raise NotImplementedError
+
+
+async def limits_over() -> None:
+    """It changes nothing over a pair, whatever that is of."""
+    assert_type(limit_over_def("EUR"), Quote)
+    assert_type(await limit_over_def.acall("EUR"), Quote)
+    assert_type(await limit_over_async("EUR", count=2), Quote)
+    assert_type(limit_over_async.call("EUR"), Quote)
+    assert_type(await limit_over_async.acall("EUR"), Quote)
+    assert_type(await limit_over_async.ainvoke("EUR"), Quote)
+    assert_type(limit_over_async | RunnableLambda(len), RunnableSerializable[Any, int])
+    assert_type(await limit_over_both("EUR", count=2), Quote)
+    assert_type(limit_over_both.call("EUR"), Quote)
+    assert_type(limit_over_ticks("EUR"), Generator[float, Any, Any])
+    assert_type(limit_over_ticks.acall("EUR"), AsyncGenerator[float, Any])
+    assert_type(limit_over_aticks("EUR"), AsyncGenerator[float, Any])
+    assert_type(limit_over_aticks.call("EUR"), Generator[float, Any, Any])
+    assert_type(await limit_over_aticks.ainvoke("EUR"), float)
+    assert_type(await limit_over_any({"EUR": 1}), dict[str, Any])
+    assert_type(limit_over_any.call({"EUR": 1}), dict[str, Any])
+    assert_type(limit_over_any_ticks({"EUR": 1}), AsyncGenerator[float, Any])
+    assert_type(limit_over_two("EUR", count=2), Quote)
+    assert_type(await limit_over_two.acall("EUR"), Quote)
+    assert_type(limit_over_two_ticks("EUR"), Generator[float, Any, Any])
+    assert_type(limited_stub("EUR", count=2), Quote)
+    assert_type(concurrency(limit=3)(dual(fetch_async)).call("EUR"), Quote)
+    limit_over_async(3)  # type: ignore[arg-type, unused-coroutine]
+    limit_over_aticks(3)  # type: ignore[arg-type]
+    limit_over_any(3)  # type: ignore[arg-type, unused-coroutine]
+
+
+async def limits_under() -> None:
+    """It changes nothing under `dual`."""
+    assert_type(limit_under_def("EUR"), Quote)
+    assert_type(await limit_under_async("EUR", count=2), Quote)
+    assert_type(limit_under_async.call("EUR"), Quote)
+    assert_type(await limit_under_async.ainvoke("EUR"), Quote)
+    assert_type(limit_under_ticks("EUR"), Generator[float, Any, Any])
+    assert_type(limit_under_aticks("EUR"), AsyncGenerator[float, Any])
+    assert_type(limit_under_aticks.call("EUR"), Generator[float, Any, Any])
+    assert_type(await limit_under_any({"EUR": 1}), dict[str, Any])
+    limit_under_async(3)  # type: ignore[arg-type, unused-coroutine]
+    limit_under_aticks(3)  # type: ignore[arg-type]
+
+
 async def limits() -> None:
     """A limit changes nothing in the types."""
     assert_type(limit_over("EUR", count=2), Quote)
@@ -630,6 +768,66 @@ class Desk:
     @staticmethod
     def of_none(query: str) -> str:
         return query
+
+
+class LimitedDesk:
+    @concurrency(limit=3)
+    @dual
+    def over_def(self, query: str) -> Quote:
+        return {query: 1}
+
+    @concurrency(limit=3)
+    @dual
+    async def over_async(self, query: str, count: int = 1) -> Quote:
+        return {query: count}
+
+    @concurrency(limit=3)
+    @dual
+    def over_ticks(self, query: str) -> Iterator[float]:
+        yield 1.0
+
+    @concurrency(limit=3)
+    @dual
+    async def over_aticks(self, query: dict[str, Any]) -> AsyncIterator[float]:
+        yield 1.0
+
+    @dual
+    @concurrency(limit=3)
+    def under_def(self, query: str) -> Quote:
+        return {query: 1}
+
+    @dual
+    @concurrency(limit=3)
+    async def under_async(self, query: str, count: int = 1) -> Quote:
+        return {query: count}
+
+    @dual
+    @concurrency(limit=3)
+    def under_ticks(self, query: str) -> Iterator[float]:
+        yield 1.0
+
+    @dual
+    @concurrency(limit=3)
+    async def under_aticks(self, query: dict[str, Any]) -> AsyncIterator[float]:
+        yield 1.0
+
+
+async def limited_methods(desk: LimitedDesk) -> None:
+    """A limit changes nothing in the types of methods."""
+    assert_type(desk.over_def("EUR"), Quote)
+    assert_type(await desk.over_async("EUR", count=2), Quote)
+    assert_type(desk.over_async.call("EUR"), Quote)
+    assert_type(desk.over_ticks("EUR"), Generator[float, Any, Any])
+    assert_type(desk.over_aticks({"EUR": 1}), AsyncGenerator[float, Any])
+    assert_type(desk.over_aticks.call({"EUR": 1}), Generator[float, Any, Any])
+    assert_type(desk.under_def("EUR"), Quote)
+    assert_type(await desk.under_async("EUR", count=2), Quote)
+    assert_type(desk.under_async.call("EUR"), Quote)
+    assert_type(desk.under_ticks("EUR"), Generator[float, Any, Any])
+    assert_type(desk.under_aticks({"EUR": 1}), AsyncGenerator[float, Any])
+    desk.over_async(3)  # type: ignore[arg-type, unused-coroutine]
+    desk.over_aticks(3)  # type: ignore[arg-type]
+    desk.under_async(3)  # type: ignore[arg-type, unused-coroutine]
 
 
 async def methods(desk: Desk) -> None:
