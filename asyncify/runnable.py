@@ -93,7 +93,10 @@ Called = TypeVar("Called", default=Output)
 # With Any in the first two places, mypy would take all that `asyncio.gather` gives for Any.
 Acalled = TypeVar("Acalled", default=Coroutine[None, object, Output])
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 T = TypeVar("T")
+R = TypeVar("R")
+A = TypeVar("A")
 R_co = TypeVar("R_co", covariant=True)
 T_co = TypeVar("T_co", covariant=True)
 Function = Callable[..., Any]
@@ -199,21 +202,21 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     @overload
     def __init__(
         self: Dual[Any, T, P, Coroutine[None, object, T]],
-        func: Callable[P, Awaitable[T]],
+        func: Returning[P, R, Awaitable[T]],
         afunc: None = None,
         name: str | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: Dual[Any, T, P, AsyncGenerator[T, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
-        func: Callable[P, AsyncIterable[T]],
+        func: Returning[P, R, AsyncIterable[T]],
         afunc: None = None,
         name: str | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: Dual[Any, T, P, Generator[T, Any, Any], Generator[T, Any, Any], AsyncGenerator[T, Any]],
-        func: Callable[P, Iterator[T]],
+        func: Returning[P, R, Iterator[T]],
         afunc: Callable[P, AsyncIterable[T]] | None = None,
         name: str | None = None,
     ) -> None: ...
@@ -224,8 +227,15 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         afunc: Callable[P, Awaitable[T]] | None = None,
         name: str | None = None,
     ) -> None: ...
+    # The last two are for functions that disagree, each of its own type, which to mypy is that in the overloads before.
     @overload
-    def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None: ...
+    def __init__(
+        self, func: Callable[P, R], afunc: Callable[Q, Awaitable[A]] | None = None, name: str | None = None
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, func: Callable[P, R], afunc: Callable[Q, AsyncIterable[A]] | None = None, name: str | None = None
+    ) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
         """Make a pair of a function, or of two."""
         super().__init__(func, afunc, name)

@@ -926,6 +926,40 @@ async def drop_in(pair: Dual[str, Quote]) -> None:
     pair.invoke(3)  # type: ignore[arg-type]
 
 
+def sync_of_any(query: dict[str, Any]) -> Quote:
+    return {"EUR": query["EUR"]}
+
+
+async def async_of_any(query: dict[str, Any]) -> Quote:
+    return {"EUR": query["EUR"]}
+
+
+def ticks_of_any(query: dict[str, Any]) -> Iterator[float]:
+    yield 1.0
+
+
+async def aticks_of_any(query: dict[str, Any]) -> AsyncGenerator[float, None]:
+    yield 1.0
+
+
+async def drop_ins_of_any() -> None:
+    """`Any` in a part of a function's type leaves the rest as it is."""
+    assert_type(Dual(sync_of_any)({"EUR": 1}), Quote)
+    assert_type(await Dual(async_of_any)({"EUR": 1}), Quote)
+    assert_type(Dual(async_of_any).call({"EUR": 1}), Quote)
+    assert_type(Dual(ticks_of_any)({"EUR": 1}), Generator[float, Any, Any])
+    assert_type(Dual(aticks_of_any)({"EUR": 1}), AsyncGenerator[float, Any])
+    assert_type(Dual(sync_of_any, async_of_any)({"EUR": 1}), Quote)
+    assert_type(Dual(ticks_of_any, aticks_of_any)({"EUR": 1}), Generator[float, Any, Any])
+    assert_type(await Dual(any_async)("EUR"), Any)
+    assert_type(Dual(any_sync, any_async)("EUR"), Any)
+    assert_type(Dual[str, Quote](fetch_sync, fetch_async)("EUR"), Quote)
+    Dual(number_sync, lambda query: number_async(query.strip()))  # pyright knows the type of the lambda
+    Dual(sync_of_any, fetch_sync)  # type: ignore[arg-type]
+    Dual(sync_of_any)(3)  # type: ignore[arg-type]
+    Dual(async_of_any)(3)  # type: ignore[arg-type, unused-coroutine]
+
+
 async def annotated(
     of_async_def: Dual[str, Quote, ..., Coroutine[Any, Any, Quote]],
     of_either: Dual[str, Quote, ..., Any],
