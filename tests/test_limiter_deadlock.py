@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncify import Adaptive, concurrency, deadlocks, turnstile
+from asyncify import Adaptive, Dual, deadlocks, turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
@@ -725,20 +725,20 @@ class TestHeldUpLoop:
     @pytest.mark.parametrize("way", ["with", "by a bridge"])
     async def test_a_sync_with_in_another_task_holds_its_slot_as_long_as_the_loop_stands_still(self, way: str) -> None:
         """Whoever holds up the loop is told, as where that task entered by `async with`."""
-        limiter = Limiter(limit=1)
+        limiter = Limiter(limit=1, timeout=SAFETY_NET)
         may_leave = asyncio.Event()
 
-        @concurrency(limiter=limiter, timeout=SAFETY_NET)
         async def call(query: str) -> str:
-            return query
+            async with limiter:
+                return query
 
         async def hold() -> None:
             with limiter:
                 await may_leave.wait()
 
         ways: dict[str, Callable[[], Any]] = {
-            "with": partial(limiter._enter, timeout=SAFETY_NET),
-            "by a bridge": partial(call.invoke, "EUR"),
+            "with": limiter.__enter__,
+            "by a bridge": partial(Dual(call).invoke, "EUR"),
         }
         holder = asyncio.create_task(hold())
         await until(lambda: limiter.stats().in_flight == 1)
