@@ -143,10 +143,10 @@ class Checkpoint:
         is_empty = not _only(db, "SELECT count(*) FROM sqlite_schema")
         if is_empty or (_is_ours(db) and _pragma(db, "user_version") == _VERSION):
             return
-        raise CheckpointError(
-            f"checkpoint {self.path}: not a checkpoint of this version of asyncify, but another SQLite file; "
-            "name another path"
-        )
+        what = "an SQLite file of another program"
+        if _is_ours(db):
+            what = f"of another version of asyncify (its format is {_pragma(db, 'user_version')}, ours {_VERSION})"
+        raise CheckpointError(f"checkpoint {self.path}: {what}; name another path")
 
     @contextmanager
     def _explained(self) -> Generator[None]:

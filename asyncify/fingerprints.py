@@ -12,6 +12,7 @@ from langchain_core.messages.base import TextAccessor
 from langchain_core.runnables.base import (
     Runnable,
     RunnableBindingBase,
+    RunnableGenerator,
     RunnableLambda,
     RunnableParallel,
     RunnableSequence,
@@ -85,18 +86,24 @@ def work_of(runnable: object) -> str:
     if isinstance(runnable, RunnableLambda):
         fn = its.func if hasattr(its, "func") else its.afunc
         name = _place_of(getattr(its, "__wrapped__", fn)) + name + _digests(_fixed_in(fn))
+    elif isinstance(runnable, RunnableGenerator):
+        name = _place_of(its._transform if hasattr(its, "_transform") else its._atransform) + name
     parts = ", ".join(map(work_of, _parts_of(its)))
     return f"{name}({parts})" if parts else name
 
 
 def _place_of(fn: object) -> str:
-    """Return the module and the class that a function is written in, with a dot behind each."""
+    """Return the module and the class that a function is written in, with a dot behind each.
+
+    Of a partial, or an object that is called, also its own name: the runnable that is made of it does not have that.
+    """
+    has_name = hasattr(fn, "__name__")
     while isinstance(fn, partial):
         fn = fn.func
-    module: object = getattr(fn, "__module__", None)
-    name: object = getattr(fn, "__qualname__", None)
-    written_in = name.rpartition(".")[0] if isinstance(name, str) else ""
-    return "".join(f"{part}." for part in (module, written_in) if part and part not in _PROGRAM)
+    written: Any = fn if hasattr(fn, "__qualname__") else type(fn)
+    name = str(written.__qualname__)
+    parts = (getattr(written, "__module__", None), name.rpartition(".")[0] if has_name else name)
+    return "".join(f"{part}." for part in parts if part and part not in _PROGRAM)
 
 
 def _fixed_in(fn: object) -> dict[str, object]:

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import ConfigurableField, RunnableBranch, RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, Runnable, RunnableBranch, RunnableLambda, RunnablePassthrough
 from pydantic import BaseModel, ConfigDict
 
 from asyncify import CheckpointError, Dual, aeach, dual, each, flow
@@ -920,7 +920,7 @@ def test_a_file_of_another_runnable_is_refused(path: Path) -> None:
     """Both are named."""
     list(each(Counted().pair("one"), [1], checkpoint=path))
 
-    with pytest.raises(CheckpointError, match=r"runnable '\w+\.one', and this is '\w+\.two'"):
+    with pytest.raises(CheckpointError, match=r"runnable '\w+\.Counted\.one', and this is '\w+\.Counted\.two'"):
         list(each(Counted().pair("two"), [1], checkpoint=path))
 
 
@@ -929,7 +929,7 @@ def test_a_file_of_another_pipe_is_refused(path: Path) -> None:
     one, two = Counted().pair("one"), Counted().pair("two")
     list(each(one | two, [1], checkpoint=path))
 
-    with pytest.raises(CheckpointError, match=r"'\w+\.one \| \w+\.two', and this is '\w+\.two \| \w+\.one'"):
+    with pytest.raises(CheckpointError, match=r"'\S+\.one \| \S+\.two', and this is '\S+\.two \| \S+\.one'"):
         list(each(two | one, [1], checkpoint=path))
 
 
@@ -943,7 +943,7 @@ def test_a_file_of_other_bound_arguments_is_refused(path: Path) -> None:
     list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
     list(each(pair.bind(currency="USD", rate=object()) | other, [1], checkpoint=path))
 
-    said = r"'[\w.<>]+\.price\(currency=(\w{16}), rate=object\) \| \w+\.other'"
+    said = r"'[\w.<>]+\.price\(currency=(\w{16}), rate=object\) \| \w+\.Counted\.other'"
     with pytest.raises(CheckpointError, match=f"{said}, and this is {said}") as refused:
         list(each(pair.bind(currency="JPY", rate=object()) | other, [1], checkpoint=path))
     assert len(set(re.findall(said, str(refused.value)))) == 2
@@ -1103,6 +1103,56 @@ def test_a_stub_tells_more_than_the_functions_behind_it() -> None:
     assert [work_of(pair) for pair in pairs] == ["one.parse", "other.parse"]
 
 
+class Upper:
+    """An object that is called."""
+
+    def __call__(self, text: str) -> str:
+        return text.upper()
+
+
+class Lower(Upper):
+    """Another one."""
+
+    def __call__(self, text: str) -> str:
+        return text.lower()
+
+
+def each_upper(chunks: Iterator[str]) -> Iterator[str]:
+    """Stream in upper case."""
+    yield from map(str.upper, chunks)
+
+
+def test_what_has_no_name_of_its_own_is_told_by_what_it_is_made_of() -> None:
+    """A partial by its function, an object by its class, and a generator in a pipe by where it is written."""
+    runnables: list[Runnable[Any, Any]] = [
+        Dual(partial(str.replace, "a")),
+        Dual(partial(str.split, "a")),
+        Dual(Upper()),
+        Dual(Lower()),
+        RunnableLambda(Upper()),
+        RunnableLambda(str.upper) | each_upper,
+    ]
+    names = [work_of(runnable) for runnable in runnables]
+
+    assert len(set(names)) == len(names)
+    assert names[2:] == [
+        f"{__name__}.Upper.Dual",
+        f"{__name__}.Lower.Dual",
+        f"{__name__}.Upper.RunnableLambda",
+        f"str.upper | {__name__}.each_upper",
+    ]
+
+
+def test_a_file_of_another_version_is_refused_and_named(path: Path) -> None:
+    """It is one of ours, and what is in it may have been dear."""
+    list(each(Counted().pair(), [1], checkpoint=path))
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 4")
+
+    with pytest.raises(CheckpointError, match=r"of another version of asyncify \(its format is 4, ours \d+\)"):
+        list(each(Counted().pair(), [1], checkpoint=path))
+
+
 def test_a_file_of_another_codec_is_refused(path: Path) -> None:
     """Both are named."""
     list(each(Counted().pair(), [1], checkpoint=path))
@@ -1126,7 +1176,7 @@ def test_a_file_of_another_program_is_refused_and_left_alone(path: Path) -> None
         db.execute("CREATE TABLE theirs (x)")
     before = path.read_bytes()
 
-    with pytest.raises(CheckpointError, match="another SQLite file"):
+    with pytest.raises(CheckpointError, match="an SQLite file of another program"):
         list(each(Counted().pair(), [1], checkpoint=path))
 
     assert path.read_bytes() == before
