@@ -25,10 +25,10 @@ Submit = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Future[Any], Link | N
 """Has a call made, and returns its future and the link to it of what the waiting task holds, if there is one."""
 
 
-def delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor) -> Function:
-    """Run a function by somebody's executor; one of threads gets the caller's context, no other can."""
+def delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor, *, run: Function) -> Function:
+    """Run a function by somebody's executor; one of threads gets the caller's context, no other can: it calls `run`."""
     if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
-        return _submitting(partial(_submit_to_threads, executor, fn), partial(_receive, fn, executor), gate)
+        return _submitting(partial(_submit_to_threads, executor, fn, run), partial(_receive, fn, executor), gate)
     check_sendable(fn, shape, executor)
     return _submitting(_sender(fn, shape, executor), partial(_unpack, fn, executor), gate)
 
@@ -60,10 +60,10 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
 
 
 def _submit_to_threads(
-    executor: ThreadPoolExecutor, fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    executor: ThreadPoolExecutor, fn: Function, run: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Future[Any], Link | None]:
     context, link = waited_for_by_task()
-    work: Callable[[], Any] = partial(fn, *args, **kwargs)
+    work: Callable[[], Any] = partial(run, *args, **kwargs)
     if link is not None:
         work = partial(call_linked, link, work)
     try:

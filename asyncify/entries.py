@@ -106,9 +106,12 @@ def _side(fn: Function, called_like: Function, *, is_method: bool) -> Entry:
     return Entry(run, fn, shape.called_like(shape_of(called_like)) if shape.takes_anything else shape, "native")
 
 
-def _call_bound(fn: Any, receiver: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _call_bound(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Call a method as Python does: its `__get__` may make more of the instance than a first argument."""
-    return fn.__get__(receiver, type(receiver))(*args, **kwargs)
+    if not args or args[0] is None:  # called through its class, with its instance by name, or with none
+        return fn(*args, **kwargs)
+    receiver, *others = args
+    return fn.__get__(receiver, type(receiver))(*others, **kwargs)
 
 
 def _entries(
@@ -236,7 +239,7 @@ def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entr
     if bridge == "error":
         return replace(side, run=_arefuse(side.fn, side.shape), kind="missing")
     if isinstance(bridge, Executor):
-        return replace(side, run=delegated(side.fn, side.shape, gate, bridge), kind="bridged")
+        return replace(side, run=delegated(side.fn, side.shape, gate, bridge, run=side.run), kind="bridged")
 
     def threads() -> int | None:
         return None if gate is not None and gate.limiter._bounds_calls else DEFAULT_THREADS  # a limit may be resized

@@ -249,6 +249,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._by_reference = False
         self._binding: Binding = "nothing"
         self._is_method = False
+        self._place: tuple[str, str] | None = None
         self._furnish(wears=func)
 
     # --- how a pair is put together: what `decorators` and `pairs` call ---
@@ -335,6 +336,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             if vars(owner).get(written) is not self:
                 self.__qualname__ = f"{where}.{name}"
             self._become_method()
+            sides: list[object] = [vars(self).get(SYNC_SIDE), vars(self).get(ASYNC_SIDE)]
+            for side in sides:
+                hear: Any = getattr(type(side), "__set_name__", None)
+                if hear is not None:  # that of a decorator which wants to know
+                    hear(side, owner, name)
 
     def _become_method(self) -> None:
         """Have a side that binds by itself, as one that `wrapt` has decorated, bound to the first argument."""
@@ -553,7 +559,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         """Pickle a decorated pair by its module and name, any other by its functions."""
         if self._by_reference and not (goes_as_code() and self._has_no_name_elsewhere()):
             module, name = _place_of(self)
-            return name if module == self.__module__ else (_held_at, (module, name))
+            is_own = (module, name) == (self.__module__, getattr(self, "__qualname__", ""))
+            return name if is_own else (_held_at, (module, name, self.get_name()))
         if self._gate is not None:
             raise pickle.PicklingError(
                 f"{describe(self)} has a limit, which holds in one process, so it can't be pickled; decorate a "
@@ -568,7 +575,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def _has_no_name_elsewhere(self) -> bool:
         """Whether another program, whose `__main__` is not this one's, finds it nowhere."""
         try:
-            return _place_of(self)[0] == "__main__"
+            return _place_of(self)[0] in _PROGRAM
         except pickle.PicklingError:
             return True
 
@@ -615,7 +622,7 @@ class _Bound(Dual[Any, Any]):
         self._on_stub = None
         self._is_async_def = pair._is_async_def
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
-        self.__qualname__ = pair.__qualname__
+        self.__qualname__ = getattr(pair, "__qualname__", self.name)
         kept = vars(pair)
         if SYNC_SIDE in kept:
             setattr(self, SYNC_SIDE, MethodType(kept[SYNC_SIDE], receiver))
@@ -755,7 +762,7 @@ for _name in MARKS:
 _MADE_LATE = {"_entries", "_live", "_marks"}
 """Attributes of a pair that it has when it has been put together."""
 
-_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_marks"}
+_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_marks", "_place"}
 """Attributes of a pair that are not pickled with it."""
 
 
@@ -836,25 +843,40 @@ def gate_of(*sides: Function | None) -> Gate | None:
 def _place_of(pair: AnyDual) -> tuple[str, str]:
     """Return the module that holds a pair, and the name there, neither of which need be its function's."""
     qualname = getattr(pair, "__qualname__", "")
-    own = sys.modules.get(pair.__module__)
     with contextlib.suppress(AttributeError):
-        if operator.attrgetter(qualname)(own) is pair:
+        if operator.attrgetter(qualname)(sys.modules.get(pair.__module__)) is pair:
             return pair.__module__, qualname
-    others = [module for module in sys.modules if module not in _PROGRAM]
-    for module in [pair.__module__, *others, "__main__"]:
-        held = sys.modules.get(module)
-        for name, value in list(getattr(held, "__dict__", {}).items()):
+    kept: tuple[str, str] | None = vars(pair).get("_place")
+    if kept is not None and _names_in(kept[0]).get(kept[1]) is pair:
+        return kept
+    for module in [pair.__module__, *(module for module in sys.modules if module not in _PROGRAM)]:
+        for name, value in list(_names_in(module).items()):
             if value is pair:
+                pair._place = module, name  # to look through all modules takes milliseconds
                 return module, name
     raise pickle.PicklingError(
-        f"{describe(pair)} can't be pickled: no module holds it under a name; assign it to one at the top of a module, "
-        "or write it in a class there"
+        f"{describe(pair)} can't be pickled: no module that others can import holds it under a name; assign it to one "
+        "at the top of a module, or write it in a class there"
     )
 
 
-def _held_at(module: str, name: str) -> AnyDual:
-    """Return the pair that a module holds under a name."""
-    return cast("AnyDual", getattr(importlib.import_module(module), name))
+def _names_in(module: str) -> dict[str, Any]:
+    """Return the names in a module, without asking it: a lazy one would be imported."""
+    try:
+        return cast("dict[str, Any]", object.__getattribute__(sys.modules.get(module), "__dict__"))
+    except AttributeError:
+        return {}
+
+
+def _held_at(module: str, name: str, called: str) -> AnyDual:
+    """Return the pair that a module holds under a name; a variable of a loop, say, may hold another by now."""
+    pair = getattr(importlib.import_module(module), name, None)
+    if not is_pair(pair) or pair.get_name() != called:
+        raise pickle.UnpicklingError(
+            f"{module}.{name} was the pair {called} when that was pickled, and is {pair!r} here; assign {called} to a "
+            "name at the top of a module that holds nothing else"
+        )
+    return pair
 
 
 def _is_stub_of(candidate: Any, fn: Function) -> bool:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
-from types import CodeType, FunctionType, WrapperDescriptorType
+from types import CodeType, FunctionType, MethodType, WrapperDescriptorType
 from typing import Any, Literal, cast
 
 from asyncify.errors import PairError
@@ -62,14 +62,20 @@ def without_partials(fn: Callable[..., Any]) -> Callable[..., Any]:
 def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return what decides the colour: the function in a partial, or the `__call__` of an object."""
     fn = without_partials(fn)
-    if inspect.isfunction(fn) or inspect.ismethod(fn) or inspect.isclass(fn) or hasattr(fn, "__code__"):
+    if inspect.isfunction(fn) or inspect.ismethod(fn) or inspect.isclass(fn) or _has_code(fn):
         return fn
     call: Callable[..., Any] = type(fn).__call__
     return fn if isinstance(call, WrapperDescriptorType) else call  # that of a builtin says nothing of it
 
 
+def _has_code(fn: object) -> bool:
+    return isinstance(getattr(fn, "__code__", None), CodeType)  # a proxy may answer to any name
+
+
 def binds_by_itself(fn: Callable[..., Any]) -> bool:
     """Tell whether this is an object that says itself how it becomes a method, as those of a decorator may do."""
+    if isinstance(fn, (MethodType, functools.partial)):
+        return False  # its `__get__`, which a partial has from Python 3.13 on, returns it as it is
     return hasattr(type(fn), "__get__") and type(fn) is not FunctionType  # what imitates one is no instance of it
 
 

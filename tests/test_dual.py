@@ -225,6 +225,21 @@ async def test_a_decorator_that_binds_has_the_colour_of_its_call() -> None:
     assert list(chunks.stream("EUR")) == ["E", "U", "R"]
 
 
+async def test_a_proxy_that_answers_to_any_name_is_what_its_call_is() -> None:
+    """As that of a remote service."""
+
+    class Remote:
+        def __getattr__(self, name: str) -> "Remote":
+            return Remote()
+
+        async def __call__(self, query: str) -> str:
+            return f"async {query}"
+
+    pair = dual(async_=Remote())(lambda query: f"sync {query}")
+
+    assert await pair.ainvoke("EUR") == "async EUR"
+
+
 def test_a_partial_must_keep_the_parameters_of_the_other_side() -> None:
     """A parameter that a partial gives by name stays, as keyword-only: the two sides then differ."""
     sync = functools.partial(lambda query, prefix: query, prefix="x")

@@ -9,6 +9,7 @@ import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -432,6 +433,122 @@ async def test_a_decorator_that_binds_by_itself_sees_the_instance(name: str) -> 
     assert pair.call(query="EUR") == (told, (), {"query": "EUR"})
     with watch():
         assert await pair.acall("EUR") == told_so
+
+
+async def _at(place: str, self: Any, query: str) -> str:
+    return f"{place} {type(self).__name__} {query}"
+
+
+class Far:
+    """An object whose method is the other side of a pair in a class."""
+
+    async def fetch(far, self: Any, query: str) -> str:  # noqa: N805  (the other side's `self` is a parameter here)
+        """Fetch."""
+        return f"far {type(self).__name__} {query}"
+
+
+class Named:
+    """A decorator that asks for the name it has in the class, and needs it to bind."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.place = f"{owner.__name__}.{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self.fn, instance, self.place)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+class Bare:
+    """A decorator that keeps neither name nor docs."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self.fn, instance)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+class Odd:
+    """Methods made of callables of all kinds."""
+
+    @dual(async_=functools.partial(_at, "near"))
+    def by_partial(self, query: str) -> str:
+        """Fetch."""
+        return f"sync {query}"
+
+    @dual(async_=Far().fetch)
+    def by_method(self, query: str) -> str:
+        """Fetch."""
+        return f"sync {query}"
+
+    @dual
+    @functools.cache  # noqa: B019  (of an instance that lives for one test)
+    def cached(self, query: str) -> str:
+        """Fetch."""
+        return f"cached {query}"
+
+    @dual
+    @Named
+    def named(self, place: str, query: str) -> str:
+        """Fetch."""
+        return f"{place} {query}"
+
+    @dual
+    @Bare
+    def bare(self, query: str) -> str:
+        """Fetch."""
+        return f"bare {query}"
+
+
+async def test_a_side_that_binds_nothing_gets_the_instance() -> None:
+    """A partial and a bound method have a `__get__` from Python 3.13 on, and stay what they are."""
+    assert await Odd().by_partial.ainvoke("EUR") == "near Odd EUR"
+    assert await Odd().by_method.ainvoke("EUR") == "far Odd EUR"
+
+
+def test_a_method_under_a_cache_is_called_through_its_class_in_every_way() -> None:
+    """With its instance first, by name, and with none at all, as a test may do."""
+    odd = Odd()
+
+    assert Odd.cached(odd, "EUR") == Odd.cached.invoke({"self": odd, "query": "EUR"}) == "cached EUR"
+    assert Odd.cached(None, "EUR") == "cached EUR"
+
+
+def test_a_decorator_hears_its_name() -> None:
+    """As it would without the pair around it."""
+    call: Any = Odd().named
+
+    assert call("EUR") == "Odd.named EUR"
+
+
+async def test_a_decorator_without_a_name_makes_a_method_too() -> None:
+    """It is called as the pair is."""
+    odd: Any = Odd()
+
+    assert odd.bare("EUR") == odd.bare.invoke("EUR") == await odd.bare.ainvoke("EUR") == "bare EUR"
+
+
+async def test_an_executor_of_threads_calls_a_side_that_binds_by_itself() -> None:
+    """The bridge makes no difference."""
+    with ThreadPoolExecutor(1) as pool:
+
+        class Bridged:
+            @dual(bridge=pool)
+            @for_whom
+            def fetch(self, query: str) -> Any:
+                """Fetch."""
+
+        bridged = Bridged()
+        assert await bridged.fetch.ainvoke("EUR") == (bridged, ("EUR",), {})
 
 
 def test_a_decorator_of_a_function_that_a_class_only_names_sees_no_instance() -> None:

@@ -7,9 +7,11 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -178,10 +180,43 @@ def test_a_local_pair_is_not_pickled() -> None:
     def local(query: str) -> str:
         return query
 
-    with pytest.raises(
-        pickle.PicklingError, match=r"local .* no module holds it under a name; assign it to one at the top"
-    ):
+    with pytest.raises(pickle.PicklingError, match=r"local .* no module .* holds it under a name; assign it to one at"):
         pickle.dumps(local)
+
+
+def test_a_name_that_holds_another_pair_by_now_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of a loop, at the top of a module, holds one after the other."""
+    first, second = (dual(functools.partial(html.escape), name=f"turn_{number}") for number in range(2))
+    monkeypatch.setitem(globals(), "each_in_turn", first)
+    pickled = pickle.dumps(first)
+    assert pickle.loads(pickled) is first  # noqa: S301
+    monkeypatch.setitem(globals(), "each_in_turn", second)
+
+    with pytest.raises(pickle.UnpicklingError, match=r"each_in_turn was the pair turn_0 .* <Dual turn_1 .* here"):
+        pickle.loads(pickled)  # noqa: S301
+    assert pickle.loads(pickle.dumps(second)) is second  # noqa: S301
+
+
+def test_a_pair_that_the_program_alone_holds_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program of another process may be another one, or may not have come so far."""
+    pair = dual(functools.partial(html.escape), name="of_the_program")
+    monkeypatch.setattr(sys.modules["__main__"], "of_the_program", pair, raising=False)
+
+    with pytest.raises(pickle.PicklingError, match="no module that others can import holds it"):
+        pickle.dumps(pair)
+
+
+def test_a_lazy_module_is_not_imported_to_find_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attributes are not asked for."""
+
+    class Lazy(ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            raise ImportError("it is not installed")
+
+    monkeypatch.setitem(sys.modules, "aaa_lazy", Lazy("aaa_lazy"))
+    monkeypatch.setattr(of_elsewhere, "_place", None)
+
+    assert pickle.loads(pickle.dumps(of_elsewhere)) is of_elsewhere  # noqa: S301
 
 
 def test_a_pair_works_in_another_process() -> None:
