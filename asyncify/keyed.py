@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from asyncify.forks import at_fork
@@ -68,6 +69,7 @@ class KeyedLimiter:
             if limiter is None:
                 limiter = self._alive[key] = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
                 limiter._made_by = self._mark
+                limiter._on_resize = partial(_remember, weakref.ref(self), key)
             self._recent[key] = limiter
             self._recent.move_to_end(key)
             self._forget_idle()
@@ -105,6 +107,12 @@ class KeyedLimiter:
         """Show how many keys are remembered: `<KeyedLimiter quotes 12 keys>`."""
         name = f"{self.name} " if self.name else ""
         return f"<KeyedLimiter {name}{self._state()}>"
+
+
+def _remember(keyed: weakref.ref[KeyedLimiter], key: Hashable, limiter: Limiter) -> None:
+    """Keep a limiter that is resized, though it may have been forgotten since it was looked up."""
+    if (owner := keyed()) is not None:
+        owner._remember(key, limiter)
 
 
 _keyed: weakref.WeakSet[KeyedLimiter] = weakref.WeakSet()

@@ -79,6 +79,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
         self._was_resized = False
         self._made_by: object = None  # the mark of a limiter with a key, if one has made it
+        self._on_resize: Callable[[Limiter], None] | None = None  # has its maker keep it
 
     # --- the faces ---
 
@@ -207,6 +208,8 @@ class Limiter(Turnstile, BaseRateLimiter):
                 for permit in [each for each in self._queue if each.queue and each.cost > limits.largest_cost]:
                     permit.told = limits.too_dear(permit.cost, self._title())
                     self._turn_away(permit)
+            if self._on_resize is not None:
+                self._on_resize(self)
         finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
             self._settle()
 

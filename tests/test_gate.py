@@ -128,6 +128,18 @@ class TestKeys:
         assert keyed["acme"].stats().limit == 9
         assert len(keyed) <= 4
 
+    def test_a_key_forgotten_between_look_up_and_resize_is_remembered_again(self) -> None:
+        """Others may use their keys in between, as where the new limit is looked up first."""
+        keyed = KeyedLimiter(lambda key: key, limit=1)
+        looked_up = keyed["acme"]
+        for key in range(100):
+            keyed.enter(key, 1, None).leave()
+        looked_up.resize(limit=9)
+        del looked_up
+        gc.collect()
+
+        assert keyed["acme"].stats().limit == 9
+
     def test_a_key_forgotten_between_look_up_and_admission_still_counts(self) -> None:
         """However other threads interleave, no window of a key is over."""
         clock = FakeClock()
