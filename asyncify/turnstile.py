@@ -110,7 +110,7 @@ class Turnstile:
         self._begin()
         self._meter.inside.clear()
         for permit in permits():
-            if permit.issuer is self and permit.slots:
+            if permit.issuer is self and permit.slots and permit.thread:  # else a thread may leave it that is not here
                 self._meter.inside.add(permit)
 
     @property
@@ -183,11 +183,11 @@ class Turnstile:
                         permit.at = now
                         self._admitted += 1
                         return True
-                    if queue:
-                        self._call_back_at(at)
                 if permit.cost > self._meter.largest_cost:
                     self._meter.limits.check_affordable(permit.cost, self._title())
                 if queue:
+                    if at:
+                        self._call_back_at(at)
                     permit.queue_up(self._queue, now, len(self._queue) - self._abandoned)
                     if not permit.slots:
                         self._rate_only.append(permit)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -93,6 +93,25 @@ with limiter:
     in_child(check)
     assert limiter.stats().in_flight == 2
 other.end()
+print(limiter)
+"""
+        assert run_program(FORK + program, warnings="error") == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
+
+    def test_a_child_has_nothing_that_another_thread_was_to_leave(self) -> None:
+        """What was taken by `enter()` may be given back by a thread that is not in the child."""
+        program = """
+limiter = Limiter(limit=2)
+permits = [limiter.enter(), limiter.enter()]
+
+def check():
+    assert limiter.stats().in_flight == 0, limiter
+    permits[0].leave()
+    with limiter, limiter:
+        assert limiter.stats().in_flight == 2, limiter
+
+in_child(check)
+for permit in permits:
+    permit.leave()
 print(limiter)
 """
         assert run_program(FORK + program, warnings="error") == "child 0\n<Limiter 0/2 in flight, 0 waiting>\n"
@@ -595,6 +614,24 @@ class TestFinalizers:
         limiter.acquire()
         with pytest.raises(LimitTimeout):
             limiter.enter(timeout=0.001)
+        kept = weakref.ref(limiter)
+        del limiter
+        gc.collect()
+
+        assert kept() is None
+
+    def test_one_that_is_too_dear_sets_no_timer(self) -> None:
+        """It is refused at once, however long nobody is admitted for other reasons."""
+
+        class Busy(Exception):  # noqa: N818  (as it says)
+            status_code = 429
+            headers: ClassVar = {"Retry-After": "3600"}
+
+        limiter = Limiter(per_hour=10, burst=10)
+        with pytest.raises(Busy), limiter:
+            raise Busy
+        with pytest.raises(ValueError, match="can never be admitted"):
+            limiter.enter(cost=11)
         kept = weakref.ref(limiter)
         del limiter
         gc.collect()
