@@ -258,9 +258,10 @@ class Tasks(Joining):
         """Return the wait for the items, whose reader may be busy, or their feeder about to start more."""
         waiter, room = self._news.waiter, self._room_made.waiter
         is_fed = self._feeder.done() or (room is not None and not room.done())
-        if waiter is None or not is_fed:
-            return Join(self, math.inf, fails_at_once=not self._return_exceptions)
-        return Join(waiter, len(self._alive.items), fails_at_once=not self._return_exceptions)
+        if waiter is None:
+            return Join(self, math.inf, fails_at_once=True)  # its reader is not seen, nor what may cancel that
+        parts = len(self._alive.items) if is_fed else math.inf
+        return Join(waiter, parts, fails_at_once=not self._return_exceptions)
 
     def _room(self) -> float:
         return 0 if self._is_over else min(self._width() - len(self._alive.items), self._window() - self._held)

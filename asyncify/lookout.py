@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextvars import Context
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from typing import Any
 
@@ -173,7 +173,9 @@ class HeldUp:
 
     def _groups_in_block(self, loop: AbstractEventLoop) -> dict[int, Any]:
         """Return the task groups whose leaders wait, though not for their tasks yet, by their ids."""
-        joins = (join_of(callback) for task in all_tasks(loop) for callback, _ in callbacks_of(task))
+        ended = [handle._callback for handle in _ready(loop)]  # what a task that has just ended calls back
+        callbacks = [callback for task in all_tasks(loop) for callback, _ in callbacks_of(task)]
+        joins = map(join_of, ended + callbacks)
         return {id(join.whole): join.whole for join in joins if join is not None and id(join.leader) in self._known}
 
     def _may_end(self, timers: set[int], groups: Mapping[int, Any]) -> set[int]:
@@ -203,9 +205,14 @@ def closes_generators(loop: AbstractEventLoop) -> bool:
 
     It ends what it is inside of; but to its reader's context it looks as if that were inside still.
     """
-    about_to_begin = (given for handle in getattr(loop, "_ready", ()) for given in handle._args or ())
-    begun = (task.get_coro() for task in all_tasks(loop))
+    about_to_begin = chain.from_iterable(handle._args or () for handle in _ready(loop))
+    begun: list[Any] = [task.get_coro() for task in all_tasks(loop)]
     return any(type(each) is _CLOSING for each in (*about_to_begin, *begun))
+
+
+def _ready(loop: AbstractEventLoop) -> tuple[Any, ...]:
+    """Return what a loop is about to call; copied in one step, as other threads add to it."""
+    return tuple(getattr(loop, "_ready", ()))
 
 
 async def _no_chunks() -> AsyncGenerator[None, None]:
@@ -235,8 +242,8 @@ def _timers(loop: AbstractEventLoop) -> set[int] | None:
     scheduled: Iterable[Any] | None = getattr(loop, "_scheduled", None)
     if scheduled is None:
         return None
-    ready: Iterable[Any] = getattr(loop, "_ready", ())
-    return {id(known) for handle in (*scheduled, *ready) if not handle.cancelled() for known in _woken_by(handle)}
+    handles = (*scheduled, *_ready(loop))
+    return {id(known) for handle in handles if not handle.cancelled() for known in _woken_by(handle)}
 
 
 def _woken_by(handle: Any) -> Iterator[Any]:

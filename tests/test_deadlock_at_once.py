@@ -7,7 +7,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -1016,3 +1016,67 @@ async def test_calls_of_which_the_block_of_their_group_awaits_one_are_told() -> 
 
     assert _told(end)
     assert limiter.stats().in_flight == 0
+
+
+async def test_a_group_whose_only_other_task_has_just_failed_is_no_proof() -> None:
+    """The leader, in the block, is about to be cancelled with what waits there; who waits beside that is not told."""
+    limiter = Limiter(limit=2)
+
+    @concurrency(limiter=limiter)
+    async def nested(_: int) -> None:
+        async with limiter:
+            pass
+
+    @concurrency(limiter=limiter)
+    async def plain(query: str) -> str:
+        return query
+
+    async def pass_through() -> None:
+        async with limiter, limiter:
+            for done in asyncio.as_completed([asyncio.sleep(0)]):
+                await done
+
+    async def wait_besides() -> str:
+        async with limiter:
+            return await plain.ainvoke("in")
+
+    async def fail() -> None:
+        async with limiter:
+            raise ValueError
+
+    async def lead() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            await nested.abatch([1], return_exceptions=True)
+
+    ended: list[Any] = await asyncio.gather(
+        asyncio.gather(pass_through(), wait_besides()), lead(), return_exceptions=True
+    )
+    (_, besides), failed = ended
+
+    assert besides == "in"
+    assert isinstance(failed, ExceptionGroup)
+
+
+async def _enter(limiter: Limiter) -> str:
+    async with limiter:
+        return "in"
+
+
+@pytest.mark.parametrize("items", [[1], [0, 1], [1, 0], [0, 1, 0]], ids=str)
+async def test_a_batch_that_a_timeout_ends_is_no_proof_while_its_reader_is_busy(items: list[int]) -> None:
+    """It takes what has ended, and is not seen to wait for the rest; but the timeout is the way out."""
+    limiter = Limiter(limit=1)
+    besides: list[asyncio.Task[str]] = []
+
+    @concurrency(limiter=limiter)
+    async def item(waits: int) -> None:
+        if waits:
+            besides.append(asyncio.create_task(_enter(limiter)))
+            await asyncio.shield(besides[0])
+
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await item.abatch(items, return_exceptions=True)
+
+    assert await besides[0] == "in"
