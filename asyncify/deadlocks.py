@@ -12,11 +12,13 @@ import weakref
 from _thread import get_ident
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 
 from asyncify.crews import Crew
 from asyncify.errors import DeadlockError
 from asyncify.forks import at_fork
+from asyncify.holds import loop_of
 from asyncify.lookout import HeldUp, Lookout, closes_generators
 from asyncify.permits import Issuer, Permit
 from asyncify.proofs import Held, Proof, is_anybody_free, lasts
@@ -26,6 +28,9 @@ __all__ = ["come_to_wait", "look_at", "look_at_threads"]
 
 Stuck = Mapping[Issuer, frozenset[Permit]]
 """Limiters that nobody can leave, with the calls inside."""
+
+Closes = Callable[[AbstractEventLoop], bool]
+"""Tells whether an event loop is about to close a generator."""
 
 By = Mapping[Permit, Collection[Permit]]
 """Some of the waits that keep a call, or what stands for calls."""
@@ -113,7 +118,7 @@ def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuc
     with _looking:
         proof = Proof(own, [limiter], scope=permit.scope, loop=loop)
         is_certain = proof.stuck and not permit.gives_up() and not _may_go_on(permit, own, proof)
-        if not is_certain or not _is_needed(permit, loop) or (loop is not None and closes_generators(loop)):
+        if not is_certain or not _is_needed(permit, loop) or _may_be_left(proof.stuck):
             return None
         permit.is_called_off = True
         return proof.stuck
@@ -125,6 +130,13 @@ def _is_needed(permit: Permit, loop: AbstractEventLoop | None) -> bool:
     Else others wait for one another, and it waits for them: to tell it would set nobody free.
     """
     return not Proof(Held.of(()), [permit.issuer], scope=None, loop=loop, without=permit).stuck
+
+
+def _may_be_left(stuck: Stuck, closes: Closes = closes_generators) -> bool:
+    """Tell whether one of these calls may be that of a generator that its loop is about to close."""
+    threads = {call.thread for call in _all_inside(stuck)}
+    loops = [loop for thread in threads if (loop := loop_of.get(thread)) is not None]
+    return any(map(closes, loops))
 
 
 def _may_go_on(permit: Permit, own: Held, proof: Proof) -> bool:
@@ -147,7 +159,8 @@ def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
     if not 0 < len(waiting) <= _MANY:
         return False
     with _looking:
-        return any(_tell_one(loop, part) for part in _parts(waiting))
+        closes = cache(closes_generators)  # asked once for all parts: nothing else runs on the loop meanwhile
+        return any(_tell_one(loop, part, closes) for part in _parts(waiting))
 
 
 def _is_busy(limiter: Issuer) -> bool:
@@ -173,7 +186,7 @@ def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
     return parts.values()
 
 
-def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
+def _tell_one(loop: AbstractEventLoop, waits: list[Permit], closes: Closes) -> bool:
     """Tell one of these if they wait for themselves."""
     scope = waits[-1].scope
     for _ in range(_ROUNDS):
@@ -186,7 +199,7 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit]) -> bool:
     else:
         return False
     stuck = _smallest(own, by, scope, loop, proof.stuck)
-    if not stuck or _holds_others(own, by, stuck) or closes_generators(loop):
+    if not stuck or _holds_others(own, by, stuck) or closes(loop) or _may_be_left(stuck, closes):
         return False
     around = Proof(own, {*proof.stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
     everybody = HeldUp(_waiting_on(loop, around))  # also those within no call: they may be siblings of these

@@ -59,6 +59,8 @@ def held_by_this_task() -> list[Permit]:
     if innermost.get() is None and _link.get() is None:
         return []
     held = _held_by_this_context() + held_by_waiters_for(asyncio.current_task())
+    if held:
+        loop_of[get_ident()] = asyncio.get_running_loop()
     return list(dict.fromkeys(held))
 
 
@@ -217,6 +219,9 @@ class Link(Waiter):
         """Let go of the context, which holds this, when nothing more will run in it."""
         del self.token
 
+
+loop_of: weakref.WeakValueDictionary[int, asyncio.AbstractEventLoop] = weakref.WeakValueDictionary()
+"""The loop that last ran in a thread when one of its tasks was asked what it holds."""
 
 loose: weakref.WeakSet[Permit] = weakref.WeakSet()
 """Permits whose holder went on while a thread ran that it had waited for: what that thread waits for proves nothing."""

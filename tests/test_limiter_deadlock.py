@@ -3,11 +3,13 @@
 import asyncio
 import contextvars
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +17,7 @@ from asyncify import Adaptive, Dual, deadlocks, turnstile
 from asyncify.errors import DeadlockError, LimitTimeout
 from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
+from asyncify.lookout import closes_generators
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
 from tests.at_once import are_looked_at, is_free
@@ -690,6 +693,44 @@ class TestDroppedGenerators:
         assert [await first_page(), await first_page()] == [0, 0]
         assert [*await asyncio.gather(first_page(), first_page())] == [0, 0]
         await until(lambda: limiter.stats().in_flight == 0)
+
+    @pytest.mark.parametrize("enters", ["async with", "with"])
+    async def test_nor_is_it_for_a_thread_that_its_reader_waits_for(self, enters: str) -> None:
+        """The thread looks on its own, while the loop goes on to close the generator."""
+        limiter = Limiter(limit=1)
+
+        async def pages() -> AsyncIterator[int]:
+            if enters == "with":
+                with limiter:
+                    yield 1
+            else:
+                async with limiter:
+                    yield 1
+
+        def look_up(_: int) -> str:
+            with limiter:
+                return "in"
+
+        report = Dual(look_up)
+        for _ in range(30):
+            async for page in pages():
+                assert page == 1
+                break
+            assert await report.ainvoke(1) == "in"
+
+    def test_handles_that_other_threads_add_are_of_no_matter(self) -> None:
+        """What the loop is about to call is copied before it is looked at."""
+        ready: deque[Any] = deque()
+
+        class Busy:
+            @property
+            def _args(self) -> tuple[object, ...]:
+                ready.append(self)
+                return ()
+
+        ready.extend([Busy(), Busy()])
+
+        assert not closes_generators(cast("Any", SimpleNamespace(_ready=ready)))
 
     async def test_who_waits_beside_one_that_is_closed_is_told_when_it_has_ended(self) -> None:
         """It is looked at again."""
