@@ -1049,9 +1049,7 @@ async def test_a_group_whose_only_other_task_has_just_failed_is_no_proof() -> No
             group.create_task(fail())
             await nested.abatch([1], return_exceptions=True)
 
-    ended: list[Any] = await asyncio.gather(
-        asyncio.gather(pass_through(), wait_besides()), lead(), return_exceptions=True
-    )
+    ended: Any = await asyncio.gather(asyncio.gather(pass_through(), wait_besides()), lead(), return_exceptions=True)
     (_, besides), failed = ended
 
     assert besides == "in"
