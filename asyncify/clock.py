@@ -33,9 +33,8 @@ class Timer:
     def cancel(self) -> None:
         """Never run the callback; harmless when it has run."""
         self.cancelled = True
-        self.callback = (
-            _nothing  # the timer is among the others until its time has come, and would keep what it leads to
-        )
+        # Until its time has come it is among the other timers, and would keep what its callback leads to.
+        self.callback = _nothing
 
 
 def _nothing() -> None:
