@@ -420,6 +420,12 @@ class Told:
 
     of_both = dual(sync=_sync, async_=_async)
 
+    @dual
+    @staticmethod
+    @for_whom
+    def of_none(query: str) -> Any:
+        """Fetch."""
+
 
 @pytest.mark.parametrize("name", ["of_sync", "of_async", "of_both"])
 async def test_a_decorator_that_binds_by_itself_sees_the_instance(name: str) -> None:
@@ -549,6 +555,11 @@ async def test_an_executor_of_threads_calls_a_side_that_binds_by_itself() -> Non
 
         bridged = Bridged()
         assert await bridged.fetch.ainvoke("EUR") == (bridged, ("EUR",), {})
+
+
+def test_a_decorator_of_a_static_method_sees_no_instance() -> None:
+    """Its first argument is nobody's `self`."""
+    assert Told().of_none.call("EUR") == Told.of_none.invoke("EUR") == (None, ("EUR",), {})
 
 
 def test_a_decorator_of_a_function_that_a_class_only_names_sees_no_instance() -> None:
