@@ -19,6 +19,8 @@ from langchain_core.runnables.base import (
 )
 from pydantic import BaseModel
 
+from asyncify.forks import PROGRAM
+
 __all__ = ["fingerprint", "work_of"]
 
 _DIGEST_LENGTH = 32
@@ -27,9 +29,6 @@ _DIGEST_LENGTH = 32
 _WRITTEN_AS_THEY_ARE = frozenset((str, TextAccessor, float, bool, bytes, type(None)))
 _LONG_BITS = 2000  # Python may refuse to write longer ones in decimal digits
 _SHORT_INT = 10**18
-
-_PROGRAM = ("__main__", "__mp_main__")
-"""Names of the program's own module, which any program has: they say nothing."""
 
 
 def fingerprint(value: object) -> str:
@@ -103,7 +102,7 @@ def _place_of(fn: object) -> str:
     written: Any = fn if hasattr(fn, "__qualname__") else type(fn)
     name = str(written.__qualname__)
     parts = (getattr(written, "__module__", None), name.rpartition(".")[0] if has_name else name)
-    return "".join(f"{part}." for part in parts if part and part not in _PROGRAM)
+    return "".join(f"{part}." for part in parts if part and part not in PROGRAM)
 
 
 def _fixed_in(fn: object) -> dict[str, object]:

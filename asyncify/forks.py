@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from multiprocessing import util
 
-__all__ = ["at_fork", "check_not_ending", "in_worker", "left_behind"]
+__all__ = ["PROGRAM", "at_fork", "check_not_ending", "in_worker", "left_behind"]
+
+PROGRAM = ("__main__", "__mp_main__")
+"""Names of the program's own module, which in another process may be another program's."""
 
 
 def at_fork(**callbacks: Callable[[], object]) -> None:

@@ -39,6 +39,7 @@ from asyncify.batches import is_bounded
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.executors import goes_as_code
+from asyncify.forks import PROGRAM
 from asyncify.gate import Gate
 from asyncify.handover import run_in_background
 from asyncify.limiter import Limiter
@@ -575,7 +576,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def _has_no_name_elsewhere(self) -> bool:
         """Whether another program, whose `__main__` is not this one's, finds it nowhere."""
         try:
-            return _place_of(self)[0] in _PROGRAM
+            return _place_of(self)[0] in PROGRAM
         except pickle.PicklingError:
             return True
 
@@ -766,10 +767,6 @@ _MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_mark
 """Attributes of a pair that are not pickled with it."""
 
 
-_PROGRAM = ("__main__", "__mp_main__")
-"""Names of the program's own module, which in another process may be another one's."""
-
-
 AnyDual = Dual[Any, Any, ..., Any, Any, Any]
 """Any pair at all, a streaming one too."""
 
@@ -849,7 +846,7 @@ def _place_of(pair: AnyDual) -> tuple[str, str]:
     kept: tuple[str, str] | None = vars(pair).get("_place")
     if kept is not None and _names_in(kept[0]).get(kept[1]) is pair:
         return kept
-    for module in [pair.__module__, *(module for module in sys.modules if module not in _PROGRAM)]:
+    for module in [pair.__module__, *(module for module in sys.modules if module not in PROGRAM)]:
         for name, value in list(_names_in(module).items()):
             if value is pair:
                 pair._place = module, name  # to look through all modules takes milliseconds
