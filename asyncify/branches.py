@@ -18,8 +18,8 @@ from langchain_core.utils.iter import safetee
 
 from asyncify.background import background
 from asyncify.collector import in_collection
+from asyncify.deadlock.joins import Join, Joining
 from asyncify.fanout import until_ended
-from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
 from asyncify.sources import END, Source

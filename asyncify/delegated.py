@@ -9,11 +9,11 @@ from functools import cache, partial
 from inspect import iscoroutine
 from typing import Any
 
+from asyncify.deadlock.handover import call_linked, waited_for_by_task
+from asyncify.deadlock.holds import Link
 from asyncify.errors import BridgeError
 from asyncify.executors import Outcome, Parcel, check_sendable, portable_config, refusal, ticket_for
 from asyncify.gate import Gate
-from asyncify.handover import call_linked, waited_for_by_task
-from asyncify.holds import Link
 from asyncify.permits import FREE_PASS, Pass
 from asyncify.pools import call_guarded
 from asyncify.signatures import Shape, describe

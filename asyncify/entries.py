@@ -16,10 +16,7 @@ from inspect import iscoroutine
 from typing import Any, Literal, cast
 
 from asyncify.background import background
-from asyncify.delegated import delegated
-from asyncify.errors import BridgeError
-from asyncify.gate import Gate
-from asyncify.handover import (
+from asyncify.deadlock.handover import (
     achunks_linked,
     asked,
     await_linked,
@@ -28,7 +25,10 @@ from asyncify.handover import (
     run_in_background,
     waited_for_by_task,
 )
-from asyncify.holds import Link
+from asyncify.deadlock.holds import Link
+from asyncify.delegated import delegated
+from asyncify.errors import BridgeError
+from asyncify.gate import Gate
 from asyncify.permits import FREE_PASS, Pass
 from asyncify.pools import DEFAULT_THREADS, ThreadPool
 from asyncify.relay import Relay

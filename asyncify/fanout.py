@@ -23,10 +23,10 @@ from time import monotonic
 from typing import Any, Self
 
 from asyncify.collector import in_collection
-from asyncify.crews import Crew, Hand
-from asyncify.deadlocks import look_at
+from asyncify.deadlock.crews import Crew, Hand
+from asyncify.deadlock.detection import look_at
+from asyncify.deadlock.joins import Join, Joining
 from asyncify.forks import check_not_ending, left_behind
-from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.scopes import CancelScope
 

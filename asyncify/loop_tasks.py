@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from asyncify.background import background
 from asyncify.collector import in_collection
+from asyncify.deadlock.holds import Waiter
+from asyncify.deadlock.joins import Join, Joining
 from asyncify.fanout import Alive, BlockingFan, Ended, Width, ended_task, is_raised
-from asyncify.holds import Waiter
-from asyncify.joins import Join, Joining
 
 __all__ = ["LoopTasks"]
 

@@ -21,8 +21,8 @@ from asyncify.arguments import check_bound
 from asyncify.background import background
 from asyncify.batches import Batches
 from asyncify.branches import amerge, merge
+from asyncify.deadlock.joins import Join, Joining
 from asyncify.fanout import Ended, Threads, attempt, until_ended
-from asyncify.joins import Join, Joining
 from asyncify.pools import ThreadPool
 from asyncify.relay import Relay
 from asyncify.runs import config_of_steps, is_reserved, observed

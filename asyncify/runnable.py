@@ -36,12 +36,12 @@ from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
 
 from asyncify.batches import is_bounded
+from asyncify.deadlock.handover import run_in_background
 from asyncify.entries import Bridge, Entries, Entry, make_entries
 from asyncify.errors import AsyncifyWarning, BridgedWarning, PairError, UnboundedWarning
 from asyncify.executors import goes_as_code
 from asyncify.forks import PROGRAM
 from asyncify.gate import Gate
-from asyncify.handover import run_in_background
 from asyncify.limiter import Limiter
 from asyncify.paths import Paths
 from asyncify.schemas import (

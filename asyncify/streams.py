@@ -22,7 +22,7 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 
-from asyncify.holds import Link, Steps, held_by_this_thread
+from asyncify.deadlock.holds import Link, Steps, held_by_this_thread
 from asyncify.permits import get_innermost
 from asyncify.relay import Relay
 from asyncify.runs import context_of

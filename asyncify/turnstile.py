@@ -24,11 +24,11 @@ from asyncify.adaptive import AdaptiveLimit
 from asyncify.arguments import check_not_negative, check_positive
 from asyncify.clock import Clock, Timer, monotonic_clock
 from asyncify.congestion import congestion_of
-from asyncify.deadlocks import come_to_wait, look_at_threads
+from asyncify.deadlock.detection import come_to_wait, look_at_threads
+from asyncify.deadlock.holds import held_by_this_task, held_by_this_thread
+from asyncify.deadlock.lookout import SHARE
 from asyncify.errors import LimitTimeout
 from asyncify.forks import at_fork, in_worker
-from asyncify.holds import held_by_this_task, held_by_this_thread
-from asyncify.lookout import SHARE
 from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, permits, set_innermost
 from asyncify.scopes import get_scope

@@ -11,7 +11,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 
 from asyncify import Dual, Limiter, concurrency, each
-from asyncify.deadlocks import come_to_wait
+from asyncify.deadlock.detection import come_to_wait
 from tests.waiting import SAFETY_NET, wait_until
 
 

@@ -19,7 +19,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableLambda
 
 from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, concurrency, dual
-from asyncify.holds import Link
+from asyncify.deadlock.holds import Link
 from asyncify.testing import FakeClock
 from tests.waiting import SAFETY_NET, timeout_once, until, wait_until
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency, deadlocks, dual, each
-from asyncify.crews import Hand
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, aeach, concurrency, dual, each
+from asyncify.deadlock import detection
+from asyncify.deadlock.crews import Hand
+from asyncify.deadlock.proofs import Proof
 from asyncify.fanout import Threads
 from asyncify.permits import Permit
-from asyncify.proofs import Proof
 from tests.at_once import are_looked_at, is_free, limited
 from tests.waiting import SAFETY_NET, until, wait_until
 
@@ -465,7 +466,7 @@ class TestInTasks:
 def test_who_comes_before_others_have_looked_is_not_told_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for who waits for itself, and gets in when that is told."""
     limiter, elsewhere = two()
-    looks, has_noted = deadlocks._stuck_by, threading.Event()
+    looks, has_noted = detection._stuck_by, threading.Event()
 
     def look_late(permit: Permit, *args: Any) -> Any:
         if permit.outer is not None and permit.outer.issuer is limiter:
@@ -473,7 +474,7 @@ def test_who_comes_before_others_have_looked_is_not_told_in_their_place(monkeypa
             time.sleep(0.2)
         return looks(permit, *args)
 
-    monkeypatch.setattr(deadlocks, "_stuck_by", look_late)
+    monkeypatch.setattr(detection, "_stuck_by", look_late)
 
     def nest() -> None:
         with limiter, limiter:
@@ -495,15 +496,15 @@ def test_of_two_that_look_at_once_one_is_told(monkeypatch: pytest.MonkeyPatch) -
     """The other finds that this one does not wait any more."""
     left, right = two()
     inside, both_wait, looking = (threading.Barrier(2) for _ in range(3))
-    is_needed = deadlocks._is_needed
+    is_needed = detection._is_needed
 
     def look_together(*args: Any) -> bool:
         with suppress(threading.BrokenBarrierError):  # one of them looks alone, as it has to
             looking.wait(0.3)
         return is_needed(*args)
 
-    monkeypatch.setattr(deadlocks, "is_anybody_free", lambda *_: both_wait.wait(SAFETY_NET) < 0)
-    monkeypatch.setattr(deadlocks, "_is_needed", look_together)
+    monkeypatch.setattr(detection, "is_anybody_free", lambda *_: both_wait.wait(SAFETY_NET) < 0)
+    monkeypatch.setattr(detection, "_is_needed", look_together)
     nest = TestInThreads().nest
 
     assert len(told(ends_in_threads(partial(nest, left, right, inside), partial(nest, right, left, inside)))) == 1
@@ -832,7 +833,7 @@ def test_a_crew_whose_caller_goes_on_during_a_look_is_no_proof(monkeypatch: pyte
     """It has left the call that it was seen in, though it waits again by the time that its threads are looked at."""
     left, right, elsewhere = *two(), Limiter(limit=1)
     may_end, is_out = threading.Event(), threading.Event()
-    hands, look = Threads.hands, deadlocks._look
+    hands, look = Threads.hands, detection._look
     looks_in: list[int] = []
 
     def item(value: int) -> str:
@@ -875,7 +876,7 @@ def test_a_crew_whose_caller_goes_on_during_a_look_is_no_proof(monkeypatch: pyte
                 return "in"
 
     monkeypatch.setattr(Threads, "hands", look_late)
-    monkeypatch.setattr(deadlocks, "_look", note_look)
+    monkeypatch.setattr(detection, "_look", note_look)
 
     assert told(ends_in_threads(read, ahead, lambda: asyncio.run(besides()))) == []
     assert may_end.is_set()
@@ -922,7 +923,7 @@ async def test_who_may_go_on_elsewhere_hides_nobody(why: str) -> None:
 
 async def test_so_many_that_it_would_take_long_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until they are fewer; those do not count that wait where somebody goes on."""
-    monkeypatch.setattr(deadlocks, "_MANY", 2)
+    monkeypatch.setattr(detection, "_MANY", 2)
     limiter, busy, outer = Limiter(limit=1), Limiter(limit=1), Limiter(limit=10)
     permit = busy._enter()
     permit.step_out()

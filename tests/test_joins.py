@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from asyncify import Dual, aeach
-from asyncify.joins import Join, Joining, join_of
+from asyncify.deadlock.joins import Join, Joining, join_of
 from asyncify.loop_tasks import LoopTasks
 from tests.waiting import SAFETY_NET, wait_until
 

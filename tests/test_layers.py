@@ -9,27 +9,32 @@ import pytest
 
 PACKAGE = "asyncify"
 ROOT = Path(__file__).parents[1]
-ROW = re.compile(r"\| (\d+|edge) \| ((?:`\w+`(?:, )?)+) \|")
+ROW = re.compile(r"\| (\d+|edge) \| ((?:`[\w.]+`(?:, )?)+) \|")
 
 
 def levels() -> dict[str, int]:
     """Return the level of each module, as the table of docs/design.md has it; the edge stands above the core."""
     rows = ROW.findall((ROOT / "docs/design.md").read_text(encoding="utf-8"))
-    core = {room: int(level) for level, rooms in rows if level != "edge" for room in re.findall(r"\w+", rooms)}
-    edge = [room for level, rooms in rows if level == "edge" for room in re.findall(r"\w+", rooms)]
+    core = {room: int(level) for level, rooms in rows if level != "edge" for room in re.findall(r"[\w.]+", rooms)}
+    edge = [room for level, rooms in rows if level == "edge" for room in re.findall(r"[\w.]+", rooms)]
     return core | {"__init__": max(core.values()) + 1} | dict.fromkeys(edge, max(core.values()) + 2)
 
 
-# A room is a module of the package, or a subpackage with all its modules. The core imports nothing of the edge.
+# A room is a module, by its name below the package. The core imports nothing of the edge.
 LEVELS = levels()
+
+
+def room(path: str) -> str:
+    """Return the room that a file of the package is; a subpackage's `__init__.py` is named by the subpackage."""
+    return path.removeprefix(f"{PACKAGE}/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def room_of(dotted: str, sources: Mapping[str, str]) -> str:
     """Return the room that a dotted name lies in; a public name lies in `__init__`."""
-    _, _, rest = dotted.partition(".")
-    room = rest.partition(".")[0]
-    is_room = any(path == f"{PACKAGE}/{room}.py" or path.startswith(f"{PACKAGE}/{room}/") for path in sources)
-    return room if is_room or room in LEVELS else "__init__"
+    rooms = LEVELS.keys() | {room(path) for path in sources}
+    below = dotted.split(".")[1:]
+    names = (".".join(below[:length]) for length in range(len(below), 0, -1))
+    return next((name for name in names if name in rooms), "__init__")
 
 
 def absolute(node: ast.ImportFrom, path: str) -> str:
@@ -54,22 +59,22 @@ def wrong_arrows(sources: Mapping[str, str]) -> list[str]:
     """Return a sentence for each module without a level and each import that does not point down."""
     wrong = []
     for path, source in sources.items():
-        room = room_of(path.removesuffix(".py").replace("/", "."), sources)
-        if room not in LEVELS:
-            wrong.append(f"{path}: {room} has no level, add it to the table of docs/design.md")
+        here = room(path)
+        if here not in LEVELS:
+            wrong.append(f"{path}: {here} has no level, add it to the table of docs/design.md")
             continue
         for line, name in imported(path, source):
             target = room_of(name, sources)
-            if name.split(".")[0] == PACKAGE and target != room and not LEVELS.get(target, 99) < LEVELS[room]:
-                wrong.append(f"{path}:{line}: {room} must not import {target}")
+            if name.split(".")[0] == PACKAGE and target != here and not LEVELS.get(target, 99) < LEVELS[here]:
+                wrong.append(f"{path}:{line}: {here} must not import {target}")
     return wrong
 
 
 def test_the_table_lists_what_there_is() -> None:
     """No row of it speaks of a module that is gone."""
-    files = (file.relative_to(ROOT / PACKAGE) for file in (ROOT / PACKAGE).rglob("*.py"))
+    files = (ROOT / PACKAGE).rglob("*.py")
 
-    assert {file.parts[0].removesuffix(".py") for file in files} == LEVELS.keys()
+    assert {room(file.relative_to(ROOT).as_posix()) for file in files} == LEVELS.keys()
 
 
 def test_every_import_of_the_package_points_down() -> None:
@@ -139,10 +144,16 @@ def test_every_import_of_the_package_points_down() -> None:
             id="the edge",
         ),
         pytest.param(
-            "asyncify/meter/rules.py",
+            "asyncify/deadlock/holds.py",
             "from ..limiter import Limiter",
-            ["asyncify/meter/rules.py:1: meter must not import limiter"],
+            ["asyncify/deadlock/holds.py:1: deadlock.holds must not import limiter"],
             id="up from a subpackage",
+        ),
+        pytest.param(
+            "asyncify/deadlock/holds.py",
+            "from . import proofs",
+            ["asyncify/deadlock/holds.py:1: deadlock.holds must not import deadlock.proofs"],
+            id="up within a subpackage",
         ),
         pytest.param(
             "asyncify/helpers.py",
@@ -153,7 +164,7 @@ def test_every_import_of_the_package_points_down() -> None:
         pytest.param(
             "asyncify/helpers/text.py",
             "",
-            ["asyncify/helpers/text.py: helpers has no level, add it to the table of docs/design.md"],
+            ["asyncify/helpers/text.py: helpers.text has no level, add it to the table of docs/design.md"],
             id="unlisted subpackage",
         ),
     ],
@@ -168,7 +179,7 @@ def test_the_checker_names_a_wrong_arrow(path: str, source: str, expected: list[
     [
         pytest.param("asyncify/runnable.py", "from .fanout import fan\nimport asyncify.errors", id="down"),
         pytest.param("asyncify/testing.py", "from asyncify import registry\nimport asyncify.clock", id="edge"),
-        pytest.param("asyncify/meter/__init__.py", "from .rules import RULES", id="within a subpackage"),
+        pytest.param("asyncify/deadlock/proofs.py", "from .holds import loose", id="within a subpackage"),
         pytest.param("asyncify/meter.py", "import math\nfrom http import HTTPStatus", id="other packages"),
     ],
 )

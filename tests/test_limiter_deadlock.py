@@ -13,11 +13,12 @@ from typing import Any, cast
 
 import pytest
 
-from asyncify import Adaptive, Dual, deadlocks, turnstile
+from asyncify import Adaptive, Dual, turnstile
+from asyncify.deadlock import detection
+from asyncify.deadlock.holds import held_by_this_task
+from asyncify.deadlock.lookout import closes_generators
 from asyncify.errors import DeadlockError, LimitTimeout
-from asyncify.holds import held_by_this_task
 from asyncify.limiter import Limiter
-from asyncify.lookout import closes_generators
 from asyncify.permits import Permit, get_innermost
 from asyncify.testing import FakeClock
 from tests.at_once import are_looked_at, is_free
@@ -31,7 +32,7 @@ def _end_while_looking(call: Permit, monkeypatch: pytest.MonkeyPatch) -> None:
         call.end()
         return True
 
-    monkeypatch.setattr(deadlocks, "is_anybody_free", is_anybody_free)
+    monkeypatch.setattr(detection, "is_anybody_free", is_anybody_free)
 
 
 class TestDeadlock:

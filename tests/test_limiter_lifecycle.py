@@ -182,7 +182,8 @@ if __name__ == "__main__":
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextvars import copy_context
-from asyncify import Limiter, holds, permits, pools, scopes
+from asyncify import Limiter, permits, pools, scopes
+from asyncify.deadlock import holds
 def context():
     names = (permits.innermost, scopes.current_scope, holds._link, holds._steps, pools._inside)
     return [variable.get() for variable in names]
@@ -658,7 +659,7 @@ def test_where_no_process_forks_nothing_is_prepared_for_it(monkeypatch: pytest.M
     at_fork(after_in_child=pytest.fail)
     package = Path(forks.__file__).parent
 
-    assert [file.name for file in package.glob("*.py") if "register_at_fork" in file.read_text()] == ["forks.py"]
+    assert [file.name for file in package.rglob("*.py") if "register_at_fork" in file.read_text()] == ["forks.py"]
 
 
 class TestInterrupts:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from asyncify.lookout import HeldUp, Lookout
+from asyncify.deadlock.lookout import HeldUp, Lookout
 from asyncify.permits import Issuer, Permit
 
 

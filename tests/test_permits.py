@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncify.holds import Link, Standstill, Steps, held_by_this_task, held_by_this_thread, held_by_waiters_for
+from asyncify.deadlock.holds import Link, Standstill, Steps, held_by_this_task, held_by_this_thread, held_by_waiters_for
 from asyncify.permits import Permit, innermost, permits
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncify.crews import Crew, Hand
+from asyncify.deadlock.crews import Crew, Hand
+from asyncify.deadlock.proofs import Held, Proof
 from asyncify.permits import Issuer, Permit, innermost, keep
-from asyncify.proofs import Held, Proof
 from asyncify.scopes import CancelScope
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import uvloop
 
-from asyncify import DeadlockError, Dual, Limiter, LimitTimeout, deadlocks
-from asyncify.crews import Crew, Hand
+from asyncify import DeadlockError, Dual, Limiter, LimitTimeout
+from asyncify.deadlock import detection
+from asyncify.deadlock.crews import Crew, Hand
+from asyncify.deadlock.holds import held_by_this_thread
+from asyncify.deadlock.proofs import Held, Proof
 from asyncify.fanout import Threads, gather
-from asyncify.holds import held_by_this_thread
 from asyncify.permits import Permit
-from asyncify.proofs import Held, Proof
 from asyncify.scopes import CancelScope
 from asyncify.turnstile import Turnstile
 from tests.at_once import are_looked_at, end_of, is_free, limited, one_besides
@@ -316,14 +317,14 @@ def test_a_call_at_once_is_told_only_once(monkeypatch: pytest.MonkeyPatch) -> No
     limiter, unrelated = Limiter(limit=1), Limiter(limit=1)
     inner = limited(limiter)
     is_told = threading.Event()
-    make_error = deadlocks._deadlock_error
+    make_error = detection._deadlock_error
 
     def tell(*args: Any) -> DeadlockError:
         is_told.set()
         time.sleep(0.2)
         return make_error(*args)
 
-    monkeypatch.setattr(deadlocks, "_deadlock_error", tell)
+    monkeypatch.setattr(detection, "_deadlock_error", tell)
 
     def wait(value: int) -> None:
         time.sleep(0.05)  # so that the caller waits already
@@ -623,7 +624,7 @@ def test_a_wait_that_is_called_off_as_others_are_looked_at_is_no_proof() -> None
                     limiter._settle()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(deadlocks, "Proof", call_off_first)
+                patch.setattr(detection, "Proof", call_off_first)
                 permit = limiter._enter()
             permit.leave()
             return "in"
@@ -668,8 +669,8 @@ async def test_tasks_that_can_be_no_proof_are_looked_at_only_now_and_then(
 ) -> None:
     """Not in each turn of the event loop."""
     looks: list[Any] = []
-    look = deadlocks._look
-    monkeypatch.setattr(deadlocks, "_look", lambda *args: _noted(looks, args, look)(*args))
+    look = detection._look
+    monkeypatch.setattr(detection, "_look", lambda *args: _noted(looks, args, look)(*args))
     limiter = Limiter(limit=1 + (why == "a call elsewhere"))
     elsewhere = contextvars.Context().run(limiter.enter) if why == "a call elsewhere" else None
 
@@ -754,13 +755,13 @@ async def test_a_task_that_is_cancelled_as_it_is_told_leaves_no_error_unheard(mo
     reports: list[Any] = []
     loop.set_exception_handler(lambda loop, context: reports.append(context))
     limiter = Limiter(limit=1)
-    make_error = deadlocks._deadlock_error
+    make_error = detection._deadlock_error
 
     def tell(*args: Any) -> DeadlockError:
         loop.call_soon(task.cancel)
         return make_error(*args)
 
-    monkeypatch.setattr(deadlocks, "_deadlock_error", tell)
+    monkeypatch.setattr(detection, "_deadlock_error", tell)
 
     async def nest() -> None:
         async with limiter:

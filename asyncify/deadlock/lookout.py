@@ -17,8 +17,8 @@ from itertools import chain, islice
 from math import inf
 from typing import Any
 
-from asyncify.holds import Waiter, callbacks_of, waiting_for
-from asyncify.joins import Join, join_of, leader_of
+from asyncify.deadlock.holds import Waiter, callbacks_of, waiting_for
+from asyncify.deadlock.joins import Join, join_of, leader_of
 from asyncify.permits import Permit
 
 __all__ = ["SHARE", "HeldUp", "Lookout", "closes_generators"]

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import Self
 
-from asyncify.holds import Standstill, Waiter, hands_of_this_thread, stopped_with
+from asyncify.deadlock.holds import Standstill, Waiter, hands_of_this_thread, stopped_with
 from asyncify.permits import Permit, keep, let_go
 from asyncify.scopes import CancelScope
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from asyncify.background import background
-from asyncify.holds import Link, held_by_this_task
+from asyncify.deadlock.holds import Link, held_by_this_task
 from asyncify.relay import Relay
 from asyncify.sources import END
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from asyncify.crews import Crew, Hand, crews_of
-from asyncify.holds import Standstill, loose
+from asyncify.deadlock.crews import Crew, Hand, crews_of
+from asyncify.deadlock.holds import Standstill, loose
 from asyncify.permits import Issuer, Permit
 from asyncify.scopes import CancelScope
 

@@ -15,13 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 
-from asyncify.crews import Crew
+from asyncify.deadlock.crews import Crew
+from asyncify.deadlock.holds import loop_of
+from asyncify.deadlock.lookout import HeldUp, Lookout, closes_generators
+from asyncify.deadlock.proofs import Held, Proof, is_anybody_free, lasts
 from asyncify.errors import DeadlockError
 from asyncify.forks import at_fork
-from asyncify.holds import loop_of
-from asyncify.lookout import HeldUp, Lookout, closes_generators
 from asyncify.permits import Issuer, Permit
-from asyncify.proofs import Held, Proof, is_anybody_free, lasts
 from asyncify.scopes import CancelScope
 
 __all__ = ["come_to_wait", "look_at", "look_at_threads"]
