@@ -306,7 +306,8 @@ def concurrency(
         cost: what a call costs in the rates, 1 unless given; or a function of the input.
         timeout: seconds that a call may wait before it gets a `LimitTimeout`.
         limiter: a `Limiter` to share with other pairs, an `aiolimiter.AsyncLimiter` or a LangChain
-            `BaseRateLimiter`, instead of limits of its own; beside a `Limiter` `cost` and `timeout` may be given.
+            `BaseRateLimiter`, instead of limits of its own; beside a `Limiter` `cost` and `timeout` may be given. A
+            pair's `limiter` serves too: with `key`, as the limits of each key.
         name: what errors and `repr` call the limiter; by default as the pair or the function that it is put on.
         warn: `False` silences the warnings of traps; by default as given to `dual`.
 

@@ -136,7 +136,8 @@ class Gate:
         if not callable(self.cost):
             return self.cost
         cost = check_not_negative(f"{self._title}: cost", self._ask("cost", self.cost, args, kwargs), "cost=20")
-        limiter._limits.check_affordable(cost, self._title)
+        if isinstance(limiter, Limiter):  # that of a key looks itself, as it may have been resized
+            limiter._limits.check_affordable(cost, self._title)
         return cost
 
     def _ask(self, what: str, function: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -149,7 +150,7 @@ class Gate:
 
 
 def make_gate(
-    limiter: Limiter | AsyncLimiter | BaseRateLimiter | None,
+    limiter: Limiter | KeyedLimiter | AsyncLimiter | BaseRateLimiter | None,
     *,
     key: Callable[[Any], Hashable] | None,
     cost: float | Callable[[Any], float] | None,
@@ -180,7 +181,7 @@ def make_gate(
                 "limiter= is one for all calls, so key can't be given beside it; give the limits themselves, as in "
                 "limit=10, key=..., for a limiter of each key"
             )
-        made = limiter if isinstance(limiter, Limiter) else ForeignLimiter(limiter)
+        made = limiter if isinstance(limiter, (Limiter, KeyedLimiter)) else ForeignLimiter(limiter)
     else:
         made = Limiter(**limits) if key is None else KeyedLimiter(key, **limits)
     if cost is not None and not callable(cost):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ __all__ = ["KeyedLimiter"]
 class KeyedLimiter:
     """A limiter for each key: made on first use, forgotten when it is idle.
 
-    `keyed["tenant"]` is the limiter of one key, `len(keyed)` how many are remembered.
+    `keyed["tenant"]` is the limiter of one key. The keys that are remembered can be counted and gone through.
     """
 
     def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
@@ -86,9 +86,22 @@ class KeyedLimiter:
                 else:
                     self._recent.move_to_end(key)  # or a busy one would keep all others from being looked at
 
+    def __contains__(self, key: object) -> bool:
+        """Tell whether a key is remembered."""
+        return key in self._alive
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Yield the keys that are remembered now."""
+        with self._lock:
+            return iter(list(self._alive))
+
     def __len__(self) -> int:
         """Return how many keys are remembered."""
         return len(self._alive)
+
+    def __bool__(self) -> bool:
+        """Be true, as any limiter is, though no key may be remembered."""
+        return True
 
     def record(self, actual: float) -> None:
         """Correct, from inside a call, what it was estimated to cost."""

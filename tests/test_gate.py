@@ -6,7 +6,7 @@ import gc
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiolimiter import AsyncLimiter
@@ -127,6 +127,42 @@ class TestKeys:
 
         assert keyed["acme"].stats().limit == 9
         assert len(keyed) <= 4
+
+    @both_paths
+    async def test_a_key_that_was_resized_admits_what_the_others_never_could(self, path: str) -> None:
+        """A cost is held against the limits of its own key."""
+        gate = gate_of(key=lambda query: query[0], cost=len, per_minute=4)
+        cast("KeyedLimiter", gate.limiter)["a"].resize(per_minute=9)
+        await pass_through(gate, path, "acme 7")
+
+        with pytest.raises(
+            ValueError, match=r"\['b'\]: a cost of 6 can never be admitted, as the limit is 4 per minute"
+        ):
+            await pass_through(gate, path, "beta 7")
+
+    def test_the_keys_can_be_asked_for(self) -> None:
+        """To ask for one does not make it; and a limiter without keys is true, as any is."""
+        keyed = KeyedLimiter(lambda key: key, per_minute=1)
+        assert keyed
+        assert "acme" not in keyed
+        keyed.enter("acme", 1, None).leave()
+
+        assert "acme" in keyed
+        assert "beta" not in keyed
+        assert list(keyed) == ["acme"]
+
+    @both_paths
+    async def test_functions_may_share_the_limits_of_each_key(self, path: str) -> None:
+        """One function's limiter is given to another: a tenant has its limit for both."""
+        search: Any = concurrency(limit=1, key=lambda query: query["tenant"])(lambda query: query)
+        fetch: Any = concurrency(limiter=search.limiter, timeout=0.01)(lambda query: query)
+        held = search.limiter["acme"].enter()
+        other = {"tenant": "beta"}
+        assert (fetch.invoke(other) if path == "sync" else await fetch.ainvoke(other)) == other
+
+        with pytest.raises(LimitTimeout):
+            await pass_through(fetch._gate.before(fetch.func), path, {"tenant": "acme"})
+        held.leave()
 
     def test_a_key_forgotten_between_look_up_and_resize_is_remembered_again(self) -> None:
         """Others may use their keys in between, as where the new limit is looked up first."""
