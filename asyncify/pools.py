@@ -263,7 +263,11 @@ class ThreadPool:
             requests.put(_Call(lambda: context.run(in_thread.close), _nothing))
             raise
         except BaseException:
-            await ask(in_thread.close)
+            try:
+                await ask(in_thread.close)
+            except asyncio.CancelledError:  # given up, maybe before the thread has taken it
+                requests.put(_Call(lambda: context.run(in_thread.close), _nothing))
+                raise
             raise
         finally:
             requests.put(None)

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import inspect
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -606,6 +607,29 @@ async def test_a_stream_closed_early_closes_the_generator_first(pool):
     events: list[Any] = []
     async with astream(pool, count(events)) as chunks:
         await anext(chunks)
+
+    assert [event for event, _ in events] == [0, "closed"]
+    assert events[0][1] == events[1][1]
+
+
+async def test_a_stream_whose_closing_is_cancelled_is_closed_by_its_thread(pool):
+    """Also where the thread has not heard of the closing yet: anyio cancels again at each await."""
+    events: list[Any] = []
+    ended = threading.Event()
+    counting = count(events)  # held, or it would be closed by being dropped
+    stream = astream(pool, counting, lambda _: ended.set())
+    chunks = await stream.__aenter__()
+    await anext(chunks)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)  # the thread can't run before this one waits
+    try:
+        closing: Any = chunks.aclose()
+        closing.send(None)
+        with pytest.raises(asyncio.CancelledError):
+            closing.throw(asyncio.CancelledError())
+    finally:
+        sys.setswitchinterval(interval)
+    await asyncio.to_thread(ended.wait, 5)
 
     assert [event for event, _ in events] == [0, "closed"]
     assert events[0][1] == events[1][1]
