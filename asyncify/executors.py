@@ -164,7 +164,8 @@ class Parcel:
             fn, args, kwargs = self._unpacked()
             return Outcome(_packed_result(fn, fn(*args, **kwargs)))
         except BaseException as error:  # noqa: BLE001  (it is raised where the call is awaited; Dask's worker would end)
-            return Outcome(_packed_error(error), "".join(traceback.format_exception(error)))
+            said = "".join(traceback.format_exception_only(error)).strip()
+            return Outcome(_packed_error(error), "".join(traceback.format_exception(error)), said)
 
     def _unpacked(self) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
         fn: Any = self._fn.redeem() if isinstance(self._fn, Ticket) else self._fn
@@ -191,6 +192,7 @@ class Outcome:
 
     packed: bytes
     traceback: str = ""
+    said: str = ""
 
     @property
     def result(self) -> Any:
@@ -205,7 +207,7 @@ class Outcome:
         try:
             error = _unpacked_error(self.packed)
         except Exception:  # noqa: BLE001  (its class is not here, say)
-            error = BridgeError(f"the call failed in its process with {self.traceback.strip().splitlines()[-1]}")
+            error = BridgeError(f"the call failed in its process with {self.said}")
         error.__cause__ = _RemoteTracebackError(self.traceback)
         return error
 
@@ -226,6 +228,8 @@ class _Bare:
     attributes: dict[str, Any]
     errors: tuple[bytes, ...] = ()
     """Those of a group, each packed by itself."""
+    of_system: tuple[Any, ...] = ()
+    """What Python's own constructor of an OSError sets errno and filename by: no attribute holds them."""
 
     def rebuild(self) -> BaseException:
         if self.errors:
@@ -233,6 +237,8 @@ class _Bare:
             error: BaseException = make(self.kind, *self.args, list(map(_unpacked_error, self.errors)))
         else:
             error = self.kind.__new__(self.kind, *self.args)
+            if self.of_system:
+                OSError.__init__(cast("OSError", error), *self.of_system)
             error.args = self.args
         error.__dict__.update(self.attributes)
         return error
@@ -277,14 +283,25 @@ def _packed_error(error: BaseException) -> bytes:
     if isinstance(error, BaseExceptionGroup):
         return _packed_bare(its, (its.message,), tuple(map(_packed_error, its.exceptions)))
     packed = _pickled(error)
-    if packed is None or not _is_kept(error, packed):
-        return _packed_bare(error, error.args)
-    return packed
+    if packed is not None and _is_kept(error, packed):
+        return packed
+    bare = _packed_bare(error, error.args)
+    return bare if packed is None or _comes_back(bare) else packed
+
+
+def _comes_back(packed: bytes) -> bool:
+    """Tell whether an error without its constructor can be made again: pydantic's own has no other way to be made."""
+    try:
+        _unpacked_error(packed)
+    except Exception:  # noqa: BLE001  (anything at all may be raised by a class's own code)
+        return False
+    return True
 
 
 def _packed_bare(error: BaseException, args: tuple[Any, ...], errors: tuple[bytes, ...] = ()) -> bytes:
     attributes = {name: _portable(value) for name, value in vars(error).items()}
-    bare = _Bare(type(error), tuple(map(_portable, args)), attributes, errors)
+    of_system: Any = OSError.__reduce__(error)[1] if isinstance(error, OSError) and error.errno is not None else ()
+    bare = _Bare(type(error), tuple(map(_portable, args)), attributes, errors, tuple(map(_portable, of_system)))
     return _pickled(bare) or b""  # nothing of it survives but its traceback
 
 

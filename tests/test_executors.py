@@ -1,6 +1,7 @@
 """A sync side that leaves the process: process pools, loky and Dask, all by `bridge=Executor`."""
 
 import asyncio
+import errno
 import functools
 import gc
 import inspect
@@ -25,6 +26,7 @@ import pytest
 from distributed import Client, LocalCluster
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.base import Runnable
+from pydantic import BaseModel, ValidationError
 
 from asyncify import BridgeError, DeadlockError, Dual, Limiter, PairError, concurrency, dual
 
@@ -85,6 +87,29 @@ class Several(ExceptionGroup[Exception]):
         self.codes = codes
 
 
+class Price(BaseModel):
+    """What refuses a text with an error of pydantic's."""
+
+    value: float
+
+
+class DiskError(OSError):
+    """An error of the system with a constructor of its own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EIO, "disk", path)
+
+
+class UnmadeError(Exception):
+    """An error that can't be made again, with a text of two lines."""
+
+    def __new__(cls, _one: str, _two: str) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one}\n{two}")
+
+
 @dual(bridge=engine)
 def score(text: str, key: int = 1, retries: int = 0) -> tuple[int, int]:
     """Return a number and the process that it was made in; Dask would take `key` and `retries` for its own."""
@@ -104,6 +129,12 @@ def fail(kind: str) -> None:
         raise Halt(status_code=4)
     if kind == "text":
         raise HttpError(404)
+    if kind == "model":
+        Price.model_validate({"value": "dear"})
+    if kind == "disk":
+        raise DiskError("prices.csv")
+    if kind == "unmade":
+        raise UnmadeError("first line", "second line")
     if kind == "group":
         raise ExceptionGroup("of two", [HttpError(404), Several(500, 503)])
     raise Refused("too many requests", status_code=429)
@@ -256,6 +287,26 @@ async def test_an_error_that_pickle_refuses_comes_back(remote):
     assert caught.value.status_code == 429
     assert "lock" in str(caught.value.response)
     assert (await score.acall("abc"))[0] == 3
+
+
+async def test_an_error_of_pydantics_comes_back(remote):
+    """It can be pickled, though what it has for `args` then is not what it had."""
+    with pytest.raises(ValidationError, match="valid number"):
+        await fail.ainvoke("model")
+
+
+async def test_an_error_of_the_system_keeps_its_number(remote):
+    """It stands in no attribute that `vars` knows."""
+    with pytest.raises(DiskError, match=r"disk: 'prices\.csv'") as caught:
+        await fail.ainvoke("disk")
+
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "prices.csv")
+
+
+async def test_of_an_error_that_can_not_be_made_again_the_text_is_told(remote):
+    """All of it, and its class."""
+    with pytest.raises(BridgeError, match=r"UnmadeError: first line\nsecond line"):
+        await fail.ainvoke("unmade")
 
 
 async def test_an_error_comes_back_with_the_text_it_had(remote):
