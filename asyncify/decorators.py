@@ -295,8 +295,8 @@ def concurrency(
         @concurrency(limit=Adaptive(min=1, max=100))
         @concurrency(limiter=openai)                          # a `Limiter`, shared
 
-    `key` and `cost` are called with the one argument that the function has, or needs; with several, and for a method
-    (its first parameter is called `self` or `cls`), with a mapping of all arguments by name.
+    `key` and `cost` are called with the one argument that the function has, or needs; else, and for a method (its
+    first parameter is called `self` or `cls`), with a mapping of all arguments by name.
 
     Args:
         limit: calls that may run at once; or an `Adaptive`, which finds the number.

@@ -485,8 +485,9 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         return resolved_output(self.__wrapped__) if isinstance(declared, str) else declared
 
     def get_input_schema(self, config: RunnableConfig | None = None) -> TypeBaseModel:
-        """Return the schema of the input: of the mapping, for a function with two required parameters or more."""
-        if len(self._entries.sync.shape.required) > 1:
+        """Return the schema of the input: of a mapping, for a function of several required parameters, or of none."""
+        shape = self._entries.sync.shape
+        if len(shape.required) > 1 or shape.takes_nothing:
             return parameters_schema(self.__wrapped__, self.get_name("Input"))
         return super().get_input_schema(config)
 

@@ -182,10 +182,11 @@ def _check_names(fn: Function) -> None:
     """Check that a model has arguments to give, and that what a tool hands on beside the input reaches the function.
 
     Raises:
-        PairError: there are none, or one is called as something of LangChain's own or as what pydantic keeps private.
+        PairError: there are none, though it takes some; or one is called as something of LangChain's own or as
+            what pydantic keeps private.
     """
     parameters, configs = _parameters(fn), _configs(fn)
-    if all(parameter.name == _CALLBACKS for parameter in parameters):
+    if all(parameter.name == _CALLBACKS for parameter in parameters) and not shape_of(fn).takes_nothing:
         raise PairError(f"{describe(fn)} can't be a tool: it has no parameter that a model could give by its name")
     required = [p.name for p in parameters if p.default is Parameter.empty and p.name not in configs]
     if private := [name for name in required if name.startswith("_")]:
@@ -308,7 +309,7 @@ def _uses_of(fn: Function) -> _Uses:
     with contextlib.suppress(KeyError, TypeError):  # of what has no hash, or takes no weak reference
         return _known[fn]
     parameters = _parameters(fn)
-    is_spread = len(shape_of(fn).required) > 1
+    is_spread = len(shape_of(fn).required) > 1 or not parameters
     uses = _Uses(
         configs=tuple(_configs(fn)),
         callbacks=any(parameter.name == _CALLBACKS for parameter in parameters),

@@ -192,7 +192,7 @@ def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None
     """Check that `fn` can be this side of a pair.
 
     Raises:
-        PairError: it is no callable, has the other colour, or takes no parameter of its own.
+        PairError: it is no callable, has the other colour, or takes nothing but what LangChain fills in.
     """
     if not callable(fn):
         raise PairError(f"{where}: expected a function, got {fn!r}")
@@ -203,12 +203,12 @@ def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None
             f"{where}: {describe(fn)} is {'async' if colour == 'sync' else 'not async'}, so it can't be the {colour} "
             f"side; {f'give it as {other}=, or ' if is_argument else ''}write the {colour} one"
         )
-    if not shape_of(fn).has_parameters:
-        injected = list(inspect.signature(fn).parameters)
-        taken = f"only {' and '.join(injected)}, which LangChain fills in" if injected else "no parameter"
-        remedy = f"rename {injected[0]}, or add a parameter" if injected else "give it one"
+    signature = signature_of(fn)
+    injected = [] if signature is None else list(signature.parameters)
+    if injected and all(name in INJECTED for name in injected):
         raise PairError(
-            f"{where}: {describe(fn)} takes {taken}, and a runnable is called with one input; {remedy}, as in "
+            f"{where}: {describe(fn)} takes only {' and '.join(injected)}, which LangChain fills in, and a runnable is "
+            f"called with one input; rename {injected[0]}, or add a parameter, as in "
             f"def fetch({', '.join(['query', *injected])})"
         )
 
@@ -283,7 +283,7 @@ class Shape:
     """How a function takes its input and what it gives back, looked up once.
 
     `required` are the names of the parameters that have no default, without those that LangChain injects;
-    `places` is how many arguments can be given without a name;
+    `places` is how many arguments can be given without a name, and `takes_keywords` says that any name will do;
     `takes_input_alone` says that a call needs nothing but the input: neither spread over parameters, nor a config;
     and that what is given beside it is taken by name.
     """
@@ -296,7 +296,7 @@ class Shape:
     positional_only: tuple[str, ...]
     keyword_only: tuple[str, ...]
     places: float
-    has_parameters: bool
+    takes_keywords: bool
     takes_input_alone: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -304,7 +304,8 @@ class Shape:
         by_keyword = self.takes_keywords_alone or any(name in self.keyword_only for name in self.required)
         is_spread = by_keyword or len(self.required) > 1
         is_placed = len(self.positional_only) > 1
-        takes_input_alone = not (is_spread or is_placed or self.takes_config or self.takes_run_manager)
+        is_special = is_spread or is_placed or self.takes_nothing
+        takes_input_alone = not (is_special or self.takes_config or self.takes_run_manager)
         object.__setattr__(self, "takes_input_alone", takes_input_alone)
 
     def called_like(self, own: Shape) -> Shape:
@@ -315,6 +316,7 @@ class Shape:
             positional_only=own.positional_only,
             keyword_only=own.keyword_only,
             places=own.places,
+            takes_keywords=own.takes_keywords,
         )
 
     def arguments(
@@ -323,8 +325,16 @@ class Shape:
         """Return what to call `fn` with: the value itself, or a mapping spread over two or more parameters.
 
         Raises:
-            TypeError: `fn` needs several arguments and the value is no mapping that has them.
+            TypeError: `fn` needs several arguments and the value is no mapping that has them; or it takes none.
         """
+        if self.takes_nothing:
+            kind, is_mapping = type(value).__name__, isinstance(value, Mapping)
+            if value is None or (is_mapping and not value):
+                return (), dict(kwargs)
+            raise TypeError(
+                f"{describe(fn)} takes no input: give it None or an empty mapping, not {kind}"
+                f"{' with keys' if is_mapping else ''}; in a pipe put (lambda _: None) before it"
+            )
         missing = [name for name in self.required if name not in kwargs]
         if len(missing) <= 1:
             name = missing[0] if missing else self._optional_input(kwargs)
@@ -350,6 +360,11 @@ class Shape:
     def takes_anything(self) -> bool:
         """Whether it has no parameters of its own, but takes whatever it is given, as a mock does."""
         return self.places == math.inf and not (self.required or self.positional_only or self.keyword_only)
+
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether it has no parameters of its own at all."""
+        return self.places <= 0 and not (self.keyword_only or self.takes_keywords)
 
     @property
     def takes_keywords_alone(self) -> bool:
@@ -396,6 +411,6 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
             and (p.default is Parameter.empty or not takes_any)  # else the name is one of the keywords
         ),
         keyword_only=tuple(p.name for p in own if p.kind is Parameter.KEYWORD_ONLY),
-        places=sum(_PLACES.get(p.kind, 0) for p in own),
-        has_parameters=bool(own) or signature is None,
+        places=math.inf if signature is None else sum(_PLACES.get(p.kind, 0) for p in own),
+        takes_keywords=takes_any,
     )

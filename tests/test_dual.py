@@ -14,12 +14,13 @@ from typing import Any, TypeVar, get_args
 from unittest import mock
 
 import pytest
-from langchain_core.runnables import RunnableLambda
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from typing_extensions import TypedDict
 
-from asyncify import BridgeError, Dual, PairError, concurrency, dual, registry
+from asyncify import BridgeError, Dual, PairError, aeach, concurrency, dual, each, registry
 from tests.waiting import wait_until
 
 Question = TypeVar("Question")
@@ -607,6 +608,122 @@ async def test_a_side_that_is_replaced_runs(side: str, *, limited: bool) -> None
         assert replaced == "FAKE X"
 
     assert (pipe.invoke("x"), await pipe.ainvoke("x")) == before
+
+
+# --- without parameters ---
+
+
+def now_sync() -> str:
+    """Tell the time."""
+    return "sync"
+
+
+async def now_async() -> str:
+    """Tell the time."""
+    return "async"
+
+
+def chunks_sync() -> Iterator[str]:
+    """Yield chunks."""
+    yield from ("sy", "nc")
+
+
+async def chunks_async() -> AsyncIterator[str]:
+    """Yield chunks."""
+    for chunk in ("as", "ync"):
+        yield chunk
+
+
+@dual(sync=now_sync, async_=now_async)
+def now_stub() -> str:
+    """Tell the time."""
+    raise NotImplementedError
+
+
+class Loader:
+    """Methods that take nothing but their instance or class."""
+
+    async def _aload(self) -> str:
+        return "async"
+
+    @concurrency(limit=1)
+    @dual(async_=_aload)
+    def load(self) -> str:
+        return "sync"
+
+    @dual(async_=_aload)
+    def told(self, config: RunnableConfig | None = None) -> str:
+        return "sync" if config else "nothing told"
+
+    @classmethod
+    async def _aopen(cls) -> str:
+        return "async"
+
+    @dual(async_=_aopen)
+    @classmethod
+    def open(cls) -> str:
+        return "sync"
+
+
+WITHOUT_PARAMETERS: dict[str, Any] = {
+    "two": dual(sync=now_sync, async_=now_async, name="now_two"),
+    "stub": now_stub,
+    "limit": concurrency(limit=1)(dual(sync=now_sync, async_=now_async, name="now_limited")),
+    "generators": concurrency(limit=1)(dual(sync=chunks_sync, async_=chunks_async)),
+    "method": Loader().load,
+    "method with a config": Loader().told,
+    "class method": Loader.open,
+    "drop-in": Dual(now_sync, now_async),
+}
+without_parameters = pytest.mark.parametrize("pair", WITHOUT_PARAMETERS.values(), ids=WITHOUT_PARAMETERS)
+
+
+@pytest.mark.parametrize("callbacks", [[], [BaseCallbackHandler()]], ids=["unobserved", "observed"])
+@pytest.mark.parametrize("value", [None, {}], ids=repr)
+@without_parameters
+async def test_a_function_without_parameters_runs_on_an_empty_input(pair: Any, value: Any, callbacks: Any) -> None:
+    """On None and on an empty mapping, on both paths, in batches and streams."""
+    config: RunnableConfig = {"callbacks": callbacks}
+
+    assert pair.invoke(value, config) == "".join(pair.stream(value, config)) == "sync"
+    assert pair.batch([value, value], config) == [*each(pair, [value, value], config=config)] == ["sync"] * 2
+    assert await pair.ainvoke(value, config) == "".join([x async for x in pair.astream(value, config)]) == "async"
+    assert await pair.abatch([value, value], config) == ["async"] * 2
+    assert [result async for result in aeach(pair, [value, value], config=config)] == ["async"] * 2
+
+
+async def test_a_function_without_parameters_is_called_without_arguments() -> None:
+    """Under a limit too, and over a bridge."""
+    refresh = concurrency(limit=1)(now_sync)
+    load = Loader().load
+
+    assert refresh() == refresh.call() == await refresh.acall() == await refresh.ainvoke(None) == "sync"
+    assert (load(), load.call(), await load.acall()) == ("sync", "sync", "async")
+    assert (refresh.limiter.stats().admitted, load.limiter.stats().limit) == (4, 1)
+
+
+@pytest.mark.parametrize(("value", "kind"), [("EUR", "str"), (0, "int"), ([], "list"), ({"a": 1}, "dict with keys")])
+@without_parameters
+async def test_a_function_without_parameters_refuses_an_input(pair: Any, value: Any, kind: str) -> None:
+    """What it would drop is told, and what to write in a pipe."""
+    said = rf"takes no input: give it None or an empty mapping, not {kind}; in a pipe put \(lambda _: None\) before it"
+
+    with pytest.raises(TypeError, match=said):
+        pair.invoke(value)
+    with pytest.raises(TypeError, match=said):
+        await pair.ainvoke(value)
+    with pytest.raises(TypeError, match=said):
+        await pair.ainvoke(value, {"callbacks": [BaseCallbackHandler()]})
+
+
+@without_parameters
+async def test_a_function_without_parameters_stands_in_a_pipe_behind_a_lambda(pair: Any) -> None:
+    """As the error says; each path runs its own side."""
+    pipe = RunnableLambda(str.upper) | (lambda _: None) | pair
+    pairs = Dual(str.upper) | (lambda _: None) | pair | str.title
+
+    assert (pipe.invoke("x"), await pipe.ainvoke("x")) == ("sync", "async")
+    assert (pairs.invoke("x"), await pairs.ainvoke("x")) == ("Sync", "Async")
 
 
 def _rate(base: str, quote: str) -> str:

@@ -943,6 +943,10 @@ def named_only(model: str = "m", *, text: str) -> None:
     """Take one that is needed by name."""
 
 
+def none() -> None:
+    """Take none."""
+
+
 class Desk:
     """Methods of which nothing is needed but their instance."""
 
@@ -962,6 +966,7 @@ class Desk:
         (one_optional, (), {}, "t"),
         (one_optional, ("x",), {}, "x"),
         (named_only, ("x",), {"text": "hello"}, "hello"),
+        (none, (), {}, {}),
         (Desk.quotes, (1, 3), {}, {"self": 1, "count": 3}),
         (Desk.rates, (1,), {}, {"self": 1}),
     ],

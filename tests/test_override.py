@@ -356,6 +356,11 @@ def _taking(query: str, *, rate: float) -> str:
     return query
 
 
+@dual
+def _now() -> str:
+    return "now"
+
+
 @pytest.mark.parametrize(
     ("pair", "fake", "said"),
     [
@@ -382,10 +387,12 @@ def test_a_fake_that_can_not_be_called_as_the_function_is_is_refused(pair: Any, 
         (convert, lambda *, amount, rate, **more: amount),
         (convert, lambda **given: given),
         (Dual(_taking), lambda question, *, rate: question),
+        (_now, lambda: "fake"),
         (fetch, lambda query, config: query),
         (fetch, print),
         (fetch, Mock()),
         (fetch, str),
+        (_now, lambda zone="UTC": zone),
     ],
 )
 def test_a_fake_may_have_parameters_of_its_own(pair: Any, fake: Any) -> None:
@@ -393,6 +400,15 @@ def test_a_fake_may_have_parameters_of_its_own(pair: Any, fake: Any) -> None:
     with registry.override(pair, fake) as faked:
         assert faked is pair
     assert pair._fakes == ()
+
+
+@pytest.mark.parametrize("fake", [lambda: "fake", Mock(return_value="fake"), Dual(lambda: "fake")])
+async def test_a_fake_of_a_function_without_parameters_is_given_nothing(fake: Any) -> None:
+    """As the function is, and by the same inputs."""
+    with registry.override(_now, fake):
+        assert [_now(), _now.invoke(None), await _now.ainvoke({})] == ["fake"] * 3
+        with pytest.raises(TypeError, match="takes no input"):
+            _now.invoke("EUR")
 
 
 async def test_a_fake_is_called_by_keyword_where_the_function_has_no_places() -> None:

@@ -185,7 +185,7 @@ def test_a_builtin_without_a_signature_is_taken_at_its_word() -> None:
     """`int` shows no signature on every version, and fits any other side."""
     assert signature_of(dict) is None
     assert same_parameters(dict, _plain)
-    assert shape_of(dict).has_parameters
+    assert not shape_of(dict).takes_nothing
 
 
 def test_describe_names_file_and_line() -> None:

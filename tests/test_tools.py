@@ -67,6 +67,16 @@ def repeat(query: str, times: int = 2) -> str:
     return query * times
 
 
+async def _anow() -> str:
+    return "async now"
+
+
+@dual(async_=_anow)
+def now() -> str:
+    """Tell the time."""
+    return "now"
+
+
 @dual
 def compare(value: str, input: str) -> bool:
     """Compare two texts, whose names LangChain takes for its own."""
@@ -113,6 +123,11 @@ class Desk:
         return query
 
     @dual
+    def open(self) -> str:
+        """Open the desk."""
+        return "open"
+
+    @dual
     def sell(self, amount: float, rate: float) -> float:
         """Sell an amount."""
         return -amount * rate
@@ -133,6 +148,8 @@ CASES: list[tuple[Any, dict[str, Any], Any, Any]] = [
     (round_up, {"rounding": {"digits": 4}}, 5, 5),
     (Desk().sell, {"amount": 2, "rate": 3}, -6, -6),
     (Desk().close, {"query": "EUR"}, "EUR", "EUR"),
+    (now, {}, "now", "async now"),
+    (Desk().open, {}, "open", "open"),
 ]
 each_case = pytest.mark.parametrize(("pair", "given", "sync", "async_"), CASES, ids=[case[0].name for case in CASES])
 
@@ -240,6 +257,15 @@ def test_a_pair_is_a_tool_of_a_graphs_tool_node() -> None:
         ("fetch", "Fetch one quote."),
         ("convert", "Convert an amount."),
     ]
+
+
+async def test_a_tool_node_calls_a_pair_without_parameters() -> None:
+    """As it calls a function without any."""
+    graph = StateGraph(MessagesState).add_node("tools", ToolNode([now])).add_edge(START, "tools").compile()
+    calls: Any = {"messages": [AIMessage("", tool_calls=[{"name": "now", "args": {}, "id": "1"}])]}
+
+    assert graph.invoke(calls)["messages"][-1].content == "now"
+    assert (await graph.ainvoke(calls))["messages"][-1].content == "async now"
 
 
 def _by_config(query: str, run_config: RunnableConfig) -> str:
@@ -374,6 +400,14 @@ def test_the_input_schema_of_a_mapping_has_its_fields() -> None:
     assert schema["properties"]["unit"] == {"default": "USD", "title": "Unit", "type": "string"}
     assert schema["$defs"]["Rounding"]["properties"]["digits"]["description"] == "digits after the point"
     assert set(Desk().sell.get_input_jsonschema()["properties"]) == {"amount", "rate"}
+
+
+def test_the_input_schema_of_a_function_without_parameters_is_empty() -> None:
+    """Of a method too: an empty mapping is what it may be given."""
+    for pair in (now, Desk().open, Dual(_anow)):
+        schema: Any = pair.get_input_schema()
+        assert (schema.model_validate({}).model_dump(), schema.model_fields) == ({}, {})
+        assert pair.get_input_jsonschema()["type"] == "object"
 
 
 def test_the_input_schema_of_one_value_is_its_type() -> None:

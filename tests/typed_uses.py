@@ -183,6 +183,43 @@ async def one_async_side(query: str, count: int = 1) -> Quote:
     return {query: count}
 
 
+@dual
+def none_alone() -> float:
+    return 1.0
+
+
+async def none_async() -> float:
+    return 1.0
+
+
+@concurrency(limit=1)
+@dual(async_=none_async)
+def none_limited() -> float:
+    return 1.0
+
+
+class NoParameters:
+    """A method that takes nothing but its instance."""
+
+    @concurrency(limit=1)
+    def load(self) -> Quote:
+        return {}
+
+
+async def without_parameters() -> None:
+    """A call takes nothing, an input is None."""
+    checked: Dual[Any, float, []] = none_alone
+    load = NoParameters().load
+    assert_type(checked(), float)
+    assert_type(none_limited.call(), float)
+    assert_type(await none_limited.acall(), float)
+    assert_type(await none_alone.ainvoke(None), float)
+    assert_type(load(), Quote)
+    assert_type(await load.acall(), Quote)
+    none_alone("EUR")  # type: ignore[call-arg]
+    load("EUR")  # type: ignore[call-arg]
+
+
 async def sync_forms() -> None:
     """Forms that stand for a `def` return its result."""
     assert_type(on_sync("EUR"), Quote)
