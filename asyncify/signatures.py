@@ -304,7 +304,7 @@ class Shape:
         by_keyword = self.takes_keywords_alone or any(name in self.keyword_only for name in self.required)
         is_spread = by_keyword or len(self.required) > 1
         is_placed = len(self.positional_only) > 1
-        is_special = is_spread or is_placed or self.takes_nothing
+        is_special = is_spread or is_placed or self.takes_nothing or self.takes_any_keywords
         takes_input_alone = not (is_special or self.takes_config or self.takes_run_manager)
         object.__setattr__(self, "takes_input_alone", takes_input_alone)
 
@@ -322,10 +322,10 @@ class Shape:
     def arguments(
         self, fn: Callable[..., Any], value: Any, kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what to call `fn` with: the value itself, or a mapping spread over two or more parameters.
+        """Return what to call `fn` with: the value itself, or a mapping spread over several parameters or `**` alone.
 
         Raises:
-            TypeError: `fn` needs several arguments and the value is no mapping that has them; or it takes none.
+            TypeError: `fn` takes a mapping, and the value is none that has what it needs; or it takes no input.
         """
         if self.takes_nothing:
             kind, is_mapping = type(value).__name__, isinstance(value, Mapping)
@@ -336,7 +336,7 @@ class Shape:
                 f"{' with keys' if is_mapping else ''}; in a pipe put (lambda _: None) before it"
             )
         missing = [name for name in self.required if name not in kwargs]
-        if len(missing) <= 1:
+        if len(missing) <= 1 and not self.takes_any_keywords:
             name = missing[0] if missing else self._optional_input(kwargs)
             if self.positional_only and name not in kwargs:
                 return self._by_place(fn, {name: value, **kwargs})
@@ -345,8 +345,8 @@ class Shape:
             return (value,), dict(kwargs)
         if not isinstance(value, Mapping):
             raise TypeError(
-                f"{describe(fn)} takes {', '.join(missing)}: its input must be a mapping with these keys, "
-                f"not {type(value).__name__}"
+                f"{describe(fn)} takes {', '.join(missing) or 'keywords of any name'}: its input must be a mapping"
+                f"{' with these keys' if missing else ''}, not {type(value).__name__}"
             )
         given = cast("Mapping[str, Any]", value)
         if absent := [name for name in missing if name not in given]:
@@ -365,6 +365,11 @@ class Shape:
     def takes_nothing(self) -> bool:
         """Whether it has no parameters of its own at all."""
         return self.places <= 0 and not (self.keyword_only or self.takes_keywords)
+
+    @property
+    def takes_any_keywords(self) -> bool:
+        """Whether it has no parameters but one for keywords of any name."""
+        return self.takes_keywords and self.places <= 0 and not self.keyword_only
 
     @property
     def takes_keywords_alone(self) -> bool:

@@ -726,6 +726,67 @@ async def test_a_function_without_parameters_stands_in_a_pipe_behind_a_lambda(pa
     assert (pairs.invoke("x"), await pairs.ainvoke("x")) == ("Sync", "Async")
 
 
+# --- with keywords of any name ---
+
+
+def options_sync(**options: Any) -> dict[str, Any]:
+    """Return what is given."""
+    return {"side": "sync", **options}
+
+
+async def options_async(**options: Any) -> dict[str, Any]:
+    """Return what is given."""
+    return {"side": "async", **options}
+
+
+class Options:
+    """A method of them."""
+
+    async def _atake(self, **options: Any) -> dict[str, Any]:
+        return await options_async(**options)
+
+    @dual(async_=_atake)
+    def take(self, **options: Any) -> dict[str, Any]:
+        return options_sync(**options)
+
+
+WITH_ANY_KEYWORDS: dict[str, Any] = {
+    "function": dual(sync=options_sync, async_=options_async),
+    "limit": concurrency(limit=1)(dual(sync=options_sync, async_=options_async, name="options_limited")),
+    "method": Options().take,
+    "drop-in": Dual(options_sync, options_async),
+}
+
+
+@pytest.mark.parametrize("callbacks", [[], [BaseCallbackHandler()]], ids=["unobserved", "observed"])
+@pytest.mark.parametrize("pair", WITH_ANY_KEYWORDS.values(), ids=WITH_ANY_KEYWORDS)
+async def test_a_function_of_any_keywords_takes_a_mapping(pair: Any, callbacks: Any) -> None:
+    """Spread by name, beside what `bind` gives; anything else is told."""
+    config: RunnableConfig = {"callbacks": callbacks}
+    value = {"pair": "EUR", "day": 3}
+    given = {**value, "fee": 1}
+
+    assert pair.invoke(value, config) == {"side": "sync", **value}
+    assert await pair.ainvoke(value, config) == {"side": "async", **value}
+    assert (pair.bind(fee=1).invoke(value, config), pair.invoke({}, config)) == (
+        {"side": "sync", **given},
+        {"side": "sync"},
+    )
+    with pytest.raises(TypeError, match=r"takes keywords of any name: its input must be a mapping, not str"):
+        pair.invoke("EUR", config)
+    with pytest.raises(TypeError, match=r"takes keywords of any name: its input must be a mapping, not str"):
+        await pair.ainvoke("EUR", config)
+
+
+def test_a_key_of_any_keywords_is_a_mapping_of_them() -> None:
+    """As the function takes it."""
+    seen: list[Any] = []
+    pair = concurrency(limit=1, key=seen.append)(Dual(options_sync))
+
+    pair.invoke({"pair": "EUR"})
+    assert seen == [{"pair": "EUR"}]
+
+
 def _rate(base: str, quote: str) -> str:
     return f"{base}{quote}"
 
