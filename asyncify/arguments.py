@@ -1,4 +1,7 @@
-"""Checks of arguments that are numbers: each returns what it was given, as the plain `int` or `float` to count in."""
+"""Checks of arguments that are numbers: each returns what it was given, as the plain `int` or `float` to count in.
+
+Beside them, the error of one that comes without its name.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from numbers import Real
 from operator import index
 from typing import SupportsIndex
 
-__all__ = ["check_bound", "check_count", "check_not_negative", "check_positive", "shown"]
+__all__ = ["check_bound", "check_count", "check_not_negative", "check_positive", "shown", "unnamed"]
 
 
 def check_count(name: str, count: object, example: str) -> int:
@@ -40,6 +43,12 @@ def check_not_negative(name: str, value: object, example: str) -> float:
     if not 0 <= _finite(value) < math.inf:
         raise ValueError(f"{name}={shown(value)}: must be finite and not negative, as in {example}")
     return value if isinstance(value, (int, float)) else float(value)
+
+
+def unnamed(what: str, value: object) -> TypeError:
+    """Return the error of an argument that was given without its name, where limits are given."""
+    limit = value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 10
+    return TypeError(f"{what}: {value!r} was given without a name; write {what}(limit={limit}), say")
 
 
 def shown(number: float | Real) -> str:

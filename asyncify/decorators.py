@@ -24,6 +24,7 @@ from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import Runnable
 
 from asyncify.adaptive import Adaptive
+from asyncify.arguments import unnamed
 from asyncify.classmethods import watch_class_body
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
@@ -209,7 +210,7 @@ def dual(*, name: str | None = None, bridge: Bridge = "thread", warn: bool = Tru
 def dual(
     fn: Any = None,
     /,
-    *,
+    *given: Never,
     sync: Function | None = None,
     async_: Function | None = None,
     name: str | None = None,
@@ -247,6 +248,8 @@ def dual(
         NameTakenError: a different function is registered under the name.
     """
     _check_options(name, bridge)
+    if given:
+        raise PairError(f"dual: {given[0]!r} was given without a name; of two functions write dual(sync=f, async_=af)")
     if fn is not None and (sync is not None or async_ is not None):
         raise PairError("dual: give a function to decorate, or sync= and async_=, but not both")
     if sync is not None:
@@ -319,7 +322,7 @@ def concurrency(
         PairError: what is decorated is no function, or has a limit already.
     """
     if given:
-        raise TypeError(f"@concurrency: {given[0]!r} was given without a name; write @concurrency(limit=10), say")
+        raise unnamed("@concurrency", given[0])
     new_gate = partial(
         make_gate,
         limiter,

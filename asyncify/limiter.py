@@ -6,12 +6,12 @@ import pickle
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Never, Self
 
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.adaptive import Adaptive, AdaptiveLimit
-from asyncify.arguments import check_not_negative, check_positive
+from asyncify.arguments import check_not_negative, check_positive, unnamed
 from asyncify.clock import Clock, monotonic_clock
 from asyncify.meter import Limits
 from asyncify.permits import Permit, get_innermost
@@ -61,7 +61,7 @@ class Limiter(Turnstile, BaseRateLimiter):
 
     def __init__(
         self,
-        *,
+        *given: Never,
         limit: int | Adaptive | None = None,
         per_second: float | None = None,
         per_minute: float | None = None,
@@ -71,6 +71,8 @@ class Limiter(Turnstile, BaseRateLimiter):
         name: str | None = None,
         clock: Clock = monotonic_clock,
     ) -> None:
+        if given:
+            raise unnamed("Limiter", given[0])
         adaptive, slots = _adaptive_limit(limit)
         limits = Limits.of(limit=slots, burst=burst, per_second=per_second, per_minute=per_minute, per_hour=per_hour)
         if timeout is not None:

@@ -112,6 +112,11 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
         lambda: dual(_injected_alone),
         r"_injected_alone .* takes only config and run_manager, .* rename config, .*\(query, config, run_manager\)$",
     ),
+    (
+        "two functions without their names",
+        lambda: dual(_fetch, _afetch),
+        r"^dual: <function _afetch at .*> was given without a name; of two functions write dual\(sync=f, async_=af\)$",
+    ),
     ("a function and sides", lambda: dual(_fetch, async_=_afetch), r"dual: give a function to decorate, or sync= and"),
     ("a bridge that is none", lambda: dual(_fetch, bridge="loop"), r"bridge='loop' is not a bridge; write"),
     ("an empty name", lambda: dual(_fetch, name=""), r"name='' is not a name; write name="),
@@ -357,3 +362,14 @@ def test_a_limit_without_its_name_is_told() -> None:
         decorate(10)
     with pytest.raises(TypeError, match=r"^@concurrency: <function _fetch at .*> was given without a name"):
         decorate(_fetch)
+    with pytest.raises(TypeError, match=r"^@concurrency: 5 was given .*; write @concurrency\(limit=5\)"):
+        decorate(5)
+
+
+def test_a_limiter_without_the_name_of_its_limit_is_told() -> None:
+    """With the call to write, and not how many arguments Python takes."""
+    limiter: Any = Limiter
+    with pytest.raises(TypeError, match=r"^Limiter: 5 was given without a name; write Limiter\(limit=5\), say$"):
+        limiter(5)
+    with pytest.raises(TypeError, match=r"^Limiter: True was given without a name; write Limiter\(limit=10\), say$"):
+        limiter(True)  # noqa: FBT003

@@ -293,6 +293,7 @@ def wrong_sides() -> None:
     dual(sync=fetch_sync)(other_parameters)  # type: ignore[arg-type]
     dual(sync=fetch_sync)(other_result)  # type: ignore[arg-type]
     dual(sync=fetch_sync)(fetch_sync)  # type: ignore[arg-type]
+    dual(fetch_sync, fetch_async)  # type: ignore[call-overload]
     dual(sync=fetch_sync, async_=fetch_sync)  # type: ignore[arg-type]
     dual(sync=fetch_sync, async_=other_parameters)  # type: ignore[arg-type]
     dual(sync=fetch_sync, async_=other_type)  # type: ignore[arg-type]
@@ -779,6 +780,8 @@ async def limits() -> None:
     limit_under(3)  # type: ignore[arg-type]
     limit_alone(3)  # type: ignore[arg-type, unused-coroutine]
     concurrency(limit="3")  # type: ignore[arg-type]
+    concurrency(3)  # type: ignore[arg-type]
+    Limiter(3)  # type: ignore[arg-type]
     concurrency(limit=3)(3)  # type: ignore[call-overload]
 
 
