@@ -52,6 +52,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
+_LIMITED_MODEL = (
+    "; decorate the functions in it, or limit a model or a pipe as a whole: "
+    'concurrency(limit=10)(dual(sync=model.stream, async_=model.astream, name="llm"))'
+)
+"""What to write where a runnable is given for a function."""
+
 # The overloads overlap on purpose: a coroutine function is a function too, and the first one that fits is meant.
 
 if TYPE_CHECKING:
@@ -322,7 +328,10 @@ def concurrency(
         PairError: what is decorated is no function, or has a limit already.
     """
     if given:
-        raise unnamed("@concurrency", given[0])
+        model: Any = given[0]
+        if not is_pair(model) and isinstance(model, Runnable):
+            raise PairError(f"@concurrency: {model!r} is no function{_LIMITED_MODEL}")
+        raise unnamed("@concurrency", model)
     new_gate = partial(
         make_gate,
         limiter,
@@ -430,7 +439,7 @@ def _side_of(fn: Function, where: str) -> tuple[Function | None, Function | None
     """Return a function as the sync or the async side, whichever it is."""
     plain: object = function_of(fn)
     if not callable(plain):
-        instead = "; decorate the functions in it" if isinstance(plain, Runnable) else ""
+        instead = _LIMITED_MODEL if isinstance(plain, Runnable) else ""
         raise PairError(f"{where}: expected a function, got {plain!r}{instead}")
     return (None, fn) if is_async(plain) else (fn, None)
 

@@ -84,6 +84,11 @@ def _shown() -> list[tuple[str, int, str]]:
 
 _later: Any = Dual(_fetch)
 
+_LIMIT_A_MODEL = (
+    r"limit a model or a pipe as a whole: "
+    r'concurrency\(limit=10\)\(dual\(sync=model.stream, async_=model.astream, name="llm"\)\)$'
+)
+
 BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     ("two sync functions", lambda: dual(sync=_fetch, async_=_fetch_too), r"_fetch_too .* is not async, so it can't"),
     ("two async functions", lambda: dual(sync=_afetch, async_=_afetch_too), r"_afetch .* is async, so it can't"),
@@ -136,7 +141,17 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     (
         "a limit on a pipe",
         lambda: concurrency(limit=1)(Dual(_fetch) | str.upper),
-        r"(?s)@concurrency: expected a function, got .*; decorate the functions in it",
+        rf"(?s)@concurrency: expected a function, got .*; decorate the functions in it, or {_LIMIT_A_MODEL}",
+    ),
+    (
+        "a pair of a pipe",
+        lambda: dual(Dual(_fetch) | str.upper),
+        rf"(?s)@dual: expected a function, .*{_LIMIT_A_MODEL}",
+    ),
+    (
+        "a limit without brackets on a pipe",
+        lambda: concurrency(Dual(_fetch) | str.upper),
+        rf"(?s)@concurrency: .* is no function; .* or {_LIMIT_A_MODEL}",
     ),
     (
         "a sync function as the second side",
@@ -362,6 +377,8 @@ def test_a_limit_without_its_name_is_told() -> None:
         decorate(10)
     with pytest.raises(TypeError, match=r"^@concurrency: <function _fetch at .*> was given without a name"):
         decorate(_fetch)
+    with pytest.raises(TypeError, match=r"^@concurrency: <Dual _fetch .*> was given without a name"):
+        decorate(Dual(_fetch))
     with pytest.raises(TypeError, match=r"^@concurrency: 5 was given .*; write @concurrency\(limit=5\)"):
         decorate(5)
 
