@@ -283,6 +283,7 @@ class Shape:
     """How a function takes its input and what it gives back, looked up once.
 
     `required` are the names of the parameters that have no default, without those that LangChain injects;
+    `names` are those of all parameters, except for what stands for any number;
     `places` is how many arguments can be given without a name, and `takes_keywords` says that any name will do;
     `takes_input_alone` says that a call needs nothing but the input: neither spread over parameters, nor a config;
     and that what is given beside it is taken by name.
@@ -295,6 +296,7 @@ class Shape:
     required: tuple[str, ...]
     positional_only: tuple[str, ...]
     keyword_only: tuple[str, ...]
+    names: frozenset[str]
     places: float
     takes_keywords: bool
     takes_input_alone: bool = field(init=False)
@@ -315,6 +317,7 @@ class Shape:
             required=own.required,
             positional_only=own.positional_only,
             keyword_only=own.keyword_only,
+            names=own.names,
             places=own.places,
             takes_keywords=own.takes_keywords,
         )
@@ -353,6 +356,11 @@ class Shape:
             raise TypeError(
                 f"{describe(fn)} takes {', '.join(missing)}: its input has no {', '.join(absent)}; "
                 f"it has {', '.join(map(str, given)) or 'nothing'}"
+            )
+        if not self.takes_keywords and (extra := [key for key in given if key not in self.names]):
+            raise TypeError(
+                f"{describe(fn)} takes {', '.join(missing)}: its input also has {', '.join(map(str, extra))}; pick "
+                "the keys, or add **rest to the function"
             )
         return self._by_place(fn, {**given, **kwargs})
 
@@ -416,6 +424,7 @@ def shape_of(fn: Callable[..., Any]) -> Shape:
             and (p.default is Parameter.empty or not takes_any)  # else the name is one of the keywords
         ),
         keyword_only=tuple(p.name for p in own if p.kind is Parameter.KEYWORD_ONLY),
+        names=frozenset(parameter.name for parameter in parameters if parameter.kind not in _VARIADIC),
         places=math.inf if signature is None else sum(_PLACES.get(p.kind, 0) for p in own),
         takes_keywords=takes_any,
     )

@@ -333,12 +333,39 @@ def test_a_positional_only_parameter_beside_the_input_goes_in_its_place() -> Non
         (3, r"two .* takes amount, rate: its input must be a mapping with these keys, not int"),
         ({"amount": 1}, r"two .* takes amount, rate: its input has no rate; it has amount"),
         ({}, r"its input has no amount, rate; it has nothing"),
+        (
+            {"amount": 1, "rate": 2, "digits": 0, "lang": "en", 3: 4},
+            r"two .* takes amount, rate: its input also has lang, 3; pick the keys, or add \*\*rest to the function$",
+        ),
     ],
 )
 def test_an_input_that_can_not_be_spread_is_refused(value: object, message: str) -> None:
     """The error names the function, what it takes and what was given."""
     with pytest.raises(TypeError, match=message):
         shape_of(_two).arguments(_two, value, {})
+
+
+async def test_a_key_that_no_parameter_takes_is_told_of_either_side() -> None:
+    """Of a method too; a function with `**rest` takes it."""
+
+    async def acharge(amount: float, rate: float) -> float:
+        return amount * rate
+
+    class Desk:
+        @dual
+        def charge(self, amount: float, rate: float) -> float:
+            return amount * rate
+
+    def rest(amount: float, rate: float, **rest: float) -> dict[str, float]:
+        return rest
+
+    value = {"amount": 1, "rate": 2, "fee": 3}
+    for pair in (Dual(acharge), Desk().charge, Dual(_positional)):
+        with pytest.raises(TypeError, match=r"takes amount, rate: its input also has fee; pick the keys, or"):
+            pair.invoke(value)
+        with pytest.raises(TypeError, match=r"takes amount, rate: its input also has fee; pick the keys, or"):
+            await pair.ainvoke(value)
+    assert Dual(rest).invoke(value) == await Dual(rest).ainvoke(value) == {"fee": 3}
 
 
 def test_a_positional_only_default_beside_any_keyword_is_one_of_them() -> None:
