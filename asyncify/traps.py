@@ -44,7 +44,8 @@ def tell_bridged(name: str, fn: Function, calls: int) -> None:
     _tell(
         BridgedWarning(
             f"{calls:,} async calls of {name} run in threads, for it has no async side of its own; write one, and "
-            f"@dual(async_={_plain_name(name)}_async) over {describe(fn)}; or @dual(warn=False), if threads will do"
+            f"@dual(async_={_plain_name(name)}_async) over {describe(fn)}; or warn=False in @dual or @concurrency, if "
+            "threads will do"
         )
     )
 

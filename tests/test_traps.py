@@ -64,7 +64,7 @@ async def test_a_large_async_batch_over_threads_is_told():
     assert (messages[0].filename, messages[0].lineno) == (__file__, line)
     assert "10 async calls of fetch run in threads" in str(messages[0].message)
     assert "@dual(async_=fetch_async) over test_traps.fetch (" in str(messages[0].message)
-    assert "@dual(warn=False)" in str(messages[0].message)
+    assert "; or warn=False in @dual or @concurrency, if threads will do" in str(messages[0].message)
 
 
 async def test_a_pair_with_an_async_side_is_not_told_of_threads():
