@@ -349,13 +349,13 @@ class Shape:
         if not isinstance(value, Mapping):
             raise TypeError(
                 f"{describe(fn)} takes {', '.join(missing) or 'keywords of any name'}: its input must be a mapping"
-                f"{' with these keys' if missing else ''}, not {type(value).__name__}"
+                f"{' with these keys' if missing else ''}, not {type(value).__name__}{_instead_of(missing)}"
             )
         given = cast("Mapping[str, Any]", value)
         if absent := [name for name in missing if name not in given]:
             raise TypeError(
                 f"{describe(fn)} takes {', '.join(missing)}: its input has no {', '.join(absent)}; "
-                f"it has {', '.join(map(str, given)) or 'nothing'}"
+                f"it has {', '.join(map(str, given)) or 'nothing'}{_instead_of(absent)}"
             )
         if not self.takes_keywords and (extra := [key for key in given if key not in self.names]):
             raise TypeError(
@@ -398,6 +398,17 @@ class Shape:
             by_place = list(self.positional_only[: self.positional_only.index(by_place[-1]) + 1])
             spread = {name: parameters[name].default for name in by_place} | spread
         return tuple(spread.pop(name) for name in by_place), spread
+
+
+_OF_LANGGRAPH = {"runtime": "get_runtime", "store": "get_store", "writer": "get_stream_writer"}
+"""What LangGraph gives a plain function by a parameter's name, and what gives it anywhere."""
+
+
+def _instead_of(names: list[str]) -> str:
+    """Say what to call instead of the parameters that LangGraph fills in, if there are any among these."""
+    filled = [name for name in names if name in _OF_LANGGRAPH]
+    calls = ", ".join(f"{_OF_LANGGRAPH[name]}()" for name in filled)
+    return f"; LangGraph gives {', '.join(filled)} to plain functions only: call {calls} in it" if filled else ""
 
 
 def shape_of(fn: Callable[..., Any]) -> Shape:

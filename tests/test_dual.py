@@ -3,6 +3,7 @@
 import _thread
 import asyncio
 import copy
+import dataclasses
 import functools
 import inspect
 import operator
@@ -16,8 +17,10 @@ from unittest import mock
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.config import get_stream_writer
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
+from langgraph.runtime import get_runtime
 from typing_extensions import TypedDict
 
 from asyncify import BridgeError, Dual, PairError, aeach, concurrency, dual, each, registry
@@ -1043,6 +1046,39 @@ def hide(state: Notes) -> Secret:
 def reveal(state: Secret) -> Notes:
     """Ask for it."""
     return {"answer": state["secret"]}
+
+
+@dataclasses.dataclass
+class Page:
+    """A state that is no mapping."""
+
+    answer: str
+
+
+@pytest.mark.parametrize("kind", [Notes, Page])
+async def test_a_node_that_asks_for_what_langgraph_injects_is_told(kind: Any) -> None:
+    """It gives that to plain functions only: the error says what to call in the node, by which it runs."""
+
+    def asking(state: Any, runtime: Any, writer: Any) -> Any:
+        raise AssertionError
+
+    async def calling(state: Any) -> Any:
+        get_stream_writer()("written")
+        return {"answer": type(get_runtime()).__name__}
+
+    said = (
+        r"takes state, runtime, writer: .*; LangGraph gives runtime, writer to plain functions only: "
+        r"call get_runtime\(\), get_stream_writer\(\) in it"
+    )
+    graph: Any = StateGraph(kind).add_node("node", Dual(asking)).add_edge(START, "node").compile()
+    with pytest.raises(TypeError, match=said):
+        graph.invoke({"answer": ""})
+    with pytest.raises(TypeError, match=said):
+        await graph.ainvoke({"answer": ""})
+
+    graph = StateGraph(kind).add_node("node", Dual(calling)).add_edge(START, "node").compile()
+    assert graph.invoke({"answer": ""}) == await graph.ainvoke({"answer": ""}) == {"answer": "Runtime"}
+    assert [x async for x in graph.astream({"answer": ""}, stream_mode="custom")] == ["written"]
 
 
 @pytest.mark.parametrize("decorate", [dual, Dual, concurrency(limit=5)])
