@@ -892,6 +892,22 @@ async def test_a_task_of_langgraph_keeps_the_limit(written: Callable[..., Any]) 
     assert pair.limiter.stats().admitted == 3
 
 
+async def test_a_task_of_langgraph_over_an_async_def_runs_the_async_side() -> None:
+    """`task` takes a pair of a `def` for a sync function, so the side is awaited in an `async def`."""
+    pair: Any = concurrency(limit=1)(dual(sync=fetch_sync, async_=fetch_async, name="pair_in_a_task"))
+
+    @task
+    async def fetch(query: str) -> str:
+        return str(await pair.acall(query))
+
+    @entrypoint()
+    async def flow(query: str) -> list[str]:
+        return list(await asyncio.gather(fetch(query), fetch(query), task(pair)(query)))
+
+    assert await flow.ainvoke("x") == ["async x", "async x", "sync x"]
+    assert pair.limiter.stats().admitted == 3
+
+
 async def test_a_function_may_be_false() -> None:
     """As a mock with a length is, and any object that says so."""
 
