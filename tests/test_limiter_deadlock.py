@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from asyncify import Adaptive, Dual, turnstile
+from asyncify import Adaptive, Dual, concurrency, dual, turnstile
 from asyncify.deadlock import detection
 from asyncify.deadlock.holds import held_by_this_task
 from asyncify.deadlock.lookout import closes_generators
@@ -790,3 +790,65 @@ class TestHeldUpLoop:
         await holder
 
         assert limiter.stats().in_flight == 0
+
+
+class TestSharedContext:
+    """Tasks that `create_task` was given one context for: what one has entered looks as if the others had, too."""
+
+    @pytest.mark.parametrize("enters", ["async with", "a pair"])
+    async def test_tasks_that_share_a_context_take_turns(self, enters: str) -> None:
+        """As at an `asyncio.Semaphore`."""
+        limiter = Limiter(limit=1)
+
+        async def look_up(number: int) -> int:
+            await asyncio.sleep(0.01)
+            return number
+
+        async def enter(number: int) -> int:
+            async with limiter:
+                return await look_up(number)
+
+        pair = concurrency(limiter=limiter)(dual(look_up))
+        ways: dict[str, Callable[[int], Any]] = {"async with": enter, "a pair": pair.acall}
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(ways[enters](number), context=context) for number in range(5)]
+
+        assert await asyncio.gather(*tasks) == [0, 1, 2, 3, 4]
+
+    async def test_a_task_in_the_context_of_its_caller_is_no_proof(self) -> None:
+        """It is found by who runs just now, too, whose context Python 3.11 shows nowhere else."""
+        limiter = Limiter(limit=1)
+        limited = asyncio.Event()
+        may_leave = asyncio.Event()
+
+        async def hold() -> None:
+            async with limiter:
+                limited.set()
+                await may_leave.wait()
+
+        async def come() -> None:
+            holder = asyncio.get_running_loop().create_task(hold(), context=context)
+            await limited.wait()
+            asyncio.get_running_loop().call_later(0.01, may_leave.set)
+            async with limiter:
+                pass
+            await holder
+
+        context = contextvars.copy_context()
+        await asyncio.get_running_loop().create_task(come(), context=context)
+
+        assert limiter.stats().admitted == 2
+
+    async def test_a_deadlock_is_told_when_no_context_is_shared_any_more(self) -> None:
+        """It is looked at again."""
+        limiter, context = Limiter(limit=1), contextvars.copy_context()
+        may_end = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        others = [loop.create_task(may_end.wait(), context=context) for _ in range(2)]
+        loop.call_later(0.05, may_end.set)
+
+        with pytest.raises(DeadlockError):
+            async with limiter, limiter:
+                pass
+        await asyncio.gather(*others)

@@ -17,7 +17,7 @@ from functools import cache
 
 from asyncify.deadlock.crews import Crew
 from asyncify.deadlock.holds import loop_of
-from asyncify.deadlock.lookout import HeldUp, Lookout, closes_generators
+from asyncify.deadlock.lookout import HeldUp, Lookout, closes_generators, shares_context
 from asyncify.deadlock.proofs import Held, Proof, is_anybody_free, lasts
 from asyncify.errors import DeadlockError
 from asyncify.forks import at_fork
@@ -29,8 +29,8 @@ __all__ = ["come_to_wait", "look_at", "look_at_threads"]
 Stuck = Mapping[Issuer, frozenset[Permit]]
 """Limiters that nobody can leave, with the calls inside."""
 
-Closes = Callable[[AbstractEventLoop], bool]
-"""Tells whether an event loop is about to close a generator."""
+Doubts = Callable[[AbstractEventLoop], bool]
+"""Tells whether a call on an event loop may end otherwise than it looks."""
 
 By = Mapping[Permit, Collection[Permit]]
 """Some of the waits that keep a call, or what stands for calls."""
@@ -132,11 +132,16 @@ def _is_needed(permit: Permit, loop: AbstractEventLoop | None) -> bool:
     return not Proof(Held.of(()), [permit.issuer], scope=None, loop=loop, without=permit).stuck
 
 
-def _may_be_left(stuck: Stuck, closes: Closes = closes_generators) -> bool:
-    """Tell whether one of these calls may be that of a generator that its loop is about to close."""
+def _is_in_doubt(loop: AbstractEventLoop) -> bool:
+    """Tell whether a call on a loop may be that of another task, or of a generator that is about to be closed."""
+    return closes_generators(loop) or shares_context(loop)
+
+
+def _may_be_left(stuck: Stuck, doubts: Doubts = _is_in_doubt) -> bool:
+    """Tell whether it is in doubt who will leave one of these calls, and when."""
     threads = {call.thread for call in _all_inside(stuck)}
     loops = [loop for thread in threads if (loop := loop_of.get(thread)) is not None]
-    return any(map(closes, loops))
+    return any(map(doubts, loops))
 
 
 def _may_go_on(permit: Permit, own: Held, proof: Proof) -> bool:
@@ -159,8 +164,8 @@ def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
     if not 0 < len(waiting) <= _MANY:
         return False
     with _looking:
-        closes = cache(closes_generators)  # asked once for all parts: nothing else runs on the loop meanwhile
-        return any(_tell_one(loop, part, closes) for part in _parts(waiting))
+        doubts = cache(_is_in_doubt)  # asked once for all parts: nothing else runs on the loop meanwhile
+        return any(_tell_one(loop, part, doubts) for part in _parts(waiting))
 
 
 def _is_busy(limiter: Issuer) -> bool:
@@ -186,7 +191,7 @@ def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
     return parts.values()
 
 
-def _tell_one(loop: AbstractEventLoop, waits: list[Permit], closes: Closes) -> bool:
+def _tell_one(loop: AbstractEventLoop, waits: list[Permit], doubts: Doubts) -> bool:
     """Tell one of these if they wait for themselves."""
     scope = waits[-1].scope
     for _ in range(_ROUNDS):
@@ -199,7 +204,7 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit], closes: Closes) -> b
     else:
         return False
     stuck = _smallest(own, by, scope, loop, proof.stuck)
-    if not stuck or _holds_others(own, by, stuck) or closes(loop) or _may_be_left(stuck, closes):
+    if not stuck or _holds_others(own, by, stuck) or doubts(loop) or _may_be_left(stuck, doubts):
         return False
     around = Proof(own, {*proof.stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
     everybody = HeldUp(_waiting_on(loop, around))  # also those within no call: they may be siblings of these

@@ -5,7 +5,8 @@ does one that was entered by `enter()`, as whoever it is given to may leave it. 
 
 - A thread holds what was entered in it, and what has moved to it.
 - A task holds what was entered in its own context. A token can be reset only in the context that it was made in, and
-  every task has a context of its own, so a token tells whether this very task has entered.
+  every task has a context of its own, so a token tells whether this very task has entered. (Where tasks share one,
+  nobody is told.)
 - It also holds what those tasks hold that await it and nothing else. They stand among what it calls back when it ends.
   (Who awaits several at once is found by `lookout`, which looks at all of them together.)
 - Who waits for work in another thread or task hands on what it holds to that, by a `Link`.

@@ -8,10 +8,10 @@ looked at again: in the next turn of the event loop, and then whenever as much t
 from __future__ import annotations
 
 import weakref
-from asyncio import AbstractEventLoop, Timeout, all_tasks, get_running_loop
+from asyncio import AbstractEventLoop, Task, Timeout, _get_running_loop, all_tasks, current_task, get_running_loop
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextvars import Context
+from contextvars import Context, ContextVar
 from functools import partial
 from itertools import chain, islice
 from math import inf
@@ -21,7 +21,7 @@ from asyncify.deadlock.holds import Waiter, callbacks_of, waiting_for
 from asyncify.deadlock.joins import Join, join_of, leader_of
 from asyncify.permits import Permit
 
-__all__ = ["SHARE", "HeldUp", "Lookout", "closes_generators"]
+__all__ = ["SHARE", "HeldUp", "Lookout", "closes_generators", "shares_context"]
 
 _PAUSE = 0.05
 """Seconds between two looks at least, if nobody has come between them."""
@@ -208,6 +208,36 @@ def closes_generators(loop: AbstractEventLoop) -> bool:
     about_to_begin = chain.from_iterable(handle._args or () for handle in _ready(loop))
     begun: list[Any] = [task.get_coro() for task in all_tasks(loop)]
     return any(type(each) is _CLOSING for each in (*about_to_begin, *begun))
+
+
+def shares_context(loop: AbstractEventLoop) -> bool:
+    """Tell whether tasks of a loop share a context, as those that `create_task` was given one for.
+
+    What one of them has entered looks as if each of them had.
+    """
+    current = current_task(loop) if loop is _get_running_loop() else None
+    mark = object()
+    token = _mark.set(mark)  # in the context of the task that runs now, which Python 3.11 does not show
+    try:
+        contexts = _contexts(all_tasks(loop).difference((current,)), loop)
+        is_shared = current is not None and any(context.get(_mark) is mark for context in contexts)
+        return is_shared or len(set(map(id, contexts))) < len(contexts)
+    finally:
+        _mark.reset(token)
+
+
+_mark: ContextVar[object] = ContextVar("asyncify_mark", default=None)
+
+
+def _contexts(tasks: set[Any], loop: AbstractEventLoop) -> list[Context]:
+    """Return the contexts of tasks that do not run; up to Python 3.11, those with which something is to wake them."""
+    if hasattr(Task, "get_context"):
+        return [task.get_context() for task in tasks]
+    awaited = {id(future): future for task in tasks if (future := getattr(task, "_fut_waiter", None)) is not None}
+    wakes = chain.from_iterable(map(callbacks_of, awaited.values()))
+    steps = ((handle._callback, handle._context) for handle in _ready(loop))
+    known = {getattr(callback, "__self__", None): context for callback, context in chain(wakes, steps)}
+    return [known[task] for task in tasks & known.keys()]
 
 
 def _ready(loop: AbstractEventLoop) -> tuple[Any, ...]:
