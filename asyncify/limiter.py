@@ -1,4 +1,4 @@
-"""`Limiter`: one limit for threads and event loops; its arguments, its faces, and what it tells of itself."""
+"""`Limiter`: one limit for threads and event loops; its arguments, its interfaces and its statistics."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Limiter(Turnstile, BaseRateLimiter):
     Args:
         limit: calls that may run at once; or an `Adaptive`, which finds the number.
         per_second, per_minute, per_hour: cost that may start in any such window, wherever it begins; a call costs
-            1 unless told otherwise. The shortest window also sets the pace: its calls start evenly spaced, in the
-            order of their coming; the longer ones only cap.
+            1 unless told otherwise. The shortest window also sets the pace: calls start evenly spaced, in the order
+            in which they came; the longer ones only cap.
         burst: calls that may start back to back; the windows still hold.
         timeout: seconds that a call may wait before it gets a `LimitTimeout`; for ever by default.
         name: what errors and `repr` call it.
-        clock: where it gets the time, for tests.
+        clock: where it gets the time; for tests.
 
     Raises:
         TypeError, ValueError: the arguments limit nothing or can't be meant.
@@ -80,16 +80,16 @@ class Limiter(Turnstile, BaseRateLimiter):
         _check_name(name)
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
         self._was_resized = False
-        self._made_by: object = None  # the mark of a limiter with a key, if one has made it
-        self._on_resize: Callable[[Limiter], None] | None = None  # has its maker keep it
+        self._made_by: object = None  # the mark of the keyed limiter that has made it, if one has
+        self._on_resize: Callable[[Limiter], None] | None = None  # tells its maker to keep it
 
-    # --- the faces ---
+    # --- the interfaces ---
 
     __enter__: ClassVar[Callable[[Turnstile], Permit]] = Turnstile._enter
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the slot back."""
-        permit = get_innermost()  # looked up here, as a call of another function is felt in each call that is limited
+        permit = get_innermost()  # inlined, as the cost of one more function call shows in each limited call
         if permit is None or permit.issuer is not self or permit.ended or not permit.thread:
             self._leave_one(error)
         else:
@@ -108,12 +108,12 @@ class Limiter(Turnstile, BaseRateLimiter):
             permit.leave_innermost(error)
 
     def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this thread for a slot and the rate, and return the permit, which has to be left by `leave()`.
+        """Wait in this thread for a slot and the rate, and return the permit; call its `leave()` at the end.
 
-        Another thread or task may leave it; so unlike a `with` block it is no proof of a deadlock.
+        Another thread or task may leave it, so unlike a `with` block it is no proof of a deadlock.
 
         Args:
-            cost: what counts in the rates.
+            cost: what the call costs in the rates.
             slots: 1, or 0 to wait for the rate alone.
             timeout: seconds that the call may wait, instead of the limiter's own.
         """
@@ -122,7 +122,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         return permit
 
     async def aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this task for a slot and the rate, and return the permit, which has to be left. As `enter`."""
+        """Wait in this task for a slot and the rate, and return the permit, as `enter` does."""
         permit = await self._aenter(cost, slots, timeout)
         permit.thread = 0
         return permit
@@ -151,7 +151,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         return f"{self._title()}: this context is not inside a call that it has admitted"
 
     def _leave_one(self, error: BaseException | None) -> None:
-        """End a call whose permit is not the innermost here, or is not here at all.
+        """End a call whose permit is not the innermost of this context, or is not in it at all.
 
         A generator that entered in one task may be closed in another.
         """
@@ -164,7 +164,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             raise RuntimeError(self._not_inside())
 
     def record(self, actual: float) -> None:
-        """Correct, from inside a call, what it was estimated to cost.
+        """Correct the estimated cost of a call, from inside it.
 
         Raises:
             RuntimeError: this context is not inside a call that the limiter has admitted.
@@ -189,7 +189,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         per_hour: float | EllipsisType | None = ...,
         burst: int | EllipsisType | None = ...,
     ) -> None:
-        """Change the limits, for those already waiting too; what is not named stays, None takes it away.
+        """Change the limits, also for calls that already wait; what is not named stays, None removes a limit.
 
         Raises:
             TypeError, ValueError: nothing would be left to limit, or an argument can't be meant.
@@ -212,10 +212,10 @@ class Limiter(Turnstile, BaseRateLimiter):
                     self._turn_away(permit)
             if self._on_resize is not None:
                 self._on_resize(self)
-        finally:  # a refusal too: somebody may have left meanwhile, and have left it to whoever has the lock to look
+        finally:  # also if refused: a call may have left meanwhile, and relies on the lock's holder to check the queue
             self._settle()
 
-    # --- what it tells ---
+    # --- statistics ---
 
     @property
     def _bounds_calls(self) -> bool:
@@ -228,7 +228,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         return self._meter.limits
 
     def _is_idle(self) -> bool:
-        """Whether a new one would do as well: nobody is inside or waits, nothing admitted counts, nor was learned."""
+        """Whether a new limiter would do as well: no call is inside, waits or still counts, and nothing was learned."""
         self._drop_closed_loops()
         self._settle()
         now = self._now()
@@ -240,7 +240,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         self._drop_closed_loops()
         self._settle()
         with self._lock:
-            self._take_back(self._now())  # of those who left while another held the lock
+            self._take_back(self._now())  # the places of calls that left while another thread held the lock
             waits = [wait for number, wait in self._waits if number > self._admitted - RECENT]
             at_once = min(self._admitted, RECENT) - len(waits)
             counts = (len(self._meter.inside), self._waiting, self._admitted, self._rejected)
@@ -250,7 +250,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         return LimiterStats(*counts, self._meter.limits.limit, wait_p50=p50, wait_p95=p95, wait_p99=p99)
 
     def _state(self) -> str:
-        """Say what it holds now: `3/10 in flight, 50 per second, 7 waiting`."""
+        """Describe the current state: `3/10 in flight, 50 per second, 7 waiting`."""
         self._drop_closed_loops()
         self._settle()
         limits = self._meter.limits
@@ -265,7 +265,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         return f"<Limiter {name}{self._state()}>"
 
     def __copy__(self) -> Self:
-        """Return the limiter itself: a limit is one wherever it stands."""
+        """Return the limiter itself: a copy shares the limit."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -273,7 +273,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         return self
 
     def __reduce__(self) -> Any:
-        """Refuse: a limit holds in one process."""
+        """Refuse to be pickled: a limit holds within one process."""
         raise pickle.PicklingError(
             f"{self._title()}: holds in one process, so it can't be pickled; make one where the calls are made"
         )
