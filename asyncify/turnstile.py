@@ -1,7 +1,7 @@
 """One queue for threads and event loops, over a meter.
 
-Whoever ends a call, gives up or is called by the clock *pumps* the queue: it admits from the front for as long as
-the meter allows, and wakes those it admitted. A waiter never fetches its own admission, so a frozen event loop or
+Whoever ends a call, gives up or is called by the clock *pumps* the queue: it admits calls from the front for as long
+as the meter allows, and wakes them. A waiter never fetches its own admission, so a frozen event loop or
 a slow thread at the front delays only itself.
 """
 
@@ -40,20 +40,20 @@ RECENT = 1000
 """Admissions whose waiting times are kept."""
 
 _ABANDONED = 64
-"""Places in a queue that may be left empty before it is looked at whether they are most of it."""
+"""How many empty places a queue may have before it is checked whether they are most of it."""
 
 _UNUSED = object()
-"""The outcome of a call that never started, be it that it gave up before or after it was admitted."""
+"""The outcome of a call that never started: it gave up before or after it was admitted."""
 
 _CALLED_OFF = object()
-"""That of a call that is to give up if it waits still."""
+"""The outcome of a call that is to give up if it still waits."""
 
 _OUTER_ENDED = "what this call is part of has ended while it waited for a limiter"
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What an error taught: a pause in seconds, a sign of congestion, or neither."""
+    """What an error tells: a pause in seconds, a sign of congestion, or neither."""
 
     pause: float | None
     congested: bool
@@ -64,10 +64,10 @@ class Turnstile:
 
     Args:
         limits: what the meter holds calls to.
-        adaptive: what moves the limit on the calls at once, if anything does.
-        timeout: seconds that a call may wait, unless it says otherwise.
+        adaptive: what adapts the limit on the calls in flight, if anything does.
+        timeout: seconds that a call may wait, unless the call says otherwise.
         name: what errors call it.
-        clock: where it gets the time, and has itself called back.
+        clock: gives it the time, and calls it back.
     """
 
     def __init__(
@@ -78,39 +78,39 @@ class Turnstile:
         self.timeout = timeout
         self.name = name
         self._clock = clock
-        self._now = clock.now  # read before it is called: `self._now()` would be looked up as a method, each time anew
+        self._now = clock.now  # read before it is called: `self._now()` would be looked up as a method each time
         self._admitted: int = 0
         self._rejected: int = 0
         self._waits: deque[tuple[int, float]] = deque(maxlen=RECENT)  # which admission had to wait, and how long
-        self._wakeups: Wakeups | None = None  # those of the loop in which a task last waited
-        self._loops: set[Wakeups] = set()  # those of all in which one has
+        self._wakeups: Wakeups | None = None  # of the loop in which a task last waited
+        self._loops: set[Wakeups] = set()  # of all loops in which a task has waited
         self._begin()
         _turnstiles.add(self)
 
     def _begin(self) -> None:
         """Start with nobody inside and nobody waiting."""
         self._lock = threading.Lock()
-        # `for` over one of these takes the lock, or tries to. An interrupt may come between `acquire()` and `try`; it
-        # can't between `for` and `try`, nor after `with`, which takes twice as long and can't try.
+        # A `for` over one of these takes the lock, or tries to. An interrupt may come between `acquire()` and `try`,
+        # but not between `for` and `try`, nor after `with`, which takes twice as long and can't merely try.
         self._locking = iter(self._lock.acquire, None)
         self._trying = map(self._lock.acquire, repeat(False))  # noqa: FBT003  (of `repeat`)
-        self._queue: deque[Permit] = deque()  # the first of it waits; behind it may be some who have left
-        self._abandoned: int = 0  # how many these are
-        self._rate_only: deque[Permit] = deque()  # those of the queue who need no slot
+        self._queue: deque[Permit] = deque()  # the first one waits; behind it may be some that have left
+        self._abandoned: int = 0  # how many of these there are
+        self._rate_only: deque[Permit] = deque()  # those in the queue that need no slot
         self._departed: deque[tuple[Permit, object]] = deque()  # with the outcome of the call
-        self._must_look = False  # something has changed since the queue was last looked at
-        self._look_below: int = 0  # with fewer than so many inside, those who wait may wait for themselves
+        self._must_look = False  # something has changed since the queue was last checked
+        self._look_below: int = 0  # with fewer calls inside than this, waiters may be in a deadlock
         self._look_is_due = False
         self._look_not_before = 0.0
         self._timer: Timer | None = None
-        self._knows_permits = True  # a permit which looks held is held
+        self._knows_permits = True  # a permit that looks held is held
 
     def _after_fork(self) -> None:
-        """Keep, in a forked child, only the calls that the forking thread is inside of."""
+        """Keep, in a forked child, only the calls that the forking thread is in."""
         self._begin()
         self._meter.inside.clear()
         for permit in permits():
-            if permit.issuer is self and permit.slots and permit.thread:  # else a thread may leave it that is not here
+            if permit.issuer is self and permit.slots and permit.thread:  # else a thread that is not here may leave it
                 self._meter.inside.add(permit)
 
     @property
@@ -120,14 +120,14 @@ class Turnstile:
     # --- entering ---
 
     def _enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this thread for a slot and the rate; whoever runs in this context leaves the permit."""
+        """Wait in this thread for a slot and the rate; code that runs in this context leaves the permit."""
         if cost != 1 or slots != 1 or timeout is not None:
             cost, timeout = _checked(cost, slots, timeout)
         permit = Permit(self, cost, slots)
         if not self._admit(permit):
             ready = allocate_lock()
             ready.acquire()
-            permit.ready = ready  # only now, as it may be released from this moment on
+            permit.ready = ready  # set only now, as it may be released from this moment on
             try:
                 self._drop_closed_loops()
                 self._guard_wait(permit, held_by_this_thread, timeout)
@@ -142,14 +142,14 @@ class Turnstile:
         return permit
 
     async def _aenter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
-        """Wait in this task for a slot and the rate; whoever runs in this context leaves the permit."""
+        """Wait in this task for a slot and the rate; code that runs in this context leaves the permit."""
         if cost != 1 or slots != 1 or timeout is not None:
             cost, timeout = _checked(cost, slots, timeout)
         permit = Permit(self, cost, slots)
         permit.in_task = True
         if not self._admit(permit):
             try:
-                ready: asyncio.Future[None] = asyncio.Future()  # it asks which loop runs, which is slow: so let only it
+                ready: asyncio.Future[None] = asyncio.Future()  # looks up the running loop, which is slow: done once
                 loop, wakeups = ready.get_loop(), self._wakeups
                 if wakeups is None or wakeups.loop() is not loop:
                     self._wakeups = wakeups = wakeups_of(loop)
@@ -159,7 +159,7 @@ class Turnstile:
                 permit.ready = ready
                 if permit.outer or timeout is not None or self.timeout is not None or get_scope():
                     self._guard_wait(permit, held_by_this_task, timeout)
-                if permit.queue is not None:  # asked last: who lets it in looks last whether it can be woken
+                if permit.queue is not None:  # checked last: whoever admits it checks `ready` last
                     await ready
             except BaseException:
                 permit.give_up()
@@ -194,8 +194,8 @@ class Turnstile:
                     if self._departed or (
                         len(self._meter.inside) < self._meter.slots and (self._timer is None or at == math.inf)
                     ):
-                        # Somebody left after the slot was asked for, and saw no queue; or an interrupt kept the one who
-                        # left from looking at the queue.
+                        # A call left after the slot was asked for, and saw no queue; or an interrupt kept it from
+                        # checking the queue.
                         self._must_look = True
                 break
             finally:
@@ -205,9 +205,9 @@ class Turnstile:
         return False
 
     def _drop_closed_loops(self) -> None:
-        """Take back the places of those whose event loop is closed, and what is inside because of them.
+        """Take back the places of waiters whose event loop is closed, and of calls that are inside because of them.
 
-        Their tasks never go on, but lead to what awaits them, and that may be the call that has the slot.
+        Their tasks never go on, but refer to what awaits them, which may be the call that has the slot.
         """
         closed = {wakeups for wakeups in list(self._loops) if wakeups.is_closed()}
         if not closed:
@@ -215,7 +215,7 @@ class Turnstile:
         waiting: list[Permit] = []
         for got in self._trying:
             if not got:
-                return  # a finalizer may come here in a thread that holds the lock
+                return  # a finalizer may run this in a thread that holds the lock
             try:
                 waiting = [permit for permit in self._queue if permit.queue is not None and permit.is_on(closed)]
             finally:
@@ -227,32 +227,32 @@ class Turnstile:
             return
         while waiting:
             permit = waiting.pop()
-            permit.ready = None  # it leads to the task
+            permit.ready = None  # it refers to the task
             permit.give_up()
             del permit
-        gc.collect()  # such a call is garbage now, in a cycle; and its slot is waited for
+        gc.collect()  # such a call is garbage now, in a reference cycle, and its slot is needed
 
     def _may_pass(self) -> bool:
-        """Whether all who are ahead wait for a slot, so that a call may pass that needs none, being inside already."""
+        """Whether all calls ahead wait for a slot; then a call that needs none, being inside already, may pass them."""
         return not self._rate_only and self._meter.is_full
 
-    # --- what a deadlock is looked for by; called without the lock, as others leave without it ---
+    # --- for deadlock detection; called without the lock, as calls leave without it ---
 
     def _inside(self) -> frozenset[Permit]:
         """Return the calls inside at this moment."""
         return frozenset(self._meter.inside)
 
     def _places(self) -> float:
-        """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
+        """Return how many calls inside must be stuck for none to be admitted; infinity if that would prove nothing."""
         limit = self._meter.limits.limit
         return math.inf if limit is None or not self._knows_permits else limit
 
     def _waiting_on(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
-        """Return what those wait on who wait in tasks of a loop, and without an end."""
+        """Return the futures that tasks of a loop wait on without a timeout."""
         with self._lock:
             waiting = [permit for permit in self._queue if permit.in_task and permit.timer is None]
         self._settle()
-        futures = [permit.ready for permit in waiting if permit.queue is not None]  # not of an empty place
+        futures = [permit.ready for permit in waiting if permit.queue is not None]  # not those of empty places
         return [future for future in futures if future is not None and future.get_loop() is loop and not future.done()]
 
     def _title(self) -> str:
@@ -266,7 +266,7 @@ class Turnstile:
         self._settle()
 
     def _guard_wait(self, permit: Permit, held: Callable[[], list[Permit]], timeout: float | None) -> None:
-        """See to it that a call which has been queued ends its wait if it is doomed, late or called off."""
+        """Make sure that a queued call ends its wait if it is deadlocked, late or called off."""
         timeout = self.timeout if timeout is None else timeout
         if (scope := get_scope()) is not None and not scope.watch(permit):
             raise asyncio.CancelledError(_OUTER_ENDED)
@@ -276,17 +276,17 @@ class Turnstile:
             permit.timer = self._clock.call_at(permit.since + timeout, partial(self._expire, permit))
 
     def _expire(self, permit: Permit) -> None:
-        """Turn a waiter away whose time is up; the clock calls this."""
+        """Turn away a waiter whose time is up; the clock calls this."""
         with self._lock:
             if permit.queue is self._queue:
                 self._turn_away(permit)
         self._settle()
 
     def _check_admitted(self, permit: Permit) -> None:
-        """Raise why a call that has waited was not let in, if it was not."""
+        """Raise the reason why a call that has waited was not admitted, if it was not."""
         if permit.timer is not None:
             permit.timer.cancel()
-        waits = permit.queue is not None  # asked first: who is admitted has its time before it leaves the queue
+        waits = permit.queue is not None  # checked first: `at` is set before an admitted call leaves the queue
         if permit.at is not None:
             return
         if permit.told is not None:
@@ -310,7 +310,7 @@ class Turnstile:
         )
 
     def _paused_for(self) -> float:
-        """Return for how many seconds more nobody is admitted; 0 or less if somebody may be."""
+        """Return for how many more seconds no call is admitted; 0 or less if there is no pause."""
         return self._meter.paused_until - self._now()
 
     # --- the queue; called with the lock held ---
@@ -324,7 +324,7 @@ class Turnstile:
                 if at < math.inf or not self._rate_only:
                     self._call_back_at(at)
                     break
-                permit = self._rate_only[0]  # who needs no slot passes those who wait for one
+                permit = self._rate_only[0]  # a call that needs no slot passes those that wait for one
                 if at := meter.admit(now, permit.cost, permit.since):
                     self._call_back_at(at)
                     break
@@ -343,10 +343,10 @@ class Turnstile:
         self._wake(permit)
 
     def _wake(self, permit: Permit) -> None:
-        """Wake who waits with a permit that has just left the queue: now, so that tasks start in this order too."""
+        """Wake the waiter of a permit that has just left the queue: now, so that tasks start in queue order."""
         ready = permit.ready
         if ready is None:
-            return  # it has not begun to wait, and will see what has become of it
+            return  # it has not begun to wait, and will see the outcome
         if permit.in_task:
             wakeups = permit.wakeups
             wakeups.woken.append(permit)
@@ -357,7 +357,7 @@ class Turnstile:
             ready.release()
 
     def _dequeue(self, permit: Permit) -> None:
-        """Take a waiter out. Unless it is the first, its place is left empty: until it is, or until most are."""
+        """Take a waiter out. Unless it is first, its place stays, empty, until it is first or most places are."""
         queue = self._queue
         permit.queue = None
         if permit is queue[0]:
@@ -376,7 +376,7 @@ class Turnstile:
             permit.end_wait()
 
     def _close_up(self) -> None:
-        """Drop the empty places; as they must become most of the queue in between, a waiter pays O(1) for it."""
+        """Drop the empty places. This runs only when most places are empty, so it costs O(1) per waiter."""
         for queue in (self._queue, self._rate_only):
             waiting = [permit for permit in queue if permit.queue is not None]
             queue.clear()
@@ -396,7 +396,7 @@ class Turnstile:
         self._timer = self._clock.call_at(at, self._tick)
 
     def _take_back(self, now: float) -> None:
-        """Take back the places of those who left something to learn from, and learn it."""
+        """Take back the places of calls that have departed, and learn from their outcomes."""
         while self._departed:
             permit, outcome = self._departed.popleft()
             if permit.at is None:
@@ -407,16 +407,16 @@ class Turnstile:
                         self._wake(permit)
                 continue
             if outcome is _CALLED_OFF:
-                continue  # it came in before
+                continue  # it was admitted before
             self._learn(permit, outcome, permit.at, now)
             if permit.slots and not self._meter.release(permit) and permit in _robbed:
                 self._rob_another()
-            permit.at = None  # two threads may have given it up at the same moment; it is taken back once
+            permit.at = None  # two threads may give it up at the same moment; take it back only once
 
     def _rob_another(self) -> None:
-        """Give back the slot of some other call, for one whose own is gone; that other will do the same."""
+        """Give back the slot of some other call, for a call whose own is gone; the other call will do the same."""
         for other in list(self._meter.inside):
-            _robbed.add(other)  # before its slot is taken, or it could leave without being seen
+            _robbed.add(other)  # before its slot is taken, or it could leave unnoticed
             if self._meter.release(other):
                 return
             _robbed.discard(other)
@@ -442,9 +442,10 @@ class Turnstile:
         self._look_below = 0 if inside < self._meter.slots else inside + 1
 
     def _heed_shrinking(self) -> None:
-        """Have it looked whether those left inside wait for themselves, since the limit shrank below their number.
+        """Schedule a check for a deadlock of the calls left inside, after the limit shrank below their number.
 
-        Of any other limit the last that comes to wait sees that. The timer thread looks, as this may be a finalizer.
+        At a limit that has not shrunk, the last call that begins to wait sees the deadlock. The timer thread does the
+        check, as this may run in a finalizer.
         """
         inside = len(self._meter.inside)
         if inside < self._look_below:
@@ -453,12 +454,12 @@ class Turnstile:
                 self._look_is_due = True
                 try:
                     monotonic_clock.call_at(self._look_not_before, self._look_at_threads)
-                except RuntimeError:  # the program is ending, and starts no thread any more
+                except RuntimeError:  # the program is ending, and can start no more threads
                     self._look_is_due = False
 
     def _look_at_threads(self) -> None:
         start = monotonic_clock.now()
-        self._look_is_due = False  # who leaves from now on may not be seen
+        self._look_is_due = False  # a call that leaves from now on may be missed
         with self._lock:
             waiting = [permit for permit in self._queue if not permit.in_task and permit.blocks]
         self._settle()
@@ -471,15 +472,15 @@ class Turnstile:
     def _give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended; `error` is what it raised.
 
-        A finalizer may end a call in the middle of anything, in a thread that holds the lock just then. So nobody
-        who leaves waits for the lock: whoever holds it looks at the queue once more after letting go.
+        A finalizer may end a call in the middle of anything, even in the thread that holds the lock. So leaving never
+        waits for the lock: whoever holds it checks the queue once more after releasing it.
         """
         if error is None and self._adaptive is None:
             try:
                 if permit.slots:
                     self._meter.inside.remove(permit)  # `release()`, without a call
             except KeyError:
-                pass  # somebody else has given its slot back
+                pass  # its slot has already been given back
             else:
                 if self._queue:
                     self._pass_on()
@@ -493,10 +494,10 @@ class Turnstile:
                 self._settle()
 
     def _give_back_other(self, error: BaseException | None) -> None:
-        """Take back the place of some call inside, as it is not known of which.
+        """Take back the place of some call inside, as it is not known which one has ended.
 
-        Its slot is free then, but its permit still looks held from where it was entered: so no deadlock is certain
-        any more.
+        The slot is then free, but its permit still looks held where it was entered. So from then on no deadlock is
+        certain.
         """
         self._knows_permits = False
         permit = Permit(self, 1, 1)
@@ -505,19 +506,19 @@ class Turnstile:
         permit.end(error)
 
     def _give_up(self, permit: Permit) -> None:
-        """Take back the place of a call that will never start, be it waiting still or admitted already."""
+        """Take back the place of a call that will never start, whether it still waits or has been admitted."""
         self._departed.append((permit, _UNUSED))
         self._settle()
 
     def _call_off(self, permit: Permit) -> None:
-        """Have a call give up that still waits: its place is taken at once, and it is woken to hear of it."""
+        """Make a call that still waits give up: its place is taken at once, and it is woken."""
         if permit.queue is not None:
             permit.is_called_off = True
             self._departed.append((permit, _CALLED_OFF))
             self._settle()
 
     def _judge(self, error: BaseException) -> _Failure:
-        """Return what an error teaches; the error itself must go on, whatever happens as it is looked at."""
+        """Return what an error tells; the error itself must propagate, whatever happens while it is examined."""
         pause = None
         try:
             congestion = congestion_of(error)
@@ -528,7 +529,7 @@ class Turnstile:
             return _Failure(pause, congested=False)
 
     def _pass_on(self) -> None:
-        """Give a slot that has come free to the first who waits: `_settle()` in short, where only slots limit."""
+        """Give a free slot to the first waiter: a fast path of `_settle()` for when only slots limit."""
         for got in self._trying:
             if not got:
                 break
@@ -554,9 +555,9 @@ class Turnstile:
         self._settle()
 
     def _settle(self) -> None:
-        """Take back the places of all who left, and admit the next: now, or if another holds the lock, that one next.
+        """Take back the places of departed calls, and admit the next: now, or once the holder of the lock releases it.
 
-        So whoever holds the lock has to call this after letting go.
+        So whoever holds the lock has to call this after releasing it.
         """
         self._must_look = True
         for got in self._trying:
@@ -570,12 +571,12 @@ class Turnstile:
                     self._take_back(now)
                 self._pump(now)
                 if not self._queue and self._timer is not None:
-                    self._timer.cancel()  # until then it would keep the limiter
+                    self._timer.cancel()  # else it would keep the limiter alive
                     self._timer = None
                 if self._look_below:
                     self._heed_shrinking()
             except BaseException:
-                self._must_look = True  # for the next who comes by
+                self._must_look = True  # left to the next caller
                 raise
             finally:
                 self._lock.release()
@@ -588,7 +589,7 @@ class Turnstile:
         self._settle()
 
     def _entered(self, *, by_with: bool = False) -> Permit | None:
-        """Return the innermost permit of this limiter that this context runs under; `by_with`, of no `enter()`."""
+        """Return the innermost permit of this limiter in this context; with `by_with`, none of `enter()`."""
         own = (permit for permit in permits() if permit.issuer is self and (permit.thread or not by_with))
         return next(own, None)
 
@@ -601,7 +602,7 @@ def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, flo
 
 
 _robbed: weakref.WeakSet[Permit] = weakref.WeakSet()
-"""Calls inside whose slots others have given back; of all limiters, as there is hardly ever one."""
+"""Calls inside whose slots others have given back; one set for all limiters, as it is nearly always empty."""
 
 _turnstiles: weakref.WeakSet[Turnstile] = weakref.WeakSet()
 
