@@ -1,7 +1,7 @@
 """Permits: each call's place at a limiter, from the moment it asks until it has ended.
 
-A context runs under a chain of them, the innermost first: it says which call a `with limiter` ends, and which calls a
-thread or a task holds.
+A context runs under a chain of permits, the innermost first. The chain says which call a `with limiter` ends, and which
+calls a thread or a task holds.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ __all__ = [
 
 
 class Issuer(Protocol):
-    """The limiter that has issued a permit, and that it gives its place back to."""
+    """The limiter that has issued a permit, and takes its place back."""
 
     def _give_back(self, permit: Permit, error: BaseException | None) -> None:
         """Take back the place of a call that has ended."""
         ...
 
     def _give_up(self, permit: Permit) -> None:
-        """Take back the place of a call that will never start, be it waiting still or admitted already."""
+        """Take back the place of a call that will never start, whether it still waits or has been admitted."""
         ...
 
     def _give_back_other(self, error: BaseException | None) -> None:
-        """Take back the place of some call inside, as it is not known of which."""
+        """Take back the place of some call inside, as it is not known which one has ended."""
         ...
 
     def _call_off(self, permit: Permit) -> None:
-        """Wake a call that still waits, to give up."""
+        """Wake a call that still waits, so that it gives up."""
         ...
 
     def _count_rejected(self) -> None:
@@ -66,18 +66,18 @@ class Issuer(Protocol):
         ...
 
     def _places(self) -> float:
-        """Return how many of them have to be stuck for nobody to be let in; infinity if that would prove nothing."""
+        """Return how many calls inside must be stuck for none to be admitted; infinity if that would prove nothing."""
         ...
 
     def _waiting_on(self, loop: AbstractEventLoop) -> list[Future[None]]:
-        """Return what those wait on who wait in tasks of a loop, and without an end."""
+        """Return the futures that tasks of a loop wait on without a timeout."""
         ...
 
 
 innermost: ContextVar[Permit | None] = ContextVar("asyncify_permit", default=None)
-"""The permit under which this context runs; those around it follow by `outer`."""
+"""The permit under which this context runs; its `outer` is the next one around it, and so on."""
 
-# Python looks up a method of an imported name anew at each call, so what every call needs is imported by itself.
+# Python looks up a method of an imported name again at each call, so what every call needs is imported by itself.
 get_innermost: Callable[[], Permit | None] = innermost.get
 set_innermost: Callable[[Permit | None], Token[Permit | None]] = innermost.set
 
@@ -115,49 +115,49 @@ class Permit:
     ended: bool
 
     at: float | None
-    """When it was admitted; None while it waits, and when its place has been taken back."""
+    """When it was admitted; None while it waits, and after its place has been taken back."""
 
     token: Token[Permit | None]
 
     kept_by: set[weakref.ref[Any]]
-    """What may keep it from ending: calls that wait within it, and crews. There as soon as there has been one."""
+    """What may keep it from ending: calls that wait within it, and crews. Set when there is a first one."""
 
     # Only a call that has to wait has these:
     since: float
     ahead: int
     queue: deque[Permit] | None
-    """Where it waits; None when it does so no longer."""
+    """Where it waits; None when it no longer waits."""
     blocks: tuple[Any, ...]
-    """The calls that can't end before its wait does, and the crews that have it in one of their threads."""
+    """The calls that can't end before its wait does, and the crews with a thread in which it waits."""
     within: tuple[Permit, ...] | None
-    """The calls that may be kept by it: these, and those around it. None until they are noted, as these are by then."""
+    """The calls that it may keep from ending: what its thread or task holds, and those around it. None until noted."""
     scope: CancelScope | None
-    """What its wait may be called off with; there as soon as it is noted what it blocks."""
+    """The scope that may call off its wait; set before `blocks` is."""
     is_called_off: bool
     told: Exception | None
-    """What it is to raise, as it waits for itself or has become too dear to be let in."""
+    """What it is to raise, because it is deadlocked or its cost has become too high to be admitted."""
     timer: Timer | None
     ready: Any
-    """What it waits on: a lock, or a future of the loop whose task it is in."""
+    """What it waits on: a lock, or a future of its task's loop."""
     wakeups: Wakeups
-    """Those of that loop."""
+    """Those of its task's loop."""
 
     def __init__(self, issuer: Issuer, cost: float, slots: int) -> None:
         self.issuer: Issuer = issuer
         self.cost: float = cost
         self.slots: int = slots
-        self.in_task: bool = False  # one goes on and ends in its event loop's thread, unless it steps out
+        self.in_task: bool = False  # if so, it goes on and ends in its loop's thread, unless it steps out
         self.outer = outer = innermost.get()
-        self.thread: int = get_ident()  # in which it goes on and ends; 0 if that is not known
+        self.thread: int = get_ident()  # in which it goes on and ends; 0 if not known
         self.ended: bool = False
-        # Whether a `with limiter` has ended it. That goes by the context, and may have been another call's: then this
-        # call, at its own end, gives the other's place back.
+        # Whether a `with limiter` has ended it. The `with` finds its permit by the context, and may have ended another
+        # call than its own. Then this call, at its own end, gives the other's place back.
         self.taken: bool = False
         if outer is not None:
             self.skip_ended()
 
     def queue_up(self, queue: deque[Permit], since: float, ahead: int) -> None:
-        """Begin to wait, behind so many others."""
+        """Begin to wait, behind `ahead` others."""
         self.at = None
         self.since = since
         self.ahead = ahead
@@ -177,13 +177,13 @@ class Permit:
         if innermost.get() is self:
             self.leave_innermost(error)
         else:
-            self.end(error)  # this context runs under another, which may end later
+            self.end(error)  # this context runs under another permit, which may end later
 
     def leave_innermost(self, error: BaseException | None) -> None:
         """End the call, in a context that is known to run under it."""
         try:
             innermost.reset(self.token)
-        except (ValueError, RuntimeError, AttributeError):  # the last if an interrupt came before it was kept
+        except (ValueError, RuntimeError, AttributeError):  # the last if an interrupt came before the token was kept
             innermost.set(self.outer)
         if not self.ended:  # `end()`, without a call
             self.ended = True
@@ -197,7 +197,7 @@ class Permit:
     def step_out(self) -> None:
         """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
 
-        Who reads that on may be another, or nobody.
+        Another reader may go on with the generator, or none.
         """
         self.thread = 0
         if innermost.get() is self:
@@ -218,12 +218,12 @@ class Permit:
             self.issuer._give_back_other(error)
 
     def skip_ended(self) -> None:
-        """Forget those around it that have ended, or a chain of tasks would keep all of its permits."""
+        """Forget the permits around it that have ended, or a chain of tasks would keep all of them alive."""
         while self.outer is not None and self.outer.ended:
             self.outer = self.outer.outer
 
     def around(self) -> Iterator[Permit]:
-        """Yield those within which it was asked for, the innermost first."""
+        """Yield the permits within which it was requested, the innermost first."""
         permit = self.outer
         while permit is not None:
             if not permit.ended:
@@ -244,16 +244,16 @@ class Permit:
         return self.queue is not None
 
     def keeps(self, call: Permit) -> bool:
-        """Tell whether a call can't end before its wait does."""
+        """Tell whether `call` can't end before this wait does."""
         return call in self.blocks
 
     def wait_within(self, calls: Iterable[Permit]) -> None:
-        """Note, as a wait begins, the calls that may be kept by it."""
+        """Note, as the wait begins, the calls that it may keep from ending."""
         self.within = tuple(call for call in calls if call.slots)
         keep(self.within, self)
 
     def end_wait(self) -> None:
-        """Note that it waits no longer, and so keeps nobody."""
+        """Note that it no longer waits, and so keeps no call from ending."""
         within, self.within, self.blocks = self.within, (), ()
         let_go(within or (), self)
 
@@ -267,13 +267,13 @@ class Permit:
         return ready is not None and ready.get_loop() is loop
 
     def gives_up(self) -> bool:
-        """Tell whether it waits no longer, or is about to hear that it need not."""
+        """Tell whether it no longer waits, or is about to be woken."""
         ready = self.ready  # read once: another thread may take it away
         is_told = self.in_task and (ready is None or ready.done())
         return self.queue is None or self.ended or self.is_called_off or is_told
 
     def give_up(self) -> None:
-        """Give the place back without having used it, be it waiting still or admitted already."""
+        """Give the place back unused, whether the call still waits or has been admitted."""
         if self.timer is not None:
             self.timer.cancel()
         if not self.ended:
@@ -281,7 +281,7 @@ class Permit:
             self.issuer._give_up(self)
 
     def call_off(self) -> None:
-        """Wake whoever waits with it, to give up; of no effect when it waits no longer."""
+        """Wake its waiter, so that it gives up; has no effect when it no longer waits."""
         self.issuer._call_off(self)
 
     def move_to_this_thread(self) -> None:
@@ -311,7 +311,7 @@ class Pass(Protocol):
 
 
 class _FreePass:
-    """What a foreign limiter grants, or none at all: there are no slots, so there is nothing to give back."""
+    """What a call gets from a foreign limiter, or without a limiter: it has no slot, so there is none to give back."""
 
     __slots__ = ()
 
@@ -341,7 +341,7 @@ def permits() -> Iterator[Permit]:
 
 
 def keep(calls: Iterable[Permit], keeper: Any) -> None:
-    """Note what may keep these calls from ending."""
+    """Note that `keeper` may keep these calls from ending."""
     ref = weakref.ref(keeper)
     for call in calls:
         if not hasattr(call, "kept_by"):
@@ -352,10 +352,10 @@ def keep(calls: Iterable[Permit], keeper: Any) -> None:
 
 
 def let_go(calls: Iterable[Permit], keeper: Any) -> None:
-    """Note that it keeps these calls no longer."""
+    """Note that `keeper` no longer keeps these calls from ending."""
     ref = weakref.ref(keeper)
     for call in calls:
-        if hasattr(call, "kept_by"):  # else an interrupt came before there was one
+        if hasattr(call, "kept_by"):  # else an interrupt came before it was set
             call.kept_by.discard(ref)
 
 
