@@ -37,7 +37,7 @@ def _one_argument(only: Parameter, signature: Signature, args: tuple[Any, ...], 
         return kwargs[only.name]
     if only.default is not Parameter.empty:
         return only.default
-    _bound(signature, args, kwargs)  # it says what is missing, if anything is
+    _bound(signature, args, kwargs)  # raises if an argument is missing
     return None
 
 
@@ -54,7 +54,7 @@ def _bound(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _with_optional_injected(signature: Signature) -> Signature:
-    """Return the signature under which a call may go without what LangChain gives to the side that asks for it."""
+    """Return the signature with the parameters that LangChain injects made optional."""
     return Signature(
         [
             parameter.replace(default=None)
@@ -62,7 +62,7 @@ def _with_optional_injected(signature: Signature) -> Signature:
             else parameter
             for parameter in signature.parameters.values()
         ],
-        __validate_parameters__=False,  # those behind it may have no default
+        __validate_parameters__=False,  # the parameters behind may have no default
     )
 
 
@@ -72,8 +72,8 @@ class Gate:
 
     Args:
         limiter: the limiter, or one for each key.
-        cost: what a call costs, or a function of its input that tells.
-        timeout: seconds that a call may wait; by default what the limiter says.
+        cost: what a call costs, or a function of its input that returns it.
+        timeout: seconds that a call may wait; by default the limiter's own.
     """
 
     limiter: Limiter | KeyedLimiter | ForeignLimiter
@@ -84,15 +84,15 @@ class Gate:
     _input: Callable[[tuple[Any, ...], dict[str, Any]], Any] = _first_argument
 
     def rename(self, name: str | None) -> None:
-        """Call the limiter as the pair is called that it is put on, unless it has a name of its own or is shared."""
+        """Name the limiter after the pair that it is put on, unless it has a name of its own or is shared."""
         if self._is_nameless and not isinstance(self.limiter, ForeignLimiter):
             self.limiter.name = name
 
     def before(self, fn: Function) -> Gate:
         """Return this gate for the calls of `fn`, whose arguments make the input of `cost` and `key`.
 
-        The input is the argument of a function that has one, or needs one, and else a mapping of all arguments by
-        name; of a method always that, with its instance or class in it.
+        For a function that has or needs one argument, the input is that argument; for any other, a mapping of all
+        arguments by name. For a method it is always the mapping, with the instance or class in it.
         """
         signature = signature_of(fn)
         if signature is None:
@@ -141,7 +141,7 @@ class Gate:
         return cost
 
     def _ask(self, what: str, function: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a function of the user's gives for the input of a call; an error of its own says whose it is."""
+        """Return what the user's function gives for the input of a call; a note on its error names its origin."""
         try:
             return function(self._input(args, kwargs))
         except Exception as error:
