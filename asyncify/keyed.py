@@ -25,14 +25,14 @@ class KeyedLimiter:
     """
 
     def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
-        self._limits: Limits = Limiter(**limits, name=name)._limits  # bad arguments are told now, not at the first call
+        self._limits: Limits = Limiter(**limits, name=name)._limits  # bad arguments raise now, not at the first call
         self.key = key
         self.name = name
         self._arguments = limits
-        self._mark = object()  # by which it knows its own, without a cycle
+        self._mark = object()  # by which it knows its own limiters, without a reference cycle
         self._after_fork()
         _keyed.add(self)
-        # Whoever is inside or waits keeps a limiter alive; `_recent` keeps those whose admissions still count.
+        # A call that is inside or waits keeps its limiter alive; `_recent` keeps those whose admissions still count.
         self._alive: weakref.WeakValueDictionary[Hashable, Limiter] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Hashable, Limiter] = OrderedDict()
 
@@ -41,7 +41,7 @@ class KeyedLimiter:
 
     def _after_fork(self) -> None:
         """Make a lock that no thread of the parent holds."""
-        self._lock = threading.RLock()  # a finalizer may come here in the middle of what is done under it
+        self._lock = threading.RLock()  # re-entrant, as a finalizer may come here while the lock is held
 
     def enter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
         """Wait in this thread at the limiter of a key."""
@@ -58,7 +58,7 @@ class KeyedLimiter:
         return permit
 
     def _remember(self, key: Hashable, limiter: Limiter) -> None:
-        """Keep a limiter that was forgotten as idle between being looked up and admitting."""
+        """Keep a limiter that was forgotten as idle after it was looked up and before it admitted a call."""
         with self._lock:
             self._recent.setdefault(key, limiter)
 
@@ -76,15 +76,15 @@ class KeyedLimiter:
         return limiter
 
     def _forget_idle(self) -> None:
-        """Look at the two that were used longest ago: so a call pays little, and idle ones do not pile up."""
+        """Check the two least recently used: so a call pays little, and idle limiters do not pile up."""
         for _ in range(2):
             key, limiter = next(iter(self._recent.items()))
             is_idle = len(self._recent) > 1 and limiter._is_idle()
-            with suppress(KeyError):  # a finalizer has had it forgotten meanwhile
+            with suppress(KeyError):  # a finalizer may have removed it meanwhile
                 if is_idle:
                     del self._recent[key]
                 else:
-                    self._recent.move_to_end(key)  # or a busy one would keep all others from being looked at
+                    self._recent.move_to_end(key)  # or a busy one would keep all others from being checked
 
     def __contains__(self, key: object) -> bool:
         """Tell whether a key is remembered."""
@@ -104,7 +104,7 @@ class KeyedLimiter:
         return True
 
     def record(self, actual: float) -> None:
-        """Correct, from inside a call, what it was estimated to cost."""
+        """Correct the estimated cost of a call, from inside it."""
         for permit in permits():
             limiter = permit.issuer
             if isinstance(limiter, Limiter) and limiter._made_by is self._mark:
@@ -123,7 +123,7 @@ class KeyedLimiter:
 
 
 def _remember(keyed: weakref.ref[KeyedLimiter], key: Hashable, limiter: Limiter) -> None:
-    """Keep a limiter that is resized, though it may have been forgotten since it was looked up."""
+    """Keep a limiter that has been resized, even if it was forgotten after it was looked up."""
     if (owner := keyed()) is not None:
         owner._remember(key, limiter)
 
