@@ -1,15 +1,14 @@
-"""A limit that finds itself: it shrinks when the server has had too much and grows while all is well.
+"""A limit that finds itself: it shrinks when the server is overloaded, and grows while calls succeed.
 
-The algorithm is CUBIC (RFC 9438), with calls in flight for the window of segments. Before the first congestion it
-is slow start (RFC 5681, section 3.1): one more for every success, which doubles the limit each round. After a
-congestion with `w` other calls in flight the limit is halved and then follows `w * (1 + 0.04 * (t - k)**3)`, `t`
-seconds later, with `k` such that the curve starts at the half: fast back to `w`, flat there, then ever faster.
+The algorithm is CUBIC (RFC 9438), with calls in flight in place of the window of segments. Before the first congestion
+it is slow start (RFC 5681, section 3.1): one more for every success, which doubles the limit each round. After a
+congestion with `w` other calls in flight, the limit is halved. `t` seconds later it is `w * (1 + 0.04 * (t - k)**3)`,
+with `k` such that the curve starts at the half: fast back to `w`, flat there, then ever faster.
 
-It differs from the RFC in this. The curve is steeper, and scaled with `w`, so that a limit of any size is found
-again in the same time; the RFC's multiplies by 0.7 and is made for round trips of milliseconds. And since a try
-above `w` costs a call if the server is as it was, the curve stands still at `w` until some time has passed and
-some calls have succeeded. Where a refusal carries a `Retry-After`, a try costs that pause of all calls too, so it
-is put off for longer.
+It differs from the RFC in two ways. The curve is steeper, and scaled with `w`, so that a limit of any size is found
+again in the same time; the RFC multiplies by 0.7 and is made for round trips of milliseconds. And if the server has not
+changed, a try above `w` costs a call. So the curve stands still at `w` until some time has passed and some calls have
+succeeded. If a refusal carries a `Retry-After`, a try also costs that pause of all calls, so it is put off for longer.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ __all__ = ["Adaptive", "AdaptiveLimit"]
 
 _SHRINK = 0.5
 _STEEPNESS = 0.04  # per cubic second: back at the old limit after 2.3 s, at its double 2.9 s after leaving it
-_HOLD_SECONDS = 4.0  # since the congestion: with the 2.9 s to double, and some rounds, a recovery within 10 s
-_HOLD_PER_PAUSE = 2.0  # more of them for each second that the congestion paused all calls
-_HOLD_SUCCESSES = 100  # since the congestion: so a try that fails costs 1% of the calls, however few they are
+_HOLD_SECONDS = 4.0  # since the congestion: with 2.9 s to double, and some rounds, it recovers within 10 s
+_HOLD_PER_PAUSE = 2.0  # added for each second that the congestion paused all calls
+_HOLD_SUCCESSES = 100  # since the congestion: so a failed try costs 1% of the calls, however few there are
 _FORGET_SECONDS = 60.0  # since the limit last changed: then a key that nobody uses is forgotten
 
 
@@ -41,9 +40,9 @@ class Adaptive:
     """A limit on the calls in flight that adapts to what the server can take.
 
     Args:
-        min: the least that the limit shrinks to.
-        max: the most that it grows to.
-        start: where it begins; by default at `min`.
+        min: the lowest limit.
+        max: the highest limit.
+        start: the limit to begin with; by default `min`.
         on: tells whether an error is a sign of congestion; by default HTTP 429 and 503, and timeouts, are.
 
     Raises:
@@ -65,7 +64,7 @@ class Adaptive:
             given = f"Adaptive(min={self.min}, max={self.max}, start={start})"
             raise ValueError(f"{given}: the numbers must be in order, min <= start <= max, as in {example}")
         on: object = self.on
-        # What an async function or a class returns would pass for a yes.
+        # An async function or a class returns something that is always true.
         if not callable(on) or isinstance(on, type) or is_async(on) or not takes_one_argument(on):
             example = "on=lambda error: isinstance(error, TimeoutError)"
             raise TypeError(f"on={on!r}: must be a def of the error, as in {example}")
@@ -79,19 +78,19 @@ class AdaptiveLimit:
     def __init__(self, config: Adaptive) -> None:
         self.config: Adaptive = config
         self.limit: int = config.min if config.start is None else config.start
-        self._ceiling: int | None = None  # how many calls were not too many when it last hurt
+        self._ceiling: int | None = None  # how many calls the server could take at the last congestion
         self._shrunk_at = -math.inf
         self._changed_at = -math.inf
         self._hold = _HOLD_SECONDS  # from the shrinking to the next try above the ceiling
-        self._epoch = -math.inf  # where the curve begins: the shrinking, moved on while it is held at the ceiling
+        self._epoch = -math.inf  # where the curve begins: at the shrinking, moved on while held at the ceiling
         self._streak = 0  # successes in a row, since the limit last changed
         self._successes = 0  # since the limit last shrank
 
     def succeeded(self, now: float, in_flight: int) -> bool:
-        """Note a success, with so many calls in flight, itself included; tell whether the limit has changed.
+        """Note a success, with `in_flight` calls in flight, itself included; tell whether the limit has changed.
 
-        The limit grows by one after a run of successes: the shorter, the farther it is below its target (RFC 9438,
-        section 4.4). Only those count that happen while it is in use, for an idle limit proves nothing about a
+        The limit grows by one after a run of successes. The farther it is below its target, the shorter the run (RFC
+        9438, section 4.4). Successes count only while the limit is in use, as an idle limit proves nothing about a
         higher one (section 5.8).
         """
         if 2 * in_flight < self.limit:
@@ -104,10 +103,10 @@ class AdaptiveLimit:
         return self._set(self.limit + 1, now)
 
     def failed(self, now: float, admitted_at: float, in_flight: int, pause: float = 0.0) -> bool:
-        """Note a congestion, with so many calls in flight, itself included; tell whether the limit has changed.
+        """Note a congestion, with `in_flight` calls in flight, itself included; tell whether the limit has changed.
 
-        `pause` is for how many seconds it pauses all calls.
-        Calls that were admitted before the last shrinking belong to the same burst, and shrink it no further.
+        `pause` is the number of seconds for which the congestion pauses all calls. Calls that were admitted before the
+        last shrinking belong to the same burst, and do not shrink the limit further.
         """
         self._streak = 0
         if admitted_at <= self._shrunk_at:
@@ -120,11 +119,11 @@ class AdaptiveLimit:
         return self._set(int(too_many * _SHRINK), now)
 
     def is_as_new(self, now: float) -> bool:
-        """Tell whether a new one would do as well: what this one has learned is old."""
+        """Tell whether a new one would do as well, as what this one has learned is old."""
         return now - max(self._shrunk_at, self._changed_at) >= _FORGET_SECONDS
 
     def _target(self, now: float) -> float:
-        """Return where the curve stands; it is held at the ceiling until a try above it is due."""
+        """Return the curve's value; it is held at the ceiling until a try above it is due."""
         if self._ceiling is None:
             return math.inf
         climb = math.cbrt((1 - _SHRINK) / _STEEPNESS)
