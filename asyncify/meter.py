@@ -1,7 +1,7 @@
 """The arithmetic of admission: slots, windows and pace. Time is an argument; nothing locks, sleeps or wakes.
 
 Two published algorithms stand behind it. A *window* is the sliding log: the admissions of the last period, so
-that no period, wherever it starts, holds more than the amount. The *pace* is the generic cell rate algorithm
+that no period, wherever it starts, exceeds the amount. The *pace* is the generic cell rate algorithm
 (GCRA; ITU-T I.371, Annex A): one theoretical arrival time, moved on by every admission.
 """
 
@@ -17,18 +17,18 @@ from asyncify.arguments import check_count, check_positive, shown
 __all__ = ["CATCH_UP", "PERIODS", "Limits", "Meter", "Rate"]
 
 PERIODS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
-"""The rates by the names of their arguments, with their periods in seconds, the shortest first."""
+"""The argument names of the rates, with their periods in seconds, the shortest first."""
 
 _UNITS = {period: name.removeprefix("per_") for name, period in PERIODS.items()}
 
 CATCH_UP = 0.02
-"""Seconds that a late wake may make up for: without it 50 per second were measured to reach only 47."""
+"""Seconds of lateness that a late wake-up may make up for; without it 50 per second were measured to reach 47."""
 
 _SLACK = 1e-12
-"""Share of an amount that rounding may be off by, and that counts as nothing."""
+"""The share of an amount that counts as a rounding error."""
 
 _GRAINS = 1000
-"""Parts of a period that a window tells apart: bounds its memory, and costs at most 0.1% of the rate."""
+"""Parts of a period that a window tells apart: this bounds its memory, and costs at most 0.1% of the rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a meter holds calls to: checked, the rates sorted by their period."""
+    """What a meter holds calls to: checked, with the rates sorted by period."""
 
     limit: int | None
     rates: tuple[Rate, ...]
@@ -70,7 +70,7 @@ class Limits:
 
     @property
     def amounts(self) -> dict[str, float | None]:
-        """The amounts by the names of their arguments, None of a rate that there is not."""
+        """The amounts by the names of their arguments; None for a rate that is not set."""
         by_period = {rate.period: rate.amount for rate in self.rates}
         return {name: by_period.get(period) for name, period in PERIODS.items()}
 
@@ -85,7 +85,7 @@ class Limits:
             raise self.too_dear(cost, what)
 
     def too_dear(self, cost: float, what: str) -> ValueError:
-        """Return what is said of such a cost."""
+        """Return the error for such a cost."""
         tightest = min(self.rates, key=lambda rate: rate.amount)
         return ValueError(f"{what}: a cost of {shown(cost)} can never be admitted, as the limit is {tightest}")
 
@@ -102,8 +102,8 @@ def _checked_burst(burst: object, rates: tuple[Rate, ...]) -> int:
 class _Window:
     """The sliding log of one rate.
 
-    Admissions that fall into one grain share an entry, which leaves the window with the last of them, so that
-    none ever leaves early. Half a call in a period is one call in two of them: else none could ever start.
+    Admissions within one grain share an entry. The entry leaves the window with the last of them, so that none ever
+    leaves early. Half a call per period counts as one call in two periods, or none could ever start.
     """
 
     __slots__ = ("amount", "grain", "log", "open", "open_until", "period", "rate", "used")
@@ -123,7 +123,7 @@ class _Window:
     def free_at(self, now: float, cost: float) -> float:
         """Return the earliest time, not before `now`, at which `cost` more fits in."""
         self.expire(now)
-        # Sums of fractions carry what rounding left; without the slack a trace of it would cost a whole entry's wait.
+        # Sums of fractions carry rounding errors; without the slack, one of them would cost a whole entry's wait.
         excess = self.used + cost - self.amount * (1 + _SLACK)
         if excess <= 0:
             return now
@@ -131,7 +131,7 @@ class _Window:
             excess -= spent
             if excess <= 0:
                 return last + self.period
-        # Rounding may leave a trace of what is in the log; when the log is empty, nothing is left.
+        # Rounding may leave a remainder; when the log is empty, none is left.
         return self.log[-1][0] + self.period if self.log and cost <= self.amount else math.inf
 
     def expire(self, now: float) -> None:
@@ -140,7 +140,7 @@ class _Window:
         while log and log[0][0] + self.period <= now:
             self.used -= log.popleft()[1]
         if not log:
-            self.used = 0  # drops what rounding left behind
+            self.used = 0  # drops rounding errors
             self.open_until = -math.inf
 
     def add(self, now: float, cost: float) -> None:
@@ -152,7 +152,7 @@ class _Window:
             entry[1] += cost
         else:
             if log and log[0][0] + self.period <= now:
-                self.expire(now)  # which sets `used` to 0 if nothing is left: so add only then
+                self.expire(now)  # may set `used` to 0, so add only afterwards
             self.open = [now, cost, now]
             self.open_until = now + self.grain
             log.append(self.open)
@@ -168,11 +168,11 @@ class _Window:
 
 
 class Meter:
-    """How much may run: so many calls at once, and so much over time.
+    """How much may run: the calls in flight, and the cost over time.
 
     Every rate is a window. The one with the shortest period also sets the pace: calls start `period / amount`
     seconds apart for each unit of cost, up to `burst` of them back to back. Idle time earns no more than the
-    burst; time that was lost because a wake came late is made up for, within `CATCH_UP` seconds.
+    burst. Time lost by a late wake-up is made up for, within `CATCH_UP` seconds.
     """
 
     __slots__ = (
@@ -202,10 +202,10 @@ class Meter:
         self._next = -math.inf  # GCRA's theoretical arrival time
         self._last = -math.inf  # when the last call was admitted
         self._last_cost: float = 0
-        self._behind = 0.0  # seconds that the last admission came after its time
+        self._behind = 0.0  # seconds by which the last admission was late
         self._interval = 0.0  # seconds between calls of cost 1
-        self._open_since = -math.inf  # since when nothing but the pace has been in the way
-        self._was_full = False  # when a slot was last asked for
+        self._open_since = -math.inf  # since when only the pace has delayed calls
+        self._was_full = False  # when a slot was last requested
         self.configure(limits)
 
     def configure(self, limits: Limits) -> None:
@@ -218,20 +218,20 @@ class Meter:
         for window in self._windows:
             if (old := logs.get(window.rate.period)) is not None:
                 window.log, window.used = old.log, old.used
-        self.slots_alone: float = -1 if self._windows else self.slots  # the slots, if they are all that limits
+        self.slots_alone: float = -1 if self._windows else self.slots  # the slots, if there are no rates
         self._longer = self._windows[1:]
         self._only_window = self._windows[0] if len(self._windows) == 1 else None
         interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
         if self._interval and self._last > -math.inf:  # the next call comes at the new pace, not at the old one
             as_charged = self._next == self._last + self._last_cost * self._interval
-            # The quotient has a rounding in it, of which a longer interval makes more.
+            # The quotient has a rounding error, which a longer interval would enlarge.
             units = self._last_cost if as_charged else (self._next - self._last) / self._interval
             self._next = self._last + units * interval
         self._interval = interval
         self._tolerance = (limits.burst - 1) * self._interval
 
     def is_idle(self, now: float) -> bool:
-        """Whether no call runs and none that ran still counts: a new meter would decide the same."""
+        """Whether no call runs and no earlier one still counts: a new meter would decide the same."""
         longest = max((window.period for window in self._windows), default=0.0)
         return not self.inside and now >= max(self._last + longest, self._next, self.paused_until)
 
@@ -241,7 +241,7 @@ class Meter:
         return len(self.inside) >= self.slots
 
     def admit(self, now: float, cost: float, since: float, call: object | None = None) -> float:
-        """Admit a call that has been waiting since `since`, or say when to ask again; None takes no slot.
+        """Admit a call that has waited since `since`, or say when to ask again; a `call` of None takes no slot.
 
         Returns 0.0 if the call is admitted, else the time at which to ask again: infinity if a slot has to be
         given back first.
@@ -263,7 +263,7 @@ class Meter:
             and self._next <= now == since
             and not self._behind
             and window.used + cost <= window.amount
-        ):  # it comes in its time and nobody is before it: what `_charge` would do for it, in short
+        ):  # it is on time and nobody is before it: a fast path of `_charge`
             if now < window.open_until:  # `add()`, without a call
                 entry = window.open
                 entry[0] = now
@@ -281,7 +281,7 @@ class Meter:
         return 0.0
 
     def release(self, call: object) -> bool:
-        """Give a call's slot back, and tell whether it had one: in one step, so that it needs no lock."""
+        """Give a call's slot back, and tell whether it had one: in a single step, so that it needs no lock."""
         try:
             self.inside.remove(call)
         except KeyError:
@@ -290,12 +290,12 @@ class Meter:
 
     def _charge(self, now: float, cost: float, since: float) -> float:
         """Return the time at which all rates have room for `cost`; if that is now, they are charged."""
-        # Comparisons, not max(), which would take as long as all the rest: this runs once for every call.
+        # Comparisons instead of max(), which would take as long as all the rest: this runs for every call.
         window = self._windows[0]
         at = now if window.used + cost <= window.amount else window.free_at(now, cost)
         opens = self._longer_free_at(now, cost) if self._longer else now
         ready = self._open_since if self._open_since > since else since
-        if ready > opens:  # a longer window opens before its time, by a correction or by new limits
+        if ready > opens:  # a longer window opens early, by a correction or by new limits
             ready = self._open_since = opens
         if self._behind:
             if ready - self._last > CATCH_UP:
@@ -318,7 +318,7 @@ class Meter:
         return now
 
     def _longer_free_at(self, now: float, cost: float) -> float:
-        """Return when the windows that set no pace have room, and note it: no wait for them makes the pace late."""
+        """Return when the windows that set no pace have room, and note it: waiting for them does not count as late."""
         at = max(window.free_at(now, cost) for window in self._longer)
         if at > now:
             self._open_since = max(self._open_since, at)
@@ -330,10 +330,10 @@ class Meter:
         self._open_since = max(self._open_since, self.paused_until)
 
     def correct(self, at: float, change: float) -> None:
-        """Change what the call admitted at `at` has cost: by minus its cost if it never started."""
+        """Change the cost of the call admitted at `at`; if it never started, `change` is minus its cost."""
         for window in self._windows:
             window.correct(at, change)
         corrected = self._next + change * self._interval
-        if at < self._last and corrected < self._next:  # what a later call has waited for already is not given back
+        if at < self._last and corrected < self._next:  # what a later call has already waited for is not given back
             corrected = max(corrected, min(self._next, self._last + self._last_cost * self._interval))
         self._next = corrected
