@@ -22,7 +22,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
-from tests.waiting import SAFETY_NET
+from tests.waiting import SAFETY_NET, run_program
 
 
 def gate_of(limiter: Any = None, fn: Callable[..., Any] = lambda query: query, **arguments: Any) -> Gate:
@@ -426,6 +426,11 @@ class TestArguments:
                 r"^limiter= is one for all calls, so key can",
             ),
             ({"limiter": 5}, TypeError, r"^limiter=5 is no limiter; write limiter=Limiter\(limit=10\), or give an"),
+            (
+                {"limiter": AsyncLimiter(0.5, 1)},
+                ValueError,
+                r"^limiter=: AsyncLimiter\(0.5, 1\) can never admit a call, as its max_rate is below 1; write it for",
+            ),
             ({"limiter": AsyncLimiter(5), "cost": 2}, TypeError, r"^cost= and timeout= need a limiter of asyncify's"),
             (
                 {"limiter": AsyncLimiter(5), "timeout": 2},
@@ -541,6 +546,60 @@ class TestForeignLimiters:
 
         assert errors == []
         assert sorted(passed) == ["loop"] * 40 + ["thread"] * 40
+
+    @pytest.mark.parametrize("first", ["directly", "a call"])
+    def test_an_aiolimiter_may_be_used_directly_too(self, first: str) -> None:
+        """By code on the event loop that it belongs to, beside calls that wait for it elsewhere."""
+        limiter = AsyncLimiter(2, 0.05)
+        gate = gate_of(limiter)
+
+        async def directly() -> str:
+            async with limiter:
+                return "directly"
+
+        async def call() -> str:
+            (await gate.aenter(("x",), {})).leave()
+            return "a call"
+
+        async def both() -> list[str]:
+            ways = [directly, call] if first == "directly" else [call, directly]
+            return await asyncio.gather(*(way() for way in ways * 3))
+
+        assert sorted(asyncio.run(both())) == ["a call"] * 3 + ["directly"] * 3
+
+    async def test_an_aiolimiters_bucket_is_full_for_everybody(self) -> None:
+        """What was taken directly counts for calls, and what calls have taken for direct use."""
+        limiter = AsyncLimiter(2, 3600)
+        gate = gate_of(limiter)
+        await limiter.acquire()
+        await pass_through(gate, "async", "x")
+        waiting = asyncio.create_task(gate.aenter(("x",), {}))
+        await asyncio.sleep(0.01)
+
+        assert not waiting.done()
+        assert not limiter.has_capacity()
+        waiting.cancel()
+
+    def test_calls_wait_for_an_aiolimiter_in_a_forked_process_too(self) -> None:
+        """Though its parent has waited for it."""
+        program = """
+import asyncio, os
+from aiolimiter import AsyncLimiter
+from asyncify import concurrency
+limiter = AsyncLimiter(1, 0.02)
+call = concurrency(limiter=limiter)(lambda value: value)
+async def calls():
+    return await asyncio.gather(*(call.ainvoke(value) for value in range(3)))
+asyncio.run(calls())
+child = os.fork()
+results = [call.invoke(value) for value in range(3)], asyncio.run(calls())
+os.write(1, f"{results}\\n".encode())  # in one piece
+if child:
+    os._exit(os.waitpid(child, 0)[1])
+os._exit(0)
+"""
+
+        assert run_program(program) == "([0, 1, 2], [0, 1, 2])\n" * 2
 
     async def test_a_wait_for_an_aiolimiter_can_be_cancelled(self) -> None:
         """A call that gives up while it waits for the loop in the background is let go at once."""
