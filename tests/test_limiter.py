@@ -1,6 +1,7 @@
 """The promises of a limiter for threads and for tasks: slots, rates, order, giving up, leaving elsewhere."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import pickle
@@ -740,6 +741,28 @@ class TestLeftElsewhere:
 
         chunks = stream()
         contextvars.copy_context().run(next, chunks)
+        await close.ainvoke(chunks)
+
+        assert limiter.stats().in_flight == 0
+
+    @pytest.mark.parametrize("within", [contextlib.nullcontext(), Limiter(limit=1)], ids=["itself", "another"])
+    async def test_a_call_in_a_task_whose_permit_was_taken_gives_another_slot_back(
+        self, within: contextlib.AbstractAsyncContextManager[Any]
+    ) -> None:
+        """An async generator is closed inside a call that runs to its end there, or within another limiter there."""
+        limiter = Limiter(limit=3)
+
+        async def stream() -> AsyncGenerator[None]:
+            async with limiter:
+                yield
+
+        @concurrency(limiter=limiter)
+        async def close(chunks: AsyncGenerator[None]) -> None:
+            async with within:
+                await chunks.aclose()
+
+        chunks = stream()
+        await asyncio.create_task(anext(chunks))
         await close.ainvoke(chunks)
 
         assert limiter.stats().in_flight == 0
