@@ -393,6 +393,17 @@ class TestPace:
 
         assert meter.admit(10.001, 1, 10.001) == pytest.approx(10.02)
 
+    @pytest.mark.parametrize(("idle", "at"), [(CATCH_UP, 0.0), (CATCH_UP + 0.001, CATCH_UP + 0.011)])
+    def test_an_idle_time_in_which_lateness_is_forgotten_is_longer_than_what_is_made_up(
+        self, idle: float, at: float
+    ) -> None:
+        """After just so many seconds it still counts."""
+        meter = Meter(limits(per_second=100))
+        assert meter.admit(0, 1, -0.01) == 0
+        assert meter.admit(idle, 1, idle) == 0
+
+        assert meter.admit(idle, 1, idle) == pytest.approx(at)
+
     def test_a_pause_is_no_lateness(self) -> None:
         """After a pause calls start evenly, however many had been due during it."""
         meter = Meter(limits(per_second=10))
@@ -547,6 +558,14 @@ class TestWindows:
 
         assert meter.admit(0.5, 1, 0.5) == 1.0
 
+    def test_calls_at_the_pace_of_a_grain_are_told_apart(self) -> None:
+        """They come in their time, which is looked at in another place."""
+        meter = Meter(limits(per_second=1000))
+        meter.admit(0, 1, 0)
+        meter.admit(0.001, 999, 0.001)
+
+        assert meter.admit(1.0005, 1, 1.0005) == 0
+
     def test_calls_that_share_an_entry_leave_the_window_with_all_that_they_cost(self) -> None:
         """A fast pace puts many calls into one entry: it counts until the last of them is a period old, and in full."""
         meter = Meter(limits(per_second=10_000))
@@ -657,6 +676,16 @@ class TestConfigure:
         meter.configure(limits(per_second=1))
 
         assert meter.admit(0.1, 1, 0.1) == pytest.approx(1.0)
+
+    @pytest.mark.parametrize(("change", "at"), [(0, 1.2), (2, 1.6)])
+    def test_what_the_last_call_cost_is_charged_at_the_new_pace(self, change: float, at: float) -> None:
+        """As it has been corrected, where it has been."""
+        meter = Meter(limits(per_second=10))
+        meter.admit(1, 1, 1)
+        meter.correct(1, change)
+        meter.configure(limits(per_second=5))
+
+        assert meter.admit(1.1, 1, 1.1) == pytest.approx(at)
 
     def test_a_longer_window_that_opens_early_lets_the_next_in(self) -> None:
         """Who waits for the hour to pass waits no longer when the hour admits more."""
@@ -818,6 +847,11 @@ class TestLimits:
                 {"per_second": 5, "per_hour": 9, "burst": 6},
                 ValueError,
                 "burst=6: must be no more than the rate, which is 5 per second",
+            ),
+            (
+                {"per_second": 1, "burst": 2},
+                ValueError,
+                "burst=2: must be no more than the rate, which is 1 per second",
             ),
         ],
     )
