@@ -222,7 +222,7 @@ class Meter:
         self._longer = self._windows[1:]
         self._only_window = self._windows[0] if len(self._windows) == 1 else None
         interval = limits.rates[0].period / limits.rates[0].amount if limits.rates else 0.0
-        if self._interval and self._last > -math.inf:  # the next call comes at the new pace, not at the old one
+        if self._interval:  # the next call comes at the new pace, not at the old one
             as_charged = self._next == self._last + self._last_cost * self._interval
             # The quotient has a rounding error, which a longer interval would enlarge.
             units = self._last_cost if as_charged else (self._next - self._last) / self._interval
