@@ -95,7 +95,7 @@ def make_entries(
     make = partial(_entries, first, gate=gate, bridge=bridge, name=name, warn=warn)
     if async_ is None:
         return make(None)
-    side = _side(async_, called_like, is_method=is_method)
+    side = _awaited(_side(async_, called_like, is_method=is_method))
     watched = replace(side, run=timed(side.run, name, is_generator=side.shape.is_generator))
     return replace(make(side), timed=make(watched))
 
@@ -104,6 +104,11 @@ def _side(fn: Function, called_like: Function, *, is_method: bool) -> Entry:
     shape = shape_of(fn)
     run = partial(_call_bound, fn) if is_method and binds_by_itself(fn) else fn
     return Entry(run, fn, shape.called_like(shape_of(called_like)) if shape.takes_anything else shape, "native")
+
+
+def _awaited(side: Entry) -> Entry:
+    """Return a side that is called as an async function, even if it is a `def` that returns an awaitable."""
+    return replace(side, shape=replace(side.shape, is_async=True))
 
 
 def _call_bound(fn: Any, /, *args: Any, **kwargs: Any) -> Any:

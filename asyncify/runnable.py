@@ -267,7 +267,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         if wears is not None:
             functools.update_wrapper(self, wears, updated=())
             self.__isabstractmethod__: bool = getattr(wears, "__isabstractmethod__", False)
-            self._is_async_def = is_async(wears)
+            is_second = wears is vars(self).get(ASYNC_SIDE) and wears is not vars(self).get(SYNC_SIDE)
+            self._is_async_def = is_async(wears) or is_second
             own_name = getattr(wears, "__name__", "<lambda>")
             if own_name != "<lambda>" and not self._is_named:
                 self.name = own_name

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from inspect import Parameter
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Annotated, Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from langchain_core.callbacks import Callbacks
@@ -23,7 +23,7 @@ from typing_extensions import is_typeddict
 
 from asyncify.errors import PairError
 from asyncify.runs import RESERVED
-from asyncify.signatures import INJECTED, describe, plain, shape_of, signature_of, without_partials
+from asyncify.signatures import INJECTED, UNRESOLVED, describe, resolved, shape_of, signature_of, without_partials
 
 __all__ = [
     "asks_for_tool",
@@ -43,9 +43,6 @@ Function = Callable[..., Any]
 
 _CALLBACKS = "callbacks"
 """The parameter that a tool gives the callback manager of its run, whatever its type."""
-
-_UNRESOLVED = (AttributeError, NameError, SyntaxError, TypeError)
-"""What comes of an annotation that means something to type checkers only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +97,8 @@ def resolved_input(fn: Function) -> Any:
 def resolved_output(fn: Function) -> Any:
     """Return the type of the result, whose annotation is a string; of an iterator that of its chunks."""
     try:
-        result = _resolved(fn, inspect.signature(fn).return_annotation)
-    except _UNRESOLVED:
+        result = resolved(fn, inspect.signature(fn).return_annotation)
+    except UNRESOLVED:
         return Any
     return get_args(result)[0] if get_origin(result) in (Iterator, AsyncIterator) else result
 
@@ -213,18 +210,9 @@ def _hints(fn: Function) -> dict[str, Any]:
     """Return the parameters' types, each for itself, without those that only a type checker can resolve."""
     hints: dict[str, Any] = {}
     for parameter in _parameters(fn):
-        with contextlib.suppress(*_UNRESOLVED):
-            hints[parameter.name] = _resolved(fn, parameter.annotation)
+        with contextlib.suppress(*UNRESOLVED):
+            hints[parameter.name] = resolved(fn, parameter.annotation)
     return hints
-
-
-def _resolved(fn: Function, annotation: Any) -> Any:
-    """Return the type that an annotation of the function stands for, in the function's module if it is a string."""
-    written: Any = inspect.unwrap(plain(inspect.unwrap(fn)))
-    alone = SimpleNamespace(__annotations__={"it": Any if annotation is Parameter.empty else annotation})
-    names = getattr(written, "__globals__", None) or getattr(inspect.getmodule(written), "__dict__", {})
-    declared = {parameter.__name__: parameter for parameter in getattr(written, "__type_params__", ())}
-    return get_type_hints(alone, names, declared, include_extras=True)["it"]
 
 
 def tool_of(

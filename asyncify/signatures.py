@@ -10,17 +10,18 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
-from types import CodeType, FunctionType, MethodType, WrapperDescriptorType
-from typing import Any, Literal, cast
+from types import CodeType, FunctionType, MethodType, SimpleNamespace, UnionType, WrapperDescriptorType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from asyncify.errors import PairError
 
 __all__ = [
     "INJECTED",
     "MARKS",
+    "UNRESOLVED",
     "Shape",
     "binds_by_itself",
     "check_pair",
@@ -34,6 +35,7 @@ __all__ = [
     "is_generator",
     "is_new_version",
     "plain",
+    "resolved",
     "same_parameters",
     "shape_of",
     "signature_of",
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 INJECTED = ("config", "run_manager")
+UNRESOLVED = (AttributeError, NameError, SyntaxError, TypeError)
+"""What comes of an annotation that means something to type checkers only."""
+
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 _PLACES: dict[object, float] = {
@@ -83,6 +88,45 @@ def is_async(fn: Callable[..., Any]) -> bool:
     """Tell whether calling `fn` gives a coroutine or an async generator."""
     # The object itself is asked first: a mock says what it is, and its `__call__` does not.
     return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (fn, plain(fn)))
+
+
+def _gives_awaitable(fn: Callable[..., Any]) -> bool:
+    """Tell whether a `def` shows that it returns an awaitable: by what it wraps, or by its annotation.
+
+    It may await that itself, as what makes a sync function of an async one does: so it takes a user to say what it is.
+    """
+    if _coroutine_function_in(fn) is not None:
+        return True
+    signature = signature_of(fn)
+    try:
+        result: Any = None if signature is None else signature.return_annotation
+        return _is_awaitable(resolved(fn, result) if isinstance(result, str) else result)
+    except UNRESOLVED:
+        return False
+
+
+def _coroutine_function_in(fn: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the first coroutine function under what partials and wrappers there are, None if there is none."""
+    is_found = inspect.iscoroutinefunction
+    inner = inspect.unwrap(plain(inspect.unwrap(without_partials(fn), stop=is_found)), stop=is_found)
+    return inner if is_found(inner) else None
+
+
+def _is_awaitable(kind: Any) -> bool:
+    """Tell whether a type, or one in a union, is that of an awaitable."""
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(_is_awaitable(member) for member in get_args(kind))
+    return isinstance(origin, type) and issubclass(origin, Awaitable)
+
+
+def resolved(fn: Callable[..., Any], annotation: Any) -> Any:
+    """Return the type that an annotation of the function stands for, in the function's module if it is a string."""
+    written: Any = inspect.unwrap(plain(inspect.unwrap(fn)))
+    alone = SimpleNamespace(__annotations__={"it": Any if annotation is Parameter.empty else annotation})
+    names = getattr(written, "__globals__", None) or getattr(inspect.getmodule(written), "__dict__", {})
+    declared = {parameter.__name__: parameter for parameter in getattr(written, "__type_params__", ())}
+    return get_type_hints(alone, names, declared, include_extras=True)["it"]
 
 
 def is_generator(fn: Callable[..., Any]) -> bool:
@@ -139,8 +183,12 @@ def coroutine_marks(fn: Callable[..., Any]) -> dict[str, object]:
     if sys.version_info >= (3, 12):
         marks |= vars(inspect.markcoroutinefunction(lambda: None))
     else:
-        marks |= code_marks(plain(fn) if inspect.iscoroutinefunction(plain(fn)) else plain(inspect.unwrap(fn)))
+        marks |= code_marks(_coroutine_function_in(fn) or _stand_in)
     return marks
+
+
+async def _stand_in() -> None:
+    """Have the code that is looked at, in the place of a `def` that returns an awaitable."""
 
 
 def code_marks(written: Callable[..., Any]) -> dict[str, object]:
@@ -189,19 +237,22 @@ def is_new_version(fn: Any, former: Any) -> bool:
 
 
 def check_side(fn: object, colour: Literal["sync", "async"], where: str) -> None:
-    """Check that `fn` can be this side of a pair.
+    """Check that `fn` can be this side of a pair; a `def` can be the async one, if it shows that it is awaited.
 
     Raises:
         PairError: it is no callable, has the other colour, or takes nothing but what LangChain fills in.
     """
     if not callable(fn):
         raise PairError(f"{where}: expected a function, got {fn!r}")
-    if is_async(fn) != (colour == "async"):
+    fits = is_async(fn) or _gives_awaitable(fn) if colour == "async" else not is_async(fn)
+    if not fits:
         other = "async_" if colour == "sync" else "sync"
         is_argument = where.startswith(("dual", "@"))  # and not the method of a pair, which has its other side
+        wrapped = "; if it returns an awaitable, write async def get(name): return await client.get(name), say"
         raise PairError(
             f"{where}: {describe(fn)} is {'async' if colour == 'sync' else 'not async'}, so it can't be the {colour} "
             f"side; {f'give it as {other}=, or ' if is_argument else ''}write the {colour} one"
+            f"{wrapped if colour == 'async' else ''}"
         )
     signature = signature_of(fn)
     injected = [] if signature is None else list(signature.parameters)

@@ -156,7 +156,7 @@ BAD_PAIRS: list[tuple[str, Callable[[], object], str]] = [
     (
         "a sync function as the second side",
         lambda: Dual[Any, Any](_fetch).async_(_fetch_too),  # type: ignore[arg-type]
-        r"async side; write the async one$",
+        r"side; write the async one; if it returns an awaitable, write async def get\(name\): return await client.get",
     ),
     ("a limit on a number", lambda: concurrency(limit=1)(3), r"@concurrency: expected a function, got 3"),
     ("a limit on config alone", lambda: concurrency(limit=1)(_config_alone), r"@concurrency: .*_config_alone .* only"),

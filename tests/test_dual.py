@@ -8,14 +8,15 @@ import functools
 import inspect
 import operator
 import pydoc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from types import MethodType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, Union, get_args
 from unittest import mock
 
 import pytest
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import AsyncCallbackManagerForChainRun, BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.config import get_stream_writer
 from langgraph.func import entrypoint, task
@@ -543,6 +544,200 @@ def test_a_framework_is_told_whether_to_await_it(pair: Any, *, is_coroutine_func
     assert asyncio.iscoroutinefunction(pair) is is_coroutine_function
     assert inspect.iscoroutinefunction(pair) is is_coroutine_function
     assert inspect.iscoroutinefunction(functools.partial(pair, "x")) is is_coroutine_function
+
+
+def handed_on(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function as openai's clients are: what it returns is handed on by a `def`."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
+class _Client:
+    """An async client, whose methods are `def`s."""
+
+    def fetch(self, query: str) -> Awaitable[str]:
+        return fetch_async(query)
+
+    def fetch_either(self, query: str) -> Union[str, Awaitable[str]]:  # noqa: UP007  (as redis has it)
+        return fetch_async(query)
+
+    def fetch_or_none(self, query: str) -> Coroutine[Any, Any, str] | None:
+        return fetch_async(query)
+
+    def fetch_quoted(self, query: str) -> "Awaitable[str]":
+        return fetch_async(query)
+
+    def fetch_in_a_task(self, query: str) -> "asyncio.Future[str]":
+        return asyncio.ensure_future(fetch_async(query))
+
+    @handed_on
+    async def fetch_handed_on(self, query: str) -> str:
+        return await fetch_async(query)
+
+
+@functools.wraps(fetch_sync)
+async def _around_a_def(query: str) -> str:
+    return await fetch_async(query)
+
+
+def _quote_nowhere(query: str) -> "Awaitable[Nowhere]":  # type: ignore[name-defined]  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    return fetch_async(query)
+
+
+AWAITED: dict[str, Callable[..., Any]] = {
+    "handed on": handed_on(fetch_async),
+    "handed on twice": handed_on(handed_on(fetch_async)),
+    "a partial, handed on": handed_on(functools.partial(fetch_async)),
+    "a partial of what is handed on": functools.partial(handed_on(fetch_async)),
+    "an async def around a def, handed on": handed_on(_around_a_def),
+    "an object around it": Binding(fetch_async),
+    "a method": _Client().fetch_handed_on,
+    "an annotation": _Client().fetch,
+    "an annotation of a union": _Client().fetch_either,
+    "an annotation of a new union": _Client().fetch_or_none,
+    "an annotation that is a string": _Client().fetch_quoted,
+    "an annotation of a future": _Client().fetch_in_a_task,
+    "an annotation of a partial": functools.partial(_Client().fetch),
+}
+
+
+@pytest.mark.parametrize("fetch", AWAITED.values(), ids=AWAITED)
+async def test_a_def_that_shows_that_it_is_awaited_is_an_async_side(fetch: Callable[..., Any]) -> None:
+    """Where it is said to be one, in every form; the sync side is what is called there."""
+
+    def stub(query: str) -> str:
+        """Have only a name."""
+        raise NotImplementedError
+
+    later: Any = dual(fetch_sync, name="later")
+    over_stub: Any = dual(sync=fetch_sync, async_=fetch)
+    pairs: list[Any] = [
+        dual(async_=fetch)(fetch_sync),
+        dual(sync=fetch_sync, async_=fetch),
+        over_stub(stub),
+        later.async_(fetch),
+    ]
+    for pair in pairs:
+        assert (pair("a"), pair.call("a"), pair.invoke("a")) == ("sync a", "sync a", "sync a")
+        assert (await pair.acall("a"), await pair.ainvoke("a")) == ("async a", "async a")
+        assert (pair.batch(["a"]), await pair.abatch(["a"])) == (["sync a"], ["async a"])
+        assert not inspect.iscoroutinefunction(pair)
+        assert pair.afunc is fetch
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["free", "limited"])
+@pytest.mark.parametrize("fetch", AWAITED.values(), ids=AWAITED)
+async def test_a_decorated_def_that_shows_that_it_is_awaited_is_called_as_one(fetch: Any, *, limited: bool) -> None:
+    """The pair is a coroutine function too, whatever it was: who calls it awaits what it gives."""
+    pair: Any = dual(sync=fetch_sync, name="fetch")(fetch)
+    if limited:
+        pair = concurrency(limit=2)(pair)
+
+    assert (await pair("a"), await pair.acall("a"), await pair.ainvoke("a")) == ("async a", "async a", "async a")
+    assert (pair.call("a"), pair.invoke("a")) == ("sync a", "sync a")
+    assert asyncio.iscoroutinefunction(pair)
+    assert inspect.iscoroutinefunction(pair)
+    assert list(inspect.signature(pair).parameters) == ["query"]
+
+
+@pytest.mark.parametrize("way", ["direct call", "acall", "ainvoke", "abatch"])
+async def test_the_limit_holds_until_what_a_def_returned_has_been_awaited(way: str) -> None:
+    """And not only until it has been returned."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    @handed_on
+    async def fetch(query: int) -> int:
+        inside.append(query)
+        most.append(len(inside))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        inside.remove(query)
+        return query
+
+    pair: Any = concurrency(limit=2)(dual(sync=lambda query: query, name="fetch")(fetch))
+    one_by_one: dict[str, Callable[[int], Any]] = {"direct call": pair, "acall": pair.acall, "ainvoke": pair.ainvoke}
+    calls = map(one_by_one[way], range(6)) if way in one_by_one else [pair.abatch([*range(6)])]
+    await asyncio.gather(*calls)
+
+    assert (len(most), max(most)) == (6, 2)
+
+
+@asynccontextmanager
+async def _opened(query: str) -> AsyncIterator[str]:
+    yield query
+
+
+async def _chunks(query: str) -> AsyncIterator[str]:
+    yield query
+
+
+def _either(query: str) -> str | list[Awaitable[str]]:
+    return query
+
+
+NOT_AWAITED: dict[str, Callable[..., Any]] = {
+    "def": handed_on(fetch_sync),
+    "a context manager": _opened,
+    "an async generator, handed on": handed_on(_chunks),
+    "a list of awaitables": _either,
+    "an annotation that means nothing at run time": _quote_nowhere,
+    "a builtin": len,
+    "a mock": mock.Mock(),
+}
+
+
+@pytest.mark.parametrize("fn", NOT_AWAITED.values(), ids=NOT_AWAITED)
+def test_a_def_that_does_not_show_that_it_is_awaited_is_no_async_side(fn: Callable[..., Any]) -> None:
+    """Two sync functions are a slip, mostly; the message says what to write where they are not."""
+    wanted = r"not async, .* async def get\(name\): return await client.get\(name\)"
+    for make in (lambda: dual(async_=fn), lambda: dual(sync=fetch_sync)(fn), lambda: dual(fetch_sync).async_(fn)):
+        with pytest.raises(PairError, match=wanted):
+            make()
+
+
+async def test_a_def_alone_is_a_sync_side_whatever_it_returns() -> None:
+    """It may well run what it wraps, as what makes a sync function of an async one does."""
+    syncified = functools.wraps(fetch_async)(lambda query: asyncio.run(fetch_async(query)))
+    pairs: list[Any] = [dual(syncified), concurrency(limit=2)(syncified), dual(sync=syncified, async_=fetch_async)]
+    for pair in pairs:
+        assert not inspect.iscoroutinefunction(pair)
+        assert await asyncio.to_thread(pair, "a") == "async a"
+        assert await asyncio.to_thread(pair.invoke, "a") == "async a"
+
+
+@pytest.mark.parametrize("make", [lambda fn: dual(sync=fn, async_=fn, name="both"), lambda fn: Dual(fn, fn)])
+async def test_a_def_that_is_both_sides_is_called_as_a_def(make: Callable[[Any], Any]) -> None:
+    """A client's method may be either, as its client is."""
+    pair = make(handed_on(fetch_async))
+
+    assert not inspect.iscoroutinefunction(pair)
+    assert await pair.ainvoke("a") == await pair("a") == "async a"
+
+
+@pytest.mark.parametrize("make", [lambda *sides: dual(sync=sides[0], async_=sides[1]), Dual])
+async def test_a_def_that_is_awaited_gets_a_run_manager_that_is(make: Callable[..., Any]) -> None:
+    """As the async function that it hands on would."""
+
+    async def afetch(query: str, run_manager: Any) -> Any:
+        return run_manager
+
+    pair = make(lambda query, run_manager: run_manager, handed_on(afetch))
+
+    assert isinstance(await pair.ainvoke("a"), AsyncCallbackManagerForChainRun)
+
+
+def test_a_pair_over_a_def_that_is_awaited_brings_its_limit() -> None:
+    """`@concurrency` alone takes it for a sync function; as an async side it is what it is said to be."""
+    limited: Any = concurrency(limit=2)(handed_on(fetch_async))
+    pair: Any = dual(sync=fetch_sync, async_=limited, name="fetch")
+
+    assert pair.limiter is limited.limiter
+    assert asyncio.run(pair.ainvoke("a")) == "async a"
 
 
 def _generators() -> dict[str, tuple[Any, bool]]:

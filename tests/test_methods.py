@@ -8,7 +8,7 @@ import inspect
 import operator
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -687,6 +687,74 @@ async def test_a_static_method_binds_nothing(owner: Any, name: str) -> None:
     assert [pair("EUR"), pair.invoke("EUR")] == ["sync EUR"] * 2
     assert await pair.ainvoke("EUR") == "async EUR"
     assert pair is getattr(Kinds, name)
+
+
+class Handed:
+    """Async methods of every kind that are a `def`, as a client's may be."""
+
+    def _fetch(self, query: str) -> str:
+        return f"sync {type(self).__name__} {query}"
+
+    async def _afetch(self, query: str) -> str:
+        return f"async {type(self).__name__} {query}"
+
+    def _handed(self, query: str) -> Awaitable[str]:
+        return self._afetch(query)
+
+    @dual(async_=_handed)
+    def sync_first(self, query: str) -> str:
+        return self._fetch(query)
+
+    @concurrency(limit=1)
+    @dual(sync=_fetch)
+    def async_first(self, query: str) -> Awaitable[str]:
+        return self._afetch(query)
+
+    @dual
+    def later(self, query: str) -> str:
+        return self._fetch(query)
+
+    @later.async_
+    def alater(self, query: str) -> Awaitable[str]:
+        return self._afetch(query)
+
+    @dual(sync=lambda cls, query: f"sync {cls.__name__} {query}")
+    @classmethod
+    def of_class(cls, query: str) -> Awaitable[str]:
+        return cls()._afetch(query)
+
+    @dual(sync=lambda query: f"sync Handed {query}")
+    @staticmethod
+    def of_none(query: str) -> Awaitable[str]:
+        return Handed()._afetch(query)
+
+    @staticmethod
+    @dual(sync=lambda query: f"sync Handed {query}")
+    def of_none_inside(query: str) -> Awaitable[str]:
+        return Handed()._afetch(query)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_async"),
+    [
+        ("sync_first", False),
+        ("later", False),
+        ("alater", False),
+        ("async_first", True),
+        ("of_class", True),
+        ("of_none", True),
+        ("of_none_inside", True),
+    ],
+)
+async def test_a_method_may_be_a_def_that_is_awaited(name: str, *, is_async: bool) -> None:
+    """It binds as any other, and is called as what was decorated."""
+    pair: Any = getattr(Handed(), name)
+    called = pair("EUR")
+
+    assert (await called if is_async else called) == f"{'async' if is_async else 'sync'} Handed EUR"
+    assert inspect.iscoroutinefunction(pair) is is_async
+    assert (pair.call("EUR"), pair.invoke("EUR")) == ("sync Handed EUR", "sync Handed EUR")
+    assert (await pair.acall("EUR"), await pair.ainvoke("EUR")) == ("async Handed EUR", "async Handed EUR")
 
 
 def test_what_does_not_bind_makes_a_pair_that_does_not() -> None:

@@ -21,6 +21,10 @@ from asyncify.traps import MANY_BRIDGED
 from tests.waiting import SAFETY_NET
 
 SOURCE = '''
+import asyncio
+import functools
+
+
 def fetch(query):
     """Fetch one quote."""
     return f"sync {query}"
@@ -30,6 +34,11 @@ async def afetch(query):
     return f"async {query}"
 
 
+@functools.wraps(afetch)
+def handed_on(query):
+    return afetch(query)
+
+
 def other(text):
     return text
 
@@ -37,6 +46,9 @@ def other(text):
 class Client:
     def fetch(self, query):
         return f"sync client {query}"
+
+    def handed_on(self, query) -> "asyncio.Future":
+        return afetch(query)
 
     @classmethod
     def of_class(cls, query):
@@ -159,6 +171,20 @@ async def test_methods_of_every_kind_are_patched(module: ModuleType) -> None:
     assert isinstance(vars(module.Client)["of_class"], classmethod)
     assert isinstance(vars(module.Client)["of_none"], staticmethod)
     assert client.of_class("EUR") == "sync Client EUR"
+
+
+async def test_a_def_that_is_awaited_is_patched_as_either_side(module: ModuleType) -> None:
+    """A client's own `def` gets a sync side, and a sync function gets one as its async side."""
+    name, handed_on = module.__name__, module.handed_on
+    with (
+        dual_patch(f"{name}:handed_on", sync=lambda query: f"patched {query}"),
+        dual_patch(f"{name}:Client.handed_on", sync=lambda self, query: f"patched {query}"),
+        dual_patch(f"{name}:fetch", async_=handed_on),
+    ):
+        for pair in (module.handed_on, module.Client().handed_on):
+            assert [await pair("EUR"), await pair.ainvoke("EUR")] == ["async EUR", "async EUR"]
+            assert pair.invoke("EUR") == "patched EUR"
+        assert [module.fetch("EUR"), await module.fetch.ainvoke("EUR")] == ["sync EUR", "async EUR"]
 
 
 async def test_a_method_that_others_have_decorated_sees_its_instance(module: ModuleType) -> None:

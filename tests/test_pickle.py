@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -26,6 +26,10 @@ async def _afetch(query: str) -> str:
 
 def _fetch(query: str) -> str:
     return f"sync {query}"
+
+
+def _handed_on(query: str) -> Awaitable[str]:
+    return _afetch(query)
 
 
 @dual(async_=_afetch)
@@ -47,6 +51,7 @@ def over_stub(query: str) -> str:
 
 
 from_two = dual(sync=_fetch, async_=_afetch)
+handed_on = dual(sync=_fetch)(_handed_on)
 from_lambda = dual(lambda query: f"sync {query}", name="pickled_lambda")
 of_elsewhere = concurrency(limit=2)(html.escape)
 of_partial = dual(functools.partial(html.escape, quote=False), name="of_partial")
@@ -103,7 +108,7 @@ class Branch(Desk):
         return super().fetch
 
 
-ALONE: list[Dual[Any, Any]] = [fetch, limited, over_stub, from_two, from_lambda, of_elsewhere, of_partial]
+ALONE: list[Dual[Any, Any]] = [fetch, limited, over_stub, from_two, from_lambda, of_elsewhere, of_partial, handed_on]
 PAIRS: list[Dual[Any, Any]] = [*ALONE, Desk.fetch, Desk.later]
 COPIES = [lambda pair: pickle.loads(pickle.dumps(pair)), copy.copy, copy.deepcopy]  # noqa: S301
 each_copy = pytest.mark.parametrize("copied", COPIES, ids=["pickle", "copy", "deepcopy"])
@@ -119,10 +124,11 @@ def test_a_module_level_pair_is_pickled_by_reference(pair: Dual[Any, Any], copie
 @each_copy
 async def test_a_pair_made_by_hand_is_pickled_by_its_functions(copied: Any) -> None:
     """A `Dual` that nothing registers is copied as a `RunnableLambda` is."""
-    made = copied(Dual(_fetch, _afetch, "made"))
+    for afetch in (_afetch, _handed_on):
+        made = copied(Dual(_fetch, afetch, "made"))
 
-    assert made.name == "made"
-    assert [made.invoke("EUR"), await made.ainvoke("EUR")] == ["sync EUR", "async EUR"]
+        assert made.name == "made"
+        assert [made.invoke("EUR"), await made.ainvoke("EUR")] == ["sync EUR", "async EUR"]
 
 
 @each_copy

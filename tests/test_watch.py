@@ -13,7 +13,7 @@ import time
 import urllib.request
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -76,6 +76,28 @@ async def test_a_step_that_held_the_loop_is_reported(clock):
     assert held.seconds == pytest.approx(0.12)
     assert held.since is not None
     assert (held.since.file, held.since.line) == (__file__, fetch.afunc.__code__.co_firstlineno + 2)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("limited", [False, True], ids=["free", "limited"])
+@pytest.mark.parametrize("call", ["__call__", "acall", "ainvoke"])
+async def test_a_def_that_is_awaited_is_watched(clock, call, limited):
+    """What it returns is timed, as the async side."""
+
+    async def hold(query: str) -> str:
+        clock.pass_by(0.12)
+        return query
+
+    @dual(sync=lambda query: query)
+    def fetch(query: str) -> Awaitable[str]:
+        return hold(query)
+
+    if limited:
+        concurrency(limit=1)(fetch)
+    with watch() as watching:
+        result = await getattr(fetch, call)("usd")
+
+    assert (result, [held.pair for held in watching.held]) == ("usd", ["fetch"])
 
 
 @pytest.mark.usefixtures("quiet")
