@@ -68,6 +68,7 @@ from asyncify.signatures import (
     is_new_version,
     plain,
     same_parameters,
+    without_partials,
 )
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 from asyncify.watches import subscribe
@@ -595,15 +596,27 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         if self._by_reference:
             return self
         made = object.__new__(type(self))
-        vars(made).update(vars(self), _told=set(self._told))
+        made._take_over(vars(self))
         made._set_fakes(())
-        for name in ("invoke", "ainvoke"):
-            made._notice_override(name)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy as `copy.copy` does: functions are not copied, and a limit is one wherever it stands."""
-        return copy.copy(self)
+        """Copy as `copy.copy` does; of a bound method, which takes its instance along, a copy under the same limit."""
+        kept = vars(self)
+        sides = [name for name in (SYNC_SIDE, ASYNC_SIDE, "__wrapped__") if name in kept]
+        methods = {name: kept[name] for name in sides if isinstance(without_partials(kept[name]), MethodType)}
+        if not methods:
+            return copy.copy(self)
+        made = memo[id(self)] = object.__new__(type(self))  # the instance may hold this very pair
+        made._take_over(kept | copy.deepcopy(methods, memo))
+        vars(made).pop("deps", None)
+        made._assemble()
+        return made
+
+    def _take_over(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, _told=set(kept["_told"]), _fakes=())
+        for name in ("invoke", "ainvoke"):
+            self._notice_override(name)
 
 
 class _Bound(Dual[Any, Any]):

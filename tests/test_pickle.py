@@ -286,6 +286,97 @@ def test_a_decorated_pair_is_copied_as_a_function_is(copied: Callable[[Any], Any
     assert asdict(Holder(pair)) == {"pair": pair}
 
 
+class Agent:
+    """What makes pairs of its own methods, by whatever makes one."""
+
+    def __init__(self, name: str, make: Callable[..., Any]) -> None:
+        self.name = name
+        self.think = make(self._think)
+        self.pipe = self.think | make(functools.partial(self._say, times=2))
+        self.both = make(self._think)
+        self.both.async_(self._athink)
+
+    def _think(self, query: str) -> str:
+        return f"{self.name} {query}"
+
+    async def _athink(self, query: str) -> str:
+        return f"async {self.name} {query}"
+
+    def _say(self, query: str, times: int) -> str:
+        return f"{self.name}: {query}" * times
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "drop-in": Dual,
+    "decorated": dual,
+    "limited": lambda fn: concurrency(limit=2)(dual(fn)),
+    "limited drop-in": lambda fn: concurrency(limit=2)(Dual(fn)),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+async def test_a_deep_copy_of_an_object_has_pairs_of_its_own_methods(make: Callable[..., Any]) -> None:
+    """As it has bound methods of its own; on both paths, in a pipe, and the original keeps its own."""
+    ann = Agent("ann", make)
+    assert ann.think.deps == []
+    bob = copy.deepcopy(ann)
+    bob.name = "bob"
+
+    for agent in (ann, bob):
+        name = agent.name
+        assert agent.think("x") == agent.think.invoke("x") == await agent.think.ainvoke("x") == f"{name} x"
+        assert agent.pipe.invoke("x") == await agent.pipe.ainvoke("x") == f"{name}: {name} x" * 2
+        assert (agent.both.invoke("x"), await agent.both.ainvoke("x")) == (f"{name} x", f"async {name} x")
+        assert agent.think.__wrapped__.__self__ is agent.think.func.__self__ is agent
+    assert bob.think.limiter is ann.think.limiter
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_deep_copy_of_a_pair_of_a_method_is_the_one_that_its_instance_has(make: Callable[..., Any]) -> None:
+    """They are copied together, whichever is copied."""
+    ann = Agent("ann", make)
+    made = copy.deepcopy(ann.think)
+
+    assert made.func.__self__ is not ann
+    assert made.func.__self__.think is made
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_copy_of_an_object_shares_its_pairs(make: Callable[..., Any]) -> None:
+    """As it shares all else that it has, bound methods too."""
+    ann = Agent("ann", make)
+
+    assert copy.copy(ann).think is ann.think
+    assert copy.copy(ann.think).func.__self__ is ann
+
+
+def test_a_deep_copy_of_a_faked_pair_of_a_method_has_no_fake() -> None:
+    """The fake goes with its `with` block, which knows nothing of the copy."""
+    ann = Agent("ann", dual)
+    with registry.override(ann.think, lambda query: f"fake {query}"):
+        bob = copy.deepcopy(ann)
+
+    assert bob.think.invoke("x") == ann.think.invoke("x") == "ann x"
+
+
+async def test_a_deep_copy_of_a_pair_of_a_method_keeps_an_invoke_of_its_own() -> None:
+    """One that a test has put there."""
+    ann = Agent("ann", dual)
+    ann.think.invoke = lambda query, config=None: "replaced"
+    bob = copy.deepcopy(ann)
+
+    assert bob.think.invoke("x") == "replaced"
+    assert bob.think.batch(["x"]) == ["replaced"]
+    assert await bob.think.ainvoke("x") == "ann x"
+
+
+def test_a_pair_of_a_method_of_a_class_is_copied_without_the_class() -> None:
+    """A class is what it is, wherever it is."""
+    pair = dual(Desk.of_class.func, name="of_class")
+
+    assert copy.deepcopy(pair).func == Desk.of_class.func
+
+
 @dataclass
 class Holder:
     """A dataclass that has a pair."""
