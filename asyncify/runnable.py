@@ -542,8 +542,19 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     # --- identity ---
 
+    def __eq__(self, other: object) -> bool:
+        """Compare a decorated pair by identity, as a function: another of its function may have another limit.
+
+        A drop-in is compared as a `RunnableLambda` is, by the sync side, or else the async one.
+        """
+        if self._by_reference or (is_pair(other) and other._by_reference):
+            return self is other
+        return super().__eq__(other)
+
     def __hash__(self) -> int:  # type: ignore[override]
-        """Hash by the sync side, or else the async one: by these a `RunnableLambda` is compared."""
+        """Hash by what it is compared by."""
+        if self._by_reference:
+            return id(self)
         try:
             return hash(self.func if hasattr(self, "func") else self.afunc)
         except TypeError:  # a callable that has no hash
@@ -652,6 +663,14 @@ class _Bound(Dual[Any, Any]):
         if name in kept and not is_own:
             return kept[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by pair and receiver, each by identity, as methods are."""
+        return isinstance(other, _Bound) and self._pair is other._pair and self._receiver is other._receiver
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        """Hash by what it is compared by."""
+        return hash((id(self._pair), id(self._receiver)))
 
     @property
     def _unbound(self) -> AnyDual:

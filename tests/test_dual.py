@@ -1074,6 +1074,29 @@ def test_a_subclass_may_keep_a_function_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("written", [fetch_sync, fetch_async])
+def test_two_decorated_pairs_of_one_function_are_two(written: Callable[..., Any]) -> None:
+    """They may differ in the limit; so a set, a dict or a cache has to keep both."""
+    free: Any = dual(written, name="free")
+    limited: Any = concurrency(limit=1)(dual(written, name="limited"))
+
+    assert free != limited
+    assert {free: "free", limited: "limited"} == {limited: "limited", free: "free"}
+    assert len({free, limited, free}) == 2
+    assert free == free  # noqa: PLR0124  (which a class says, too)
+    assert [limited, free].index(free) == 1
+
+
+@pytest.mark.parametrize("written", [fetch_sync, fetch_async])
+@pytest.mark.parametrize("make", [Dual, RunnableLambda])
+def test_a_decorated_pair_is_no_drop_in_of_its_function(make: Callable[..., Any], written: Callable[..., Any]) -> None:
+    """Drop-ins are equal by their function; one that is decorated is equal to none, whichever stands first."""
+    pair, other = dual(written, name="decorated"), make(written)
+
+    assert (pair == other, other == pair) == (False, False)
+    assert (Dual(written) == other, other == Dual(written)) == (True, True)
+
+
+@pytest.mark.parametrize("written", [fetch_sync, fetch_async])
 async def test_a_task_of_langgraph_keeps_the_limit(written: Callable[..., Any]) -> None:
     """Its `task` is such a decorator, and awaits an `async def`."""
     pair: Any = concurrency(limit=1)(dual(written, name=f"task of {written.__name__}"))

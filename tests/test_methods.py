@@ -194,7 +194,33 @@ def test_each_access_gives_an_equal_pair(owner: Callable[[str], Any]) -> None:
     assert fx.fetch == fx.fetch
     assert hash(fx.fetch) == hash(fx.fetch)
     assert fx.fetch != other.fetch
+    assert len({fx.fetch, fx.fetch, other.fetch}) == 2
     assert isinstance(fx.fetch, Dual)
+
+
+def test_bound_pairs_are_compared_as_methods_are() -> None:
+    """By the pair, not its function, and by the very instance, whatever that is equal to."""
+
+    @dataclass
+    class Desk:
+        label: str
+
+        def plain(self, query: str) -> str:
+            return query
+
+        free = dual(plain, name="free")
+        limited = concurrency(limit=1)(dual(plain, name="limited"))
+
+    fx, equal = Desk("fx"), Desk("fx")
+
+    assert fx == equal
+    assert (fx.free == equal.free, fx.plain == equal.plain) == (False, False)
+    assert (fx.free == fx.limited, fx.free == Desk.free, Desk.free == fx.free) == (False, False, False)
+    assert fx.free == fx.free
+    assert hash(fx.free) == hash(fx.free)  # of an instance that has no hash
+    assert len({fx.free, fx.free, fx.limited, equal.free}) == 3
+    assert fx.free != fx.plain
+    assert fx.free not in (RunnableLambda(fx.plain), Dual(fx.plain))
 
 
 async def test_the_sides_of_a_bound_pair_are_bound() -> None:
