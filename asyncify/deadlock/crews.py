@@ -1,7 +1,7 @@
-"""Threads that one thread waits for, all together, as it does for those of a batch.
+"""Crews: the worker threads that one thread, the caller, waits for together, as for those of a batch.
 
-What the waiting thread holds can't end before one of them has ended what it does. So when each of them waits for a
-limiter, or for threads that do, the one that waits for them waits for that limiter too.
+The calls that the caller holds can't end before one of its workers goes on. So when each worker waits for a limiter,
+or for a crew whose workers do, the caller waits for that limiter too.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Crew", "Hand", "crews_of"]
 
 
 class Crew(ABC):
-    """A fan-out whose items run in threads, and the thread that waits for one of them or for all.
+    """A fan-out whose items run in worker threads, and its caller: the thread that waits for one or all of them.
 
     Args:
-        scope: that of what its threads wait for; nobody cancels it but they and the one that waits, and when it is
-            cancelled none of them has to go on any more.
+        scope: the cancellation scope of the workers' waits. Only the workers and the caller cancel it, and once it is
+            cancelled, the caller needs no worker to go on.
     """
 
     def __init__(self, scope: CancelScope) -> None:
@@ -33,50 +33,50 @@ class Crew(ABC):
 
     @abstractmethod
     def hands(self) -> Collection[Hand]:
-        """Return those of the threads of which one has to go on before the waiting one can; none if it can anyway."""
+        """Return the hands of the workers of which one has to go on before the caller can; none if it can anyway."""
 
     def hold_up_caller(self) -> None:
-        """Note what this thread holds, which is about to wait."""
+        """Record what this thread, the caller, holds; it is about to wait."""
         self._caller.hold_up_this_thread()
         keep(self._caller.held, self)
         for hand in self.outer_hands():
             hand.wait_for(self)
 
     def let_caller_go(self) -> None:
-        """Note that this thread goes on."""
+        """Record that this thread, the caller, goes on."""
         for hand in self.outer_hands():
             hand.goes_on(self)
         let_go(self._caller.let_go(), self)
 
     def is_waiting(self) -> bool:
-        """Tell whether its caller waits."""
+        """Tell whether the caller waits and holds something."""
         return bool(self._caller.held)
 
     def keeps(self, call: Permit) -> bool:
-        """Tell whether a call can't end while none of its threads goes on."""
+        """Tell whether this call can't end while no worker goes on."""
         return bool(self.stops((call,)))
 
     def stops(self, inside: Collection[Permit]) -> set[Permit]:
-        """Return those of a limiter's permits that can't end while none of its threads goes on."""
+        """Return the permits, of those inside a limiter, that can't end while no worker goes on."""
         return stopped_with(self._caller.held, inside)
 
     def holds_up_others(self) -> bool:
-        """Tell whether something stands for others in the waiting thread, but hands."""
+        """Tell whether the caller holds a standstill other than a hand."""
         return any(isinstance(other, Standstill) and not isinstance(other, Hand) for other in self._caller.held)
 
     def holds_up_loop(self) -> bool:
-        """Tell whether the waiting thread holds up tasks of an event loop, its own or another's."""
+        """Tell whether the waiting caller holds up the tasks of an event loop, its own thread's or another's."""
         return any(other.holds_up_loop() for other in self._caller.held if isinstance(other, Standstill))
 
     def outer_hands(self) -> list[Hand]:
-        """Return what stands in the waiting thread, or in those that wait for it, for others that do."""
+        """Return the hands that the caller holds: it, or a thread that waits for it, works for their crews."""
         return [other for other in self._caller.held if isinstance(other, Hand)]
 
     def waits(self) -> list[Permit]:
-        """Return what its threads wait with, and those that they wait for, if by that somebody else may be stuck.
+        """Return the permits that the workers, and those of the crews they wait for, wait with.
 
-        That is who waits for them; or, if one of them holds something itself, whoever else waits for that, as none of
-        them is left to call that off. Nothing, if one of them does not wait.
+        Return none if one of these workers does not wait. Return none, too, if the waits keep no call from ending:
+        neither one that the caller holds, nor one that a worker holds itself, with no worker left to call its wait off.
         """
         found: list[Permit] = []
         crews: list[Crew] = [self]
@@ -97,7 +97,7 @@ class Crew(ABC):
 
 
 class Hand(Standstill):
-    """Stands, in a thread of a crew, for what the thread holds that waits for them all."""
+    """Stands, in a worker thread of a crew, for what the crew's caller holds."""
 
     __slots__ = ("_waits_for", "crew", "worker")
 
@@ -108,33 +108,33 @@ class Hand(Standstill):
         self._waits_for: Callable[[], Permit | Crew | None] = _for_nothing
 
     def __enter__(self) -> Self:
-        """Stand in this thread."""
+        """Add the hand to this thread."""
         hands_of_this_thread().add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stand there no longer."""
+        """Remove the hand from this thread."""
         hands_of_this_thread().discard(self)
 
     def waits_for(self) -> Permit | Crew | None:
-        """Return what its thread has come to wait with, which may be over, or for which crew it waits."""
+        """Return the permit that its worker last began to wait with, perhaps no longer, or the crew it waits for."""
         return self._waits_for()
 
     def wait_for(self, other: Permit | Crew) -> None:
-        """Note that its thread is about to wait."""
+        """Record that its worker is about to wait with this permit or for this crew."""
         self._waits_for = weakref.ref(other)
 
     def goes_on(self, crew: Crew) -> None:
-        """Note that its thread waits no longer for a crew."""
+        """Record that its worker no longer waits for this crew."""
         if self._waits_for() is crew:
             self._waits_for = _for_nothing
 
     def holds_up_loop(self) -> bool:
-        """Tell whether the waiting thread does."""
+        """Tell whether the crew's caller holds up the tasks of an event loop."""
         return self.crew.holds_up_loop()
 
     def among(self, inside: Collection[Permit]) -> set[Permit]:
-        """Return none, as it takes all the hands of a crew; see `Crew.stops`."""
+        """Return none, as one hand alone stops nothing: that takes all hands of the crew; see `Crew.stops`."""
         return set()
 
 
@@ -143,7 +143,7 @@ def _for_nothing() -> None:
 
 
 def crews_of(hands: Iterable[Hand]) -> set[Crew]:
-    """Return the crews of these hands, and of those of the threads that wait for them."""
+    """Return the crews of these hands, and those that the callers of these crews work for, and so on outwards."""
     found = list(dict.fromkeys(hand.crew for hand in hands))
     for crew in found:
         found += {hand.crew for hand in crew.outer_hands()}.difference(found)

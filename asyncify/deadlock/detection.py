@@ -1,7 +1,7 @@
-"""Deadlocks: who is told that it waits for itself, and when that is looked at.
+"""Deadlocks: when limiters look for one, and which of the waiting calls gets the `DeadlockError`.
 
-When a call comes to wait in a thread or a task; when a thread comes to wait for others; and when a call has waited in a
-task for a while, as asyncio tells nobody of what makes it certain then (`lookout`).
+They look when a call begins to wait in a thread or a task; when a thread begins to wait for a crew; and when a call has
+waited in a task for a while, as asyncio gives no sign when a deadlock becomes certain later (`lookout`).
 """
 
 from __future__ import annotations
@@ -33,50 +33,51 @@ Doubts = Callable[[AbstractEventLoop], bool]
 """Tells whether a call on an event loop may end otherwise than it looks."""
 
 By = Mapping[Permit, Collection[Permit]]
-"""Some of the waits that keep a call, or what stands for calls."""
+"""For each call or standstill that is held, some of the waits that keep it."""
 
-# One looks at a time, and who is told counts as called off: so only one of those is told who wait for one another.
+# Only one thread looks at a time, and a wait that gets the error counts as called off from then on: so of the calls
+# that wait for one another only one gets it.
 _looking = threading.RLock()
 
 _ROUNDS = 10
-"""How often at most a proof is begun anew without the waits that may go on."""
+"""How many times a proof is tried, each time without the waits that were found to go on."""
 
 _NAMED = 5
-"""Limiters that an error names beside its own, if there are more."""
+"""How many limiters an error names beside its own."""
 
 _MANY = 10_000
-"""If more wait than this, they are not looked at: it would hold the event loop for tenths of a second."""
+"""With more waiting tasks than this none is looked at: that would hold the event loop for tenths of a second."""
 
 _lookouts: weakref.WeakKeyDictionary[AbstractEventLoop, Lookout] = weakref.WeakKeyDictionary()
 
 
 def come_to_wait(permit: Permit, held: Collection[Permit], scope: CancelScope | None, *, gives_up: bool) -> None:
-    """Note what a call keeps from ending that has come to wait, and only then look whether that is a deadlock.
+    """Record what a call keeps from ending while it waits, and only then look for a deadlock.
 
-    Whoever comes to wait does the same, so the last of those that wait for one another sees all.
+    Every call that begins to wait does both in this order, so the last of those in a deadlock sees all of it.
 
-    A waiter that will give up some day lets what it keeps end, so it is no proof for others. Nor is what a standstill
-    stops, as that may be over before the wait is.
+    A waiter with a timeout will let what it keeps end, so it proves nothing for other waits. Nor does what a standstill
+    stops, as the standstill may be over before the wait is.
 
     Args:
-        permit: that of the call.
-        held: what its thread or task holds.
-        scope: what its wait may be called off with.
-        gives_up: whether it waits for some time only.
+        permit: the waiting call's permit.
+        held: the permits that its thread or task holds.
+        scope: the cancellation scope of the wait.
+        gives_up: whether the wait has a timeout.
 
     Raises:
-        DeadlockError: the wait can never end, as all calls inside are kept by this waiter or by others.
+        DeadlockError: the wait can never end, as this wait or others keep all calls inside from ending.
     """
     own = Held.of(held if permit.in_task else [*held, *_frozen_by(permit)])
     if gives_up and own.hands:
-        own = Held(own.permits, own.standstills)  # who waits for it among others is set free
+        own = Held(own.permits, own.standstills)  # at the timeout its crew's caller goes on
     permit.scope = scope
     permit.wait_within(own.permits.union(permit.around()))
     permit.blocks = () if gives_up else own.blocks()
     for hand in own.hands:
         hand.wait_for(permit)
     if permit.queue is None:
-        permit.end_wait()  # it was let in meanwhile
+        permit.end_wait()  # the call was admitted meanwhile
         return
     loop = permit.ready.get_loop() if permit.in_task else None
     if own and (stuck := _stuck_by(permit, own, loop)):
@@ -87,22 +88,22 @@ def come_to_wait(permit: Permit, held: Collection[Permit], scope: CancelScope | 
 
 
 def look_at(crew: Crew) -> None:
-    """Look whether a call waits for itself, as no thread of a crew can go on; if so, have the last that came told.
+    """Look for a deadlock in which no worker of a crew can go on; the last worker that began to wait gets the error.
 
-    Who waits in a task is looked at by its event loop.
+    A wait in a task is left to the lookout of its event loop.
     """
     if waits := crew.waits():
         _tell_if_stuck(max(waits, key=lambda permit: permit.since))
 
 
 def look_at_threads(waiting: Collection[Permit]) -> None:
-    """Look whether calls wait for themselves, as a limit has shrunk; if so, have the last in a thread told."""
+    """Look for deadlocks after a limit has shrunk; the last of the waiting threads in one gets the error."""
     for permit in sorted(waiting, key=lambda permit: permit.since, reverse=True):
         _tell_if_stuck(permit)
 
 
 def _tell_if_stuck(permit: Permit) -> None:
-    """Have a call told that waits in a thread, if it waits for itself."""
+    """Call off the wait of a call in a thread, with a `DeadlockError`, if the call waits for itself."""
     own = Held.by(permit)
     if own and not permit.in_task and (stuck := _stuck_by(permit, own, None)):
         permit.told = _deadlock_error(permit, own, stuck)
@@ -111,7 +112,7 @@ def _tell_if_stuck(permit: Permit) -> None:
 
 
 def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuck | None:
-    """Return the limiters that are stuck by this wait, if it can never end; it is taken for called off then."""
+    """Return the limiters that are stuck by this wait if it can never end; the wait counts as called off then."""
     limiter = permit.issuer
     if is_anybody_free(limiter._inside(), own) or not Proof(own, [limiter], scope=permit.scope, loop=loop).stuck:
         return None
@@ -125,9 +126,9 @@ def _stuck_by(permit: Permit, own: Held, loop: AbstractEventLoop | None) -> Stuc
 
 
 def _is_needed(permit: Permit, loop: AbstractEventLoop | None) -> bool:
-    """Tell whether its limiter would not be stuck if this wait, and so all that ends with it, were over.
+    """Tell whether the permit's limiter would be free if this wait were over, with all that ends after it.
 
-    Else others wait for one another, and it waits for them: to tell it would set nobody free.
+    If not, the deadlock is among other calls, which this one only waits for: its error would set none of them free.
     """
     return not Proof(Held.of(()), [permit.issuer], scope=None, loop=loop, without=permit).stuck
 
@@ -138,14 +139,14 @@ def _is_in_doubt(loop: AbstractEventLoop) -> bool:
 
 
 def _may_be_left(stuck: Stuck, doubts: Doubts = _is_in_doubt) -> bool:
-    """Tell whether it is in doubt who will leave one of these calls, and when."""
+    """Tell whether it is in doubt in which task, and when, one of these calls will end."""
     threads = {call.thread for call in _all_inside(stuck)}
     loops = [loop for thread in threads if (loop := loop_of.get(thread)) is not None]
     return any(map(doubts, loops))
 
 
 def _may_go_on(permit: Permit, own: Held, proof: Proof) -> bool:
-    """Tell whether something may end a call inside, which this task does not keep from ending."""
+    """Tell whether something may end one of those calls inside that this waiting task does not keep from ending."""
     inside = proof.stuck[permit.issuer]
     if not permit.in_task or inside <= own.stops(inside):
         return False
@@ -158,7 +159,7 @@ def _may_go_on(permit: Permit, own: Held, proof: Proof) -> bool:
 
 
 def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
-    """Look at those that wait in tasks of this loop, and tell one if they wait for themselves."""
+    """Look for deadlocks among these waits in tasks of this loop; one wait of the first one found gets the error."""
     busy = {limiter for limiter in {permit.issuer for permit in waiting} if _is_busy(limiter)}
     waiting = [permit for permit in waiting if permit.issuer not in busy and not permit.gives_up()]
     if not 0 < len(waiting) <= _MANY:
@@ -169,12 +170,12 @@ def _look(loop: AbstractEventLoop, waiting: list[Permit]) -> bool:
 
 
 def _is_busy(limiter: Issuer) -> bool:
-    """Tell whether one of the calls inside is certain to be kept by nobody who waits."""
+    """Tell whether the limiter has a call inside that certainly no wait keeps from ending."""
     return any(not call.keepers() for call in limiter._inside())
 
 
 def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
-    """Return those that may wait for one another, apart from others; in the order in which they came."""
+    """Divide the waits into parts that can't wait for one another; within a part they keep their order."""
     limiters = {permit.issuer for permit in waiting}
     if len(limiters) == 1:
         return [waiting]
@@ -192,7 +193,7 @@ def _parts(waiting: list[Permit]) -> Iterable[list[Permit]]:
 
 
 def _tell_one(loop: AbstractEventLoop, waits: list[Permit], doubts: Doubts) -> bool:
-    """Tell one of these if they wait for themselves."""
+    """Give one of these waits the error if together they are a deadlock."""
     scope = waits[-1].scope
     for _ in range(_ROUNDS):
         own, by = _held_by(waits)
@@ -207,17 +208,17 @@ def _tell_one(loop: AbstractEventLoop, waits: list[Permit], doubts: Doubts) -> b
     if not stuck or _holds_others(own, by, stuck) or doubts(loop) or _may_be_left(stuck, doubts):
         return False
     around = Proof(own, {*proof.stuck, *(call.issuer for call in own.permits)}, scope=scope, loop=loop, by=by).stuck
-    everybody = HeldUp(_waiting_on(loop, around))  # also those within no call: they may be siblings of these
+    everybody = HeldUp(_waiting_on(loop, around))  # waits within no call, too: their tasks may be siblings of these
     if (permit := _whom_to_tell(loop, own, by, stuck, everybody)) is None:
         return False
     permit.ready.set_exception(_deadlock_error(permit, own, stuck))
-    permit.ready.exception()  # its task may be cancelled at this moment, and not hear of it
+    permit.ready.exception()  # count it as retrieved: its task may be cancelled at this moment
     permit.issuer._count_rejected()
     return True
 
 
 def _smallest(own: Held, by: By, scope: CancelScope | None, loop: AbstractEventLoop, stuck: Stuck) -> Stuck:
-    """Return as few of these limiters as are stuck by themselves; the others wait for them."""
+    """Return as small a subset of these limiters as is stuck by itself; the others wait for those."""
     for limiter in list(stuck):
         if limiter in stuck:
             fewer = Proof(own, [limiter], scope=scope, loop=loop, by=by).stuck
@@ -227,17 +228,20 @@ def _smallest(own: Held, by: By, scope: CancelScope | None, loop: AbstractEventL
 
 
 def _held_by(waits: Iterable[Permit]) -> tuple[Held, By]:
-    """Return what can't go on before these waits in tasks end, and some of them that keep each of it."""
+    """Return what can't go on before these waits in tasks end, and for each part of it some waits that keep it."""
     permits_of = {permit.ready: permit for permit in waits}
     kept = HeldUp(permits_of).permits
     return Held.of(kept), {other: [permits_of[future] for future in futures] for other, futures in kept.items()}
 
 
 def _whom_to_tell(loop: AbstractEventLoop, own: Held, by: By, stuck: Stuck, everybody: HeldUp) -> Permit | None:
-    """Return the last of those by whom these limiters are stuck, if nothing may cancel another of them."""
+    """Return the wait to give the error: the last of those that keep these limiters stuck.
+
+    Return none if something else may end one of these waits, a timeout or a failing sibling, say.
+    """
     inside = _all_inside(stuck)
     if not everybody.permits.keys() >= own.permits & inside:
-        return None  # one of them was let in just now
+        return None  # one of these waits was admitted just now
     permits_of = {permit.ready: permit for call in own.keeps(inside) for permit in by[call] if permit.issuer in stuck}
     last_first = sorted(permits_of, key=lambda ready: permits_of[ready].since, reverse=True)
     ready = everybody.doomed(loop, last_first, Held.of(everybody.permits).keeps(inside))
@@ -249,19 +253,19 @@ def _all_inside(stuck: Stuck) -> frozenset[Permit]:
 
 
 class _Groups:
-    """Which of some limiters belong together: disjoint sets, by union and find with path halving."""
+    """Disjoint sets of limiters that belong together: union-find with path halving."""
 
     def __init__(self) -> None:
         self._of: dict[Issuer, Issuer] = {}
 
     def of(self, limiter: Issuer) -> Issuer:
-        """Return the one that stands for its group."""
+        """Return the limiter that represents this one's group."""
         while (other := self._of.get(limiter, limiter)) is not limiter:
             self._of[limiter] = limiter = self._of.get(other, other)
         return limiter
 
     def join(self, one: Issuer, others: Iterable[Issuer]) -> None:
-        """Note that these belong together."""
+        """Merge the groups of these limiters."""
         for other in others:
             self._of[self.of(other)] = self.of(one)
 
@@ -271,7 +275,7 @@ def _waiting_on(loop: AbstractEventLoop, limiters: Iterable[Issuer]) -> list[asy
 
 
 def _holds_others(own: Held, known: Collection[Permit], stuck: Stuck) -> bool:
-    """Tell whether a task of this thread is inside of which it is not known what may cancel it."""
+    """Tell whether a call inside runs in this thread in a task of which it is unknown what may cancel it."""
     thread = get_ident()
     return any(
         permit.thread == thread and permit not in known
@@ -281,14 +285,14 @@ def _holds_others(own: Held, known: Collection[Permit], stuck: Stuck) -> bool:
 
 
 def _frozen_by(permit: Permit) -> set[Permit]:
-    """Return the calls inside that end in the thread that `permit` waits in, if an event loop runs there."""
+    """Return the calls inside that run in the thread that `permit` blocks, if an event loop runs there."""
     if permit.in_task or _get_running_loop() is None:
         return set()
     return {other for other in permit.issuer._inside() if other.thread == permit.thread}
 
 
 def _deadlock_error(permit: Permit, own: Held, stuck: Stuck) -> DeadlockError:
-    """Return what a call is told that waits for itself."""
+    """Return the error for a call that waits for itself."""
     limiter = permit.issuer
     slots = f"{limiter._title()}: all slots ({limiter._places()}) are held by calls that"
     holds_loop = not permit.in_task and _get_running_loop() is not None

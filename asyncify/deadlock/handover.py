@@ -1,6 +1,6 @@
-"""Work that a thread or a task waits for while another does it: it is handed what the waiter holds, by a link.
+"""Hand the permits that a waiting thread or task holds to the work that it waits for, by a `Link`.
 
-So if a call in that work waits for a limiter in its turn, it is known who can't go on before.
+The work runs in another thread or task. If a call in it waits for a limiter in turn, these permits can't end before.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ __all__ = [
 
 
 def run_in_background(call: Callable[[], Awaitable[Any]]) -> Any:
-    """Await what `call` makes on the background loop, and wait for it in this thread."""
+    """Await the awaitable that `call` makes on the background loop, while this thread waits for its result."""
     context, link = _waited_for_by_thread()
     return background.run(call if link is None else partial(_acall_linked, link, call), context)
 
 
 def _waited_for_by_thread() -> tuple[Context, Link | None]:
-    """Return the context for a coroutine that this thread waits for, and the link to it of what this thread holds."""
+    """Return the context for a coroutine that this thread waits for, and a link that hands it this thread's permits."""
     context, link = background.context_of_waiter(), Link()
     link.hold_up_this_thread()
     return context, link.lead_to(context)
 
 
 def waited_for_by_task() -> tuple[Context, Link | None]:
-    """Return the context for a thread that this task waits for, and the link to it of what this task holds."""
+    """Return the context for a thread that this task waits for, and a link that hands it this task's permits."""
     context = copy_context()
     return context, Link(held_by_this_task()).lead_to(context)
 
 
 def call_linked(link: Link, work: Callable[[], Any]) -> Any:
-    """Do work that another thread or task waits for."""
+    """Do work that another thread or task waits for, at the end of its link."""
     try:
         with link:
             return work()
@@ -55,7 +55,7 @@ def call_linked(link: Link, work: Callable[[], Any]) -> Any:
 
 
 async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
-    """Await work that another thread or task waits for."""
+    """Await work that another thread or task waits for, at the end of its link."""
     try:
         with link:
             return await call()
@@ -64,7 +64,7 @@ async def _acall_linked(link: Link, call: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def chunks_linked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Yield the chunks; the reader may wait while one is made, and while they are closed, and not in between."""
+    """Yield the chunks; the reader may wait while a chunk is made or the generator is closed, but at no other time."""
     try:
         while True:
             with link:
@@ -79,7 +79,7 @@ def chunks_linked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any
 
 
 async def achunks_linked(link: Link, chunks: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-    """Yield the chunks; the reader may wait while one is made, and while they are closed, and not in between."""
+    """Yield the chunks; the reader may wait while a chunk is made or the generator is closed, but at no other time."""
     relay: Relay[Any] = Relay(chunks)
     try:
         while True:
@@ -96,7 +96,7 @@ async def achunks_linked(link: Link, chunks: AsyncGenerator[Any, Any]) -> AsyncG
 
 
 def asked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Yield the chunks that another thread makes; whoever asks for one waits with what it holds."""
+    """Yield the chunks that another thread makes; the reader hands over its permits while it waits for a chunk."""
 
     def ask(step: Callable[[], Any]) -> Any:
         link.hold_up_this_thread()
@@ -113,7 +113,7 @@ def asked(link: Link, chunks: Generator[Any, Any, Any]) -> Generator[Any, Any, A
 
 
 async def await_linked(link: Link, step: Awaitable[Any]) -> Any:
-    """Await what another thread does; this task waits with what it holds."""
+    """Await what another thread does; this task hands over its permits while it waits."""
     link.held = held_by_this_task()
     try:
         return await step

@@ -1,17 +1,17 @@
-"""Which calls can't end while this one waits: what a deadlock is told by.
+"""Held permits: which calls can't end while a thread or a task waits.
 
-That a context has inherited a permit proves nothing: a task left running in the background has inherited it too. Nor
-does one that was entered by `enter()`, as whoever it is given to may leave it. These are proofs:
+A permit that a context has inherited proves nothing: a task left running in the background has inherited it too. Nor
+does a permit of `enter()`, as whoever it is given to may leave it. These are proofs:
 
-- A thread holds what was entered in it, and what has moved to it.
-- A task holds what was entered in its own context. A token can be reset only in the context that it was made in, and
-  every task has a context of its own, so a token tells whether this very task has entered. (Where tasks share one,
-  nobody is told.)
-- It also holds what those tasks hold that await it and nothing else. They stand among what it calls back when it ends.
-  (Who awaits several at once is found by `lookout`, which looks at all of them together.)
-- Who waits for work in another thread or task hands on what it holds to that, by a `Link`.
-- Who waits for several threads holds what it holds until all of them can't go on: a `Hand` in each says so (`crews`).
-- An event loop that is held up stops all its tasks: a `Standstill` stands for what they hold.
+- A thread holds the permits that were entered in it or have moved to it.
+- A task holds the permits that were entered in its own context. A token can be reset only in the context that it was
+  made in, and every task has a context of its own, so the token tells whether this very task has entered. (If tasks
+  share a context, no deadlock is certain.)
+- A task also holds the permits of the tasks that await it and nothing else; its done callbacks lead to them.
+  (A task that awaits several at once is found by `lookout`, which looks at all of these together.)
+- A waiter hands its permits on to the work that it waits for in another thread or task, by a `Link`.
+- A thread that waits for several others can't go on once all of them are stuck: each has a `Hand` for it (`crews`).
+- An event loop that is held up stops all its tasks: a `Standstill` stands for their permits.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def _held_by_this_context() -> list[Permit]:
     """Return the permits that were entered in this very context or handed over to it."""
     entered: list[Permit] = []
     for permit in permits():
-        token = getattr(permit, "token", None)  # an interrupt may have come before it was kept
+        token = getattr(permit, "token", None)  # an interrupt may have come before the token was stored
         if isinstance(permit, Standstill) or token is None or not _is_own(innermost, token):
             break
         entered.append(permit)
     for permit in reversed(entered):
-        permit.begin()  # the tokens are spent: wind up again what was unwound
-    held = [permit for permit in entered if permit.thread]  # another may leave those that were entered by `enter()`
+        permit.begin()  # the check has spent the tokens: enter again
+    held = [permit for permit in entered if permit.thread]  # 0 for those of `enter()`, which anybody may leave
     link = _link.get()
     if link is not None and link.is_waited_for and _is_own(_link, link.token):
         link.begin()
@@ -86,8 +86,8 @@ def _held_by_this_context() -> list[Permit]:
 def held_by_waiters_for(future: Any) -> list[Permit]:
     """Return the permits that can't end before this future has ended.
 
-    They are those of the tasks that await it and nothing else, of the tasks that await these, and of a thread that
-    runs an event loop for as long as one of them runs.
+    They belong to the tasks that await it and nothing else, to the tasks that await these in turn, and to a thread
+    that runs an event loop until one of these tasks has ended.
     """
     held: list[Permit] = []
     chain = [future]
@@ -101,12 +101,15 @@ def held_by_waiters_for(future: Any) -> list[Permit]:
 
 
 def callbacks_of(awaited: Any) -> Iterable[tuple[Any, Context]]:
-    """Return what a task or a future calls back at its end, each in a context."""
+    """Return the done callbacks of a task or a future, each with its context."""
     return getattr(awaited, "_callbacks", None) or ()
 
 
 def waiting_for(awaited: Any, callback: Any, context: Context) -> tuple[Any, list[Permit]]:
-    """Return the task that awaits it and nothing else, if this is the callback of one, and what can't end before."""
+    """Return the task that awaits `awaited` and nothing else, if this is its callback, and the permits that it holds.
+
+    For the callback that ends `run_until_complete`, the permits are a standstill for those of the loop's thread.
+    """
     waiter = getattr(callback, "__self__", None)
     if getattr(waiter, "_fut_waiter", None) is awaited:
         return waiter, _held_by_another(context)
@@ -116,13 +119,13 @@ def waiting_for(awaited: Any, callback: Any, context: Context) -> tuple[Any, lis
 
 
 _end_of_loop = getattr(base_events, "_run_until_complete_cb", None)
-"""What `run_until_complete`, and so `asyncio.run`, has called back in the context of its caller."""
+"""The done callback of `run_until_complete`, and so of `asyncio.run`; its context is a copy of the caller's."""
 
 
 def _held_by_another(context: Context | None) -> list[Permit]:
-    """Return what a task holds that waits, by its context and those in which it takes the steps of streams."""
+    """Return the permits that a waiting task holds in its context and in those of the streams it takes a step of."""
     held: list[Permit] = []
-    with suppress(RuntimeError):  # this task shares that context, and so what it holds is known
+    with suppress(RuntimeError):  # the current task shares that context, so its permits are known already
         while context is not None:
             held += context.run(_held_by_this_context)
             context = context.run(_stepped_in)
@@ -130,11 +133,11 @@ def _held_by_another(context: Context | None) -> list[Permit]:
 
 
 class Waiter:
-    """A thread or a task that waits for something, and what can't go on before it does.
+    """A thread or a task that waits for something, and the permits that can't end while it does.
 
     Attributes:
         held: the permits that it holds.
-        standstill: that of them which stands for the tasks of an event loop that it holds up; None if there is none.
+        standstill: the one in `held` for the tasks of the event loop that it holds up; None if there is no such loop.
     """
 
     __slots__ = ("held", "standstill")
@@ -144,29 +147,29 @@ class Waiter:
         self.standstill: Standstill | None = None
 
     def hold_up_this_thread(self) -> None:
-        """Note what this thread holds, and with it what tasks do if an event loop runs here; it is about to wait."""
+        """Record what this thread, about to wait, holds, and a standstill for the tasks if an event loop runs here."""
         self.held = held_by_this_thread()
         if _get_running_loop() is not None:
             self.standstill = _LoopHeldUp(self)
             self.held.append(self.standstill)
 
     def let_go(self) -> list[Permit]:
-        """Note that it goes on, and return what it held."""
+        """Record that the waiter goes on, and return the permits that it held."""
         held, self.held = self.held, []
         self.standstill = None
         return held
 
 
 class Link(Waiter):
-    """Hands on what a waiter holds to the work that it waits for, which runs in another thread, task or context.
+    """Hands the permits of a waiter on to the work that it waits for, which runs in another thread, task or context.
 
-    A sync call that waits for a coroutine on the background loop keeps its permits until that has ended: so if the
-    coroutine waits for a limiter in its turn, it holds them too.
+    A sync call that waits for a coroutine on the background loop keeps its permits until the coroutine has ended: so if
+    the coroutine waits for a limiter in turn, it holds them too.
 
-    The work's context is put at the end of the link, by `lead_to` or `begin`, and so is its thread, by a `with`, for as
-    long as the waiter waits. The waiter calls `leave` when it goes on, even if the work still runs; the work calls
-    `end` when nothing more will run in its context. A stream has one link for all its chunks: who asks for one says
-    each time what it holds, as the next to ask may be another.
+    `lead_to` or `begin` puts the work's context at the end of the link, and a `with` in the work's thread puts that
+    thread there for as long as the waiter waits. The waiter calls `leave` when it goes on, even if the work still runs;
+    the work calls `end` when nothing more will run in its context. A stream has one link for all its chunks: its reader
+    sets `held` anew for each chunk, as another reader may ask for the next.
     """
 
     __slots__ = ("is_waited_for", "token")
@@ -178,11 +181,11 @@ class Link(Waiter):
         self.is_waited_for: bool = False
 
     def lead_to(self, context: Context) -> Self | None:
-        """Put a context at its end: whoever holds these waits for what will run there, and for nothing else.
+        """Put a context at the link's end: the waiter waits for what will run there, and for nothing else.
 
         Returns:
-            what is to be entered, in the thread in which that runs, for as long as it is waited for; None if there is
-            nothing to hand over.
+            the link, for the work's thread to enter for as long as the work is waited for; None if the waiter holds
+            nothing.
         """
         if not self.held:
             return None
@@ -190,51 +193,51 @@ class Link(Waiter):
         return self
 
     def begin(self) -> None:
-        """Put this context at its end."""
+        """Put this context at the link's end."""
         self.token = _link.set(self)
 
     def alive(self) -> list[Permit]:
-        """Return those that have not ended, while their holder waits."""
+        """Return the held permits that have not ended; none when the waiter no longer waits."""
         return [permit for permit in self.held if not permit.ended] if self.is_waited_for else []
 
     def __enter__(self) -> None:
-        """Have this thread at its end, too: what is waited for runs."""
+        """Put this thread at the link's end, too, as the work begins."""
         self.is_waited_for = True
         _here.links.add(self)
         if self.held:
             _come_under(next((permit for permit in self.held if not isinstance(permit, Standstill)), _something))
 
     def __exit__(self, *_: object) -> None:
-        """Have it no longer there: the holder is about to have its answer, and goes on."""
+        """Take this thread off the link's end: the waiter is about to get its answer and to go on."""
         self.is_waited_for = False
         self.let_go()
         _here.links.discard(self)
 
     def leave(self) -> None:
-        """Note that the holder waits no longer, whatever of it still runs."""
+        """Record that the waiter waits no longer, even if the work still runs."""
         held = self.let_go()
         if self.is_waited_for:
             loose.update(held)
 
     def end(self) -> None:
-        """Let go of the context, which holds this, when nothing more will run in it."""
+        """Break the reference cycle with the context, once nothing more will run in it."""
         del self.token
 
 
 loop_of: weakref.WeakValueDictionary[int, asyncio.AbstractEventLoop] = weakref.WeakValueDictionary()
-"""The loop that last ran in a thread when one of its tasks was asked what it holds."""
+"""By thread, the loop that last ran there when one of its tasks was asked what it holds."""
 
 loose: weakref.WeakSet[Permit] = weakref.WeakSet()
-"""Permits whose holder went on while a thread ran that it had waited for: what that thread waits for proves nothing."""
+"""Permits whose holder went on before the work it had waited for was over: what that work waits for proves nothing."""
 
 _link: ContextVar[Link | None] = ContextVar("asyncify_link", default=None)
 
 
 class Standstill(Permit):
-    """Stands for permits of others, which can't end as long as something lasts: those of a held loop's tasks, say.
+    """Stands for others' permits that can't end while something lasts: those of the tasks of a loop held up, say.
 
-    Which they are is looked up only when a deadlock is looked for. It belongs to no call, and is a permit so that it
-    can stand among those that are held, and a context run under it.
+    `among` looks these permits up, only when a deadlock is looked for. A standstill belongs to no call; it is a
+    `Permit` so that it can be listed among held permits, and a context can run under it.
     """
 
     __slots__ = ()
@@ -244,16 +247,16 @@ class Standstill(Permit):
         self.thread = 0
 
     def holds_up_loop(self) -> bool:
-        """Tell whether it stands for tasks of an event loop that somebody else holds up."""
+        """Tell whether it stands for tasks of an event loop that is held up."""
         return False
 
     def among(self, inside: Collection[Permit]) -> set[Permit]:
-        """Return those of a limiter's permits that it stands for; none when it lasts no longer."""
+        """Return the permits inside a limiter that it stands for; none once the standstill is over."""
         raise NotImplementedError
 
 
 class _Something(Standstill):
-    """Stands for nothing in particular: that a context runs under it says that something is held."""
+    """Stands for no permits; a context that runs under it shows that something is held there."""
 
     __slots__ = ()
 
@@ -265,7 +268,7 @@ _something = _Something()
 
 
 def stopped_with(held: Collection[Permit], inside: Collection[Permit]) -> set[Permit]:
-    """Return those of a limiter's permits that can't end before these, or that they stand for."""
+    """Return the permits inside a limiter that are among `held`, or that a standstill in `held` stands for."""
     standstills = [other for other in held if isinstance(other, Standstill) and other not in loose]
     return set(inside).intersection(held).union(*(standstill.among(inside) for standstill in standstills))
 
@@ -306,7 +309,7 @@ class _LoopRun(Standstill):
 
 
 class _Here(threading.local):
-    """What leads to this thread: links, and the hands of the crews that it works for."""
+    """The links that end in this thread, and its hands: one for each crew that it works for."""
 
     def __init__(self) -> None:
         self.links: set[Link] = set()
@@ -317,12 +320,12 @@ _here = _Here()
 
 
 def hands_of_this_thread() -> set[Standstill]:
-    """Return what stands in this thread for those who wait for it among others."""
+    """Return this thread's hands, which stand for the callers of the crews that it works for."""
     return _here.hands
 
 
 class Steps:
-    """The steps of a stream, which are taken in a context that is not that of the task or the thread which reads it."""
+    """The steps of a stream, which are taken in the stream's own context, not in that of the reading task or thread."""
 
     __slots__ = ("_innermost", "_link", "_reader", "context", "token")
 
@@ -335,7 +338,7 @@ class Steps:
         self._innermost: Permit | None = None
 
     def begin(self) -> None:
-        """Note that this context takes a step now, until `end()`; it waits for the step and for nothing else."""
+        """Record that this context, the reader's, waits for a step, and for nothing else, until `end()`."""
         if (permit := get_innermost()) is not None or self._innermost is not None:
             self._hand_over(permit)
         self.token = _steps.set(self)
@@ -346,14 +349,14 @@ class Steps:
             self._link = Link()
             self.context.run(self._link.begin)
         is_another = permit is not self._innermost or self._reader is None or self._reader() is not task
-        if is_another or _link.get() is not None:  # by a bridge, too, another may read on
+        if is_another or _link.get() is not None:  # over a bridge, the reader may have changed too
             self._innermost, self._reader = permit, None if task is None else weakref.ref(task)
             self._link.held = [] if task is None else held_by_this_task()
             self.context.run(_come_under, permit)
         self._link.is_waited_for = True
 
     def end(self) -> None:
-        """Note that it does so no longer."""
+        """Record that the reader no longer waits for a step."""
         if self._link is not None:
             self._link.is_waited_for = False
         try:  # noqa: SIM105  (`suppress` takes four times as long, and this is done for each chunk)
@@ -368,7 +371,7 @@ class Steps:
 
 
 def _come_under(permit: Permit | None) -> None:
-    """Run this context under a permit if it is under none: only where it is under one is looked what a task holds."""
+    """Run this context under a permit if it is under none, as held permits are looked for only under a permit."""
     if next(permits(), None) is None:
         innermost.set(permit)
 
@@ -377,7 +380,7 @@ _steps: ContextVar[Steps | None] = ContextVar("asyncify_steps", default=None)
 
 
 def _stepped_in() -> Context | None:
-    """Return the context in which the task that runs in this one takes a step."""
+    """Return the stream's context in which the task of this context takes a step; None if it takes none."""
     steps = _steps.get()
     if steps is None or not _is_own(_steps, steps.token):
         return None
@@ -386,7 +389,7 @@ def _stepped_in() -> Context | None:
 
 
 def _is_own(variable: ContextVar[Any], token: Token[Any]) -> bool:
-    """Tell whether a token was made in this very context, not in one that it was copied from; spends the token."""
+    """Tell whether a token was made in this very context, not in one that this was copied from; spends the token."""
     try:
         variable.reset(token)
     except (ValueError, RuntimeError):

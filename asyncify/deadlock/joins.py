@@ -1,8 +1,9 @@
-"""Waits for several tasks at once: `asyncio.gather` and its like, task groups, and the fan-outs of this package.
+"""Joins, waits for several tasks at once: `asyncio.gather` and the like, task groups, and this package's fan-outs.
 
-A task that awaits another stands among what that one calls back. A task that awaits several does not: each of them
-calls back what counts those that are left. asyncio says nowhere which, so it is read from there, by names that are the
-same from Python 3.11 to 3.13. What can't be read is taken for no join, and then nobody learns of it.
+A task that awaits one other task is found by that task's done callbacks. A task that awaits several is not: each of
+them has a callback that counts how many are left. asyncio has no public way from there to the waiter, so it is read
+from that callback, by private names that are the same from Python 3.11 to 3.13. A callback that can't be read counts as
+no join, and a deadlock by way of it is missed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ class Join:
     """A wait for several tasks or futures, its parts; it ends with the last of them, or before if one fails.
 
     Attributes:
-        whole: the future that is set at its end, or what a thread waits with; the same one for all parts. If nobody
-            waits yet, what will have such a future: a task group, say.
-        parts: how many of them have not ended; infinitely many if nobody waits yet, or more of them may come.
-        cancels_parts: whether they are cancelled with who waits.
-        fails_at_once: whether they are also cancelled when one of them fails.
-        leader: the task that is cancelled then, too, as it has begun them and does not wait for them yet.
+        whole: the future that is set when the wait ends, or the `Waiter` of a waiting thread; the same for all parts.
+            While nothing waits yet, the object that will have such a future: a task group, say.
+        parts: how many parts have not ended; infinity if nothing waits yet, or more parts may come.
+        cancels_parts: whether the parts are cancelled when the waiting task is.
+        fails_at_once: whether the parts are also cancelled when one of them fails.
+        leader: the task that began the parts, if it does not wait for them yet; a failing part cancels it, too.
     """
 
     whole: Any
@@ -40,15 +41,15 @@ class Join:
 
 
 class Joining(ABC):
-    """What has one of its methods called back at the end of each of several tasks."""
+    """An object that waits for several tasks by a done callback on each, which is one of its methods."""
 
     @abstractmethod
     def join(self) -> Join:
-        """Return the wait for them."""
+        """Return the wait for these tasks."""
 
 
 def join_of(callback: Any) -> Join | None:
-    """Return the wait for several of which somebody is a part who has this called back at the end."""
+    """Return the join that a done callback belongs to; the task or future with this callback is one of its parts."""
     if isinstance(callback, MethodType):
         return _of_method(callback.__func__, callback.__self__)
     if isinstance(callback, partial):  # of `asyncio.wait_for`, in Python 3.11
@@ -57,7 +58,7 @@ def join_of(callback: Any) -> Join | None:
         read = _READERS.get((callback.__module__, callback.__qualname__))
         try:
             return None if read is None else read(_closure(callback))
-        except (KeyError, ValueError):  # of another version, or a cell that is empty still
+        except (KeyError, ValueError):  # another version's names, or a cell that is still empty
             return None
     return None
 
@@ -81,14 +82,14 @@ _RELEASE: Any = getattr(asyncio.tasks, "_release_waiter", None)
 
 
 def _of_group(group: Any) -> Join:
-    whole = getattr(group, "_on_completed_fut", None)  # None until its block is at the end
+    whole = getattr(group, "_on_completed_fut", None)  # None until the group's block has ended
     if whole is None:
         return Join(group, inf, fails_at_once=True, leader=leader_of(group))
     return Join(whole, len(group._tasks), fails_at_once=True)
 
 
 def leader_of(group: Any) -> Any:
-    """Return the task that has begun a group, of asyncio's or of anyio's."""
+    """Return the task that entered a task group of asyncio or anyio."""
     scope = getattr(group, "cancel_scope", None)
     return getattr(group, "_parent_task", None) or getattr(scope, "_host_task", None)
 
@@ -107,9 +108,9 @@ def _of_as_completed(seen: dict[str, Any]) -> Join | None:
 
 
 def _of_next(done: Any, todo: Any, timeout_handle: Any) -> Join | None:
-    """Return the wait for the next of several, which ends when any of them does."""
+    """Return the wait for the next of several tasks to end."""
     readers = [reader for reader in done._getters if not reader.done()]
-    if timeout_handle is not None or len(readers) != 1:  # none, if there is one in the queue
+    if timeout_handle is not None or len(readers) != 1:  # none waits if a result is in the queue
         return None
     return Join(readers[0], len(todo), cancels_parts=False)
 

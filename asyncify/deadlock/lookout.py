@@ -1,8 +1,8 @@
-"""Tasks that wait at a limiter, looked at together: whether what they are part of waits for nothing but them.
+"""The lookout: all tasks of a loop that wait at limiters are looked at together, for a deadlock among them.
 
-A task that comes to wait looks who awaits it, and so who can't go on before. That is not all there is: it may be
-awaited only later, or be one of several of which the others come to wait later. asyncio tells nobody of that. So it is
-looked at again: in the next turn of the event loop, and then whenever as much time has passed again.
+A task that begins to wait looks which tasks await it, as these can't go on before. But it may come to be awaited later,
+or be a part of a join whose other parts begin to wait later, and asyncio gives no sign of that. So the waiting tasks
+are looked at again: in the next turn of the event loop, and then each time their wait has doubled.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from asyncify.permits import Permit
 __all__ = ["SHARE", "HeldUp", "Lookout", "closes_generators", "shares_context"]
 
 _PAUSE = 0.05
-"""Seconds between two looks at least, if nobody has come between them."""
+"""Minimal seconds between two looks if no task has begun to wait between them."""
 
 _CANDIDATES = 10
-"""How many waiters one look asks about, whether nothing will let them in; the others are left to a later look."""
+"""How many waiters one look considers for the error; the others are left to a later look."""
 
 SHARE = 20
-"""After a look there is none for this many times as long as it took."""
+"""After a look the next one waits for this many times as long as the look took."""
 
 
 Look = Callable[[AbstractEventLoop, list[Permit]], bool]
-"""Looks at those that wait, in the order in which they came; returns whether it has told one."""
+"""Looks at waiting permits, in the order in which they began to wait; returns whether one of them got an error."""
 
 
 class Lookout:
-    """Those who wait in the tasks of one event loop, and when they are looked at; used in its thread."""
+    """The waits in tasks of one event loop, and the time of the next look at them; used in the loop's thread only."""
 
     def __init__(self) -> None:
         self._waiting: list[weakref.ref[Permit]] = []
@@ -47,7 +47,7 @@ class Lookout:
         self._not_before = 0.0
 
     def note(self, permit: Permit, loop: AbstractEventLoop, look: Look) -> None:
-        """Have one looked at that has come to wait."""
+        """Add a permit that has begun to wait, and schedule a look."""
         self._waiting.append(weakref.ref(permit))
         self._last_came = loop.time()
         self._look_at(max(self._last_came, self._not_before), loop, look)
@@ -55,8 +55,8 @@ class Lookout:
     def _look_at(self, at: float, loop: AbstractEventLoop, look: Look) -> None:
         if at >= self._next_at:
             return
-        self._next_at = at  # and one that was to come later finds that it is not that; a handle would keep the loop
-        context = Context()  # not that of who came last, which would be kept until then
+        self._next_at = at  # a later look is outdated by that, not by cancelling its handle, which would keep the loop
+        context = Context()  # an empty one: the timer would keep the caller's context alive
         if at <= loop.time():
             loop.call_soon(self._turn, at, look, context=context)
         else:
@@ -80,31 +80,31 @@ class Lookout:
 
 
 class HeldUp:
-    """What can't go on as long as some futures, which tasks of one event loop await, are not set.
+    """What can't go on while some futures that tasks of one event loop await are not set: a wait-for graph.
 
     Attributes:
-        permits: those that can't end before, each with those of the futures that keep it, or some if they are many.
+        permits: the permits that can't end before, each with the futures that keep it, or some of them if many do.
     """
 
     def __init__(self, futures: Iterable[Any]) -> None:
         self.permits: dict[Permit, tuple[Any, ...]] = {}
         self._known: dict[int, Any] = {}
-        self._takes_along: defaultdict[int, list[Any]] = defaultdict(list)  # by whose cancellation one is cancelled
-        self._above: defaultdict[int, list[Any]] = defaultdict(list)  # who awaits it, by itself or among others
-        self._below: defaultdict[int, list[Any]] = defaultdict(list)  # what it awaits
+        self._takes_along: defaultdict[int, list[Any]] = defaultdict(list)  # by id, those whose cancellation cancels it
+        self._above: defaultdict[int, list[Any]] = defaultdict(list)  # by id, those that await it, alone or by a join
+        self._below: defaultdict[int, list[Any]] = defaultdict(list)  # by id, those that it awaits
         self._holders: dict[Permit, Any] = {}
-        self._siblings: defaultdict[int, list[Any]] = defaultdict(list)  # parts that are cancelled if another one fails
-        self._open: dict[int, tuple[Join, float, tuple[Any, ...]]] = {}  # joins of which some parts may go on
+        self._siblings: defaultdict[int, list[Any]] = defaultdict(list)  # a join's parts, cancelled if one fails
+        self._open: dict[int, tuple[Join, float, tuple[Any, ...]]] = {}  # joins with parts that may go on
         self._chain: list[tuple[Any, tuple[Any, ...]]] = [(future, (future,)) for future in futures]
         self._walk(0)
         stuck = len(self._chain)
-        for join, _, _ in tuple(self._open.values()):  # who waits for these goes on, but may cancel their parts
+        for join, _, _ in tuple(self._open.values()):  # their waiters may go on, but may also cancel the parts
             if join.cancels_parts:
                 self._add(join.whole, ())
         self._walk(stuck)
 
     def _walk(self, start: int) -> None:
-        """Go up to what awaits those in the chain, and what awaits that; with what keeps it, if it is stuck."""
+        """Add whatever awaits the chain's elements, directly or indirectly, each with the futures that keep it."""
         for awaited, keepers in islice(self._chain, start, None):
             if isinstance(awaited, Waiter):  # a thread
                 self._note(awaited, awaited.held, keepers)
@@ -150,21 +150,21 @@ class HeldUp:
             self._chain.append((waiter, keepers))
 
     def doomed(self, loop: AbstractEventLoop, futures: Iterable[Any], calls: Iterable[Permit]) -> Any:
-        """Return the first of these futures that nothing will set, None if that is certain of none.
+        """Return the first of these futures that certainly nothing will set; None if there is none.
 
-        One may be set, in the end, if a timer of the loop or the failure of a sibling ends one of these calls, or a
-        wait that keeps one; but not if its own wait is cancelled with that. If there are some whose own wait no timer
-        cancels, it is one of those.
+        A future may be set in the end if a timer of the loop or a failing sibling ends one of these calls, or a wait
+        that keeps one, unless that also cancels the future's own wait. Futures whose own wait no timer cancels are
+        preferred.
         """
         timers = _timers(loop)
         if timers is None:
-            return None  # another kind of loop, which shows none
+            return None  # the timers of this kind of loop can't be read
         taken = {future: _reached(self._takes_along, [future]) for future in islice(futures, _CANDIDATES)}
         candidates = [future for future in taken if timers.isdisjoint(taken[future])] or list(taken)
         kept = _reached(self._below, (self._holders[call] for call in calls))
         above = _reached(self._above, [*kept.values(), *taken]).keys()
         groups = {key: join.whole for key, (join, *_) in self._open.items() if join.leader is not None}
-        for more in (dict, partial(self._groups_in_block, loop)):  # the latter looks at all tasks: so only if need be
+        for more in (dict, partial(self._groups_in_block, loop)):  # the second one is slow: it looks at all tasks
             may_end = self._may_end(timers, groups | more()) & above
             candidates = [future for future in candidates if may_end <= taken[future].keys()]
             if not candidates:
@@ -172,16 +172,16 @@ class HeldUp:
         return candidates[0]
 
     def _groups_in_block(self, loop: AbstractEventLoop) -> dict[int, Any]:
-        """Return the task groups whose leaders wait, though not for their tasks yet, by their ids."""
-        ended = [handle._callback for handle in _ready(loop)]  # what a task that has just ended calls back
+        """Return, by id, the task groups whose leaders wait inside the group's block, not for its tasks yet."""
+        ended = [handle._callback for handle in _ready(loop)]  # done callbacks of tasks that have just ended
         callbacks = [callback for task in all_tasks(loop) for callback, _ in callbacks_of(task)]
         joins = map(join_of, ended + callbacks)
         return {id(join.whole): join.whole for join in joins if join is not None and id(join.leader) in self._known}
 
     def _may_end(self, timers: set[int], groups: Mapping[int, Any]) -> set[int]:
-        """Return the ids of what a timer may end, of what may fail, and of what is cancelled by that.
+        """Return the ids of all that a timer may end, and of all that is cancelled when a part of a join fails.
 
-        That is the other parts of a join, and the leader of a group in whose block they have begun.
+        A failing part cancels the join's other parts, and the leader of a task group that is still inside its block.
         """
         stuck = {id(waiter) for waiter, keepers in self._chain if keepers}
         together = {key: {id(part) for part in parts} for key, parts in self._siblings.items()}
@@ -189,7 +189,7 @@ class HeldUp:
         for key, group in groups.items():
             together[key] = {id(part) for part in (*group._tasks, leader_of(group))}
             (may_fail.discard if together[key] <= stuck else may_fail.add)(key)
-        fails_by: defaultdict[int, list[int]] = defaultdict(list)  # the joins of which a part fails if this is ended
+        fails_by: defaultdict[int, list[int]] = defaultdict(list)  # the joins with a part that fails if this ends
         for key, parts in together.items():
             known = [self._known[part] for part in parts if part in self._known]
             for part in parts.union(_reached(self._below, known)):
@@ -201,9 +201,9 @@ class HeldUp:
 
 
 def closes_generators(loop: AbstractEventLoop) -> bool:
-    """Tell whether an async generator is being closed or about to be, as one is that a `break` has left.
+    """Tell whether the loop is closing an async generator or about to, as after a `break` out of an `async for`.
 
-    It ends what it is inside of; but to its reader's context it looks as if that were inside still.
+    The generator ends the calls that it is inside of, but in its reader's context they still look entered.
     """
     about_to_begin = chain.from_iterable(handle._args or () for handle in _ready(loop))
     begun: list[Any] = [task.get_coro() for task in all_tasks(loop)]
@@ -241,7 +241,7 @@ def _contexts(tasks: set[Any], loop: AbstractEventLoop) -> list[Context]:
 
 
 def _ready(loop: AbstractEventLoop) -> tuple[Any, ...]:
-    """Return what a loop is about to call; copied in one step, as other threads add to it."""
+    """Return the handles that a loop is about to run; copied in one step, as other threads add to them."""
     return tuple(getattr(loop, "_ready", ()))
 
 
@@ -252,11 +252,11 @@ async def _no_chunks() -> AsyncGenerator[None, None]:
 _closing = _no_chunks().aclose()
 _closing.close()
 _CLOSING = type(_closing)
-"""What closes an async generator; asyncio runs it in a task, if the generator is dropped when it has begun."""
+"""The type of `aclose()`'s awaitable; asyncio runs one in a task if a generator is dropped that has begun."""
 
 
 def _reached(edges: Mapping[int, list[Any]], start: Iterable[Any]) -> dict[int, Any]:
-    """Return all that these lead to, and themselves, by their ids."""
+    """Return, by id, the start objects and all that the edges lead to from them."""
     chain = list(start)
     found = {id(each): each for each in chain}
     for each in chain:
@@ -268,7 +268,7 @@ def _reached(edges: Mapping[int, list[Any]], start: Iterable[Any]) -> dict[int, 
 
 
 def _timers(loop: AbstractEventLoop) -> set[int] | None:
-    """Return the ids of what a loop's timers may be about to wake or cancel; None if the loop does not show them."""
+    """Return the ids of all that a loop's timers and ready handles may wake or cancel; None if they can't be read."""
     scheduled: Iterable[Any] | None = getattr(loop, "_scheduled", None)
     if scheduled is None:
         return None
@@ -277,7 +277,7 @@ def _timers(loop: AbstractEventLoop) -> set[int] | None:
 
 
 def _woken_by(handle: Any) -> Iterator[Any]:
-    """Yield what a handle of a loop may be about to wake or cancel, as a timeout of asyncio or anyio does."""
+    """Yield the objects that a handle of a loop may wake or cancel, as a timeout of asyncio or anyio does."""
     owner = getattr(handle._callback, "__self__", None)
     yield owner
     yield from handle._args or ()
@@ -288,7 +288,7 @@ def _woken_by(handle: Any) -> Iterator[Any]:
 
 
 def _tasks_of(scope: Any) -> Iterator[Any]:
-    """Yield the tasks in a cancel scope of anyio, and in those inside it, which take them out of it."""
+    """Yield the tasks in a cancel scope of anyio and in its inner scopes; only a task's innermost scope lists it."""
     yield from getattr(scope, "_tasks", ())
     for inner in getattr(scope, "_child_scopes", ()):
         yield from _tasks_of(inner)

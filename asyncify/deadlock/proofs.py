@@ -1,4 +1,4 @@
-"""The proof of a deadlock: that nothing inside some limiters can end, as all of it waits for those who wait there."""
+"""The proof of a deadlock: no call inside some limiters can end, as each waits for calls that wait at them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Held:
     """What can't go on before a wait at a limiter ends.
 
     Attributes:
-        permits: calls inside this limiter or others.
-        standstills: what stops others as long as it lasts, but for hands.
-        hands: of crews, whose threads may all have to wait before anybody is stopped.
+        permits: the permits of calls inside this limiter or others.
+        standstills: the standstills other than hands; each stops others' calls while it lasts.
+        hands: the hands of crews; a crew's caller is stopped only if all of its workers are.
     """
 
     permits: frozenset[Permit]
@@ -33,7 +33,7 @@ class Held:
 
     @classmethod
     def of(cls, held: Collection[Permit]) -> Self:
-        """Tell these apart, without permits that take no slot."""
+        """Sort held permits by kind; leave out permits that take no slot, and loose standstills."""
         permits = frozenset([permit for permit in held if permit.slots])
         if len(permits) == len(held):
             return cls(permits)
@@ -43,7 +43,7 @@ class Held:
 
     @classmethod
     def by(cls, permit: Permit) -> Self:
-        """Return what can't go on before the wait of a call ends, as far as it was noted when that began."""
+        """Return what can't go on before this permit's wait ends, as it was recorded when the wait began."""
         crews = [other for other in permit.blocks if isinstance(other, Crew)]
         hands = tuple(hand for crew in crews for hand in crew.hands() if hand.waits_for() is permit)
         return cls(frozenset(other for other in permit.blocks if isinstance(other, Permit)), hands=hands)
@@ -52,34 +52,34 @@ class Held:
         return bool(self.permits or self.standstills or self.hands)
 
     def keeps(self, inside: Collection[Permit]) -> tuple[Permit, ...]:
-        """Return all of it that keeps some of these calls from ending, or may do so with other threads."""
+        """Return the elements that keep some of these calls from ending, or may do so together with other workers."""
         standstills = (standstill for standstill in self.standstills if standstill.among(inside))
         hands = (hand for hand in self.hands if any(crew.stops(inside) for crew in crews_of([hand])))
         return (*self.permits.intersection(inside), *standstills, *hands)
 
     def blocks(self) -> tuple[Permit | Crew, ...]:
-        """Return what is kept from ending for as long as the wait lasts; what a standstill stops may end before."""
+        """Return the permits and crews that are kept for the whole wait; a standstill may be over before the wait."""
         return (*self.permits, *{hand.crew for hand in self.hands})
 
     def stops(self, inside: Collection[Permit]) -> frozenset[Permit]:
-        """Return those of the calls inside that can't end before, whatever other threads do."""
+        """Return the calls inside that can't end before the wait does, whatever other workers do."""
         return self.permits.intersection(inside).union(*(other.among(inside) for other in self.standstills))
 
     def stops_at_most(self, inside: Collection[Permit]) -> frozenset[Permit]:
-        """Return those that can't end before if none of the crews' threads can go on."""
+        """Return the calls inside that can't end before the wait does if no other worker of the crews goes on."""
         return self.stops(inside).union(*(crew.stops(inside) for crew in crews_of(self.hands)))
 
     def holds_up_others(self) -> bool:
-        """Tell whether calls are stopped that do not wait themselves, nor anybody within them."""
+        """Tell whether a standstill, here or in a crew, may stop calls that have no wait within them."""
         return bool(self.standstills) or any(crew.holds_up_others() for crew in crews_of(self.hands))
 
     def holds_up_loop(self) -> bool:
-        """Tell whether tasks are stopped because their event loop is held up."""
+        """Tell whether the wait holds up an event loop, and so its tasks."""
         return any(other.holds_up_loop() for other in (*self.standstills, *self.hands))
 
 
 def is_anybody_free(inside: Collection[Permit], own: Held) -> bool:
-    """Tell whether nobody has ever waited within one of the calls inside, nor holds it up; what follows is slow."""
+    """Tell whether some call inside never had a wait within it and is not held up: a fast check before the proof."""
     free = (call for call in inside if not call.has_been_kept())
     some = next(free, None)
     if some is None or not own.holds_up_others():
@@ -88,8 +88,8 @@ def is_anybody_free(inside: Collection[Permit], own: Held) -> bool:
 
 
 _free_calls: weakref.WeakKeyDictionary[Issuer, weakref.ref[Permit]] = weakref.WeakKeyDictionary()
-"""The call inside each limiter that was last found to go on. It most likely still does, so it is looked at first: else
-each of many that come to wait would go through all that wait inside already, until it meets that call."""
+"""For each limiter, the call inside that was last found to go on. It most likely still does, so it is looked at first:
+else each of many calls that begin to wait would check all waiting calls inside before it came to that one."""
 
 
 def _last_free_first(limiter: Issuer, inside: frozenset[Permit]) -> Iterable[Permit]:
@@ -99,42 +99,42 @@ def _last_free_first(limiter: Issuer, inside: frozenset[Permit]) -> Iterable[Per
 
 
 def lasts(permit: Permit, scope: CancelScope | None, stuck: Collection[CancelScope] = ()) -> bool:
-    """Tell whether a wait is called off only with those in this scope, if ever; scopes of stuck crews call off none."""
+    """Tell whether nothing calls a wait off but what also cancels this scope; scopes of stuck crews don't count."""
     return permit.scope is None or permit.scope.is_within(scope, stuck)
 
 
 class Proof:
-    """Which limiters nobody can leave and so nobody enter, as all inside wait for this wait or for others.
+    """The limiters that no call can leave, and so none enter, as all calls inside wait for this wait or for others.
 
-    That is a largest fixed point: a graph of waits, reduced until nothing more can go on (R. C. Holt, Some Deadlock
-    Properties of Computer Systems, ACM Computing Surveys 4(3), 1972). It supposes that whatever it comes across is
-    stuck: a limiter, a wait, a crew. What is found to go on sets free what waits for nothing else, and so on. What is
-    left is stuck indeed.
+    They are a largest fixed point: a wait-for graph, reduced until nothing more can go on (R. C. Holt, Some Deadlock
+    Properties of Computer Systems, ACM Computing Surveys 4(3), 1972). Each node, a limiter, a wait or a crew, is first
+    taken to be stuck. A node that is found to go on frees the nodes that wait for nothing else, and so on. What is left
+    is stuck.
 
-    - A limiter is stuck if each call inside is kept by something that is, and no place is free.
-    - A wait is, if its limiter is, and nothing calls it off.
-    - A crew is, if what each of its threads waits for is.
+    - A limiter is stuck if each call inside is kept by a stuck node, and no place is free.
+    - A wait is stuck if its limiter is, and nothing calls the wait off.
+    - A crew is stuck if what each of its workers waits for is stuck.
 
-    No lock is held, so the calls inside are those of a moment, and another moment for each limiter. But nobody waits
-    twice with one permit: whoever waits before and after all of these moments has waited throughout, and what waits
-    for that has stayed inside.
+    No lock is held, so each limiter's calls inside are read at a different moment. But a permit waits only once: one
+    that waits before and after all of these moments has waited throughout, and the calls that it keeps have stayed
+    inside.
 
-    The same holds of a crew, whose caller is asked again what it holds.
+    The same holds for a crew: at the end its caller is asked again what it holds.
 
     Args:
-        own: what can't go on before this wait ends, which is supposed to last.
-        at: the limiters that are asked about.
-        scope: what the wait is called off with. Who may be called off alone is no proof.
-        loop: the event loop in whose thread this is asked, if one runs there. What the timers of others may end is not
-            known, so their tasks are no proof; each loop looks at its own.
-        by: if this is about several waits at once, some of those that keep each of the calls that they hold; it goes
+        own: what can't go on before this wait ends; the wait is taken to last.
+        at: the limiters in question.
+        scope: the cancellation scope of the wait. Another wait that may be called off alone proves nothing.
+        loop: the event loop that runs in this thread, if any. What the timers of other loops may end is not known, so
+            waits in their tasks prove nothing; each loop looks at its own.
+        by: for a proof about several waits at once: for each held call, some of the waits that keep it; the call goes
             on if one of these does.
-        without: a wait that does not count.
+        without: a wait to leave out.
 
     Attributes:
-        stuck: those of these limiters that are stuck, and those that lead to it, with the calls inside each; none, if
-            none of the given ones is.
-        scopes: those of the crews that are stuck.
+        stuck: those of the given limiters that are stuck, and the stuck ones reached from them, each with the calls
+            inside; empty if none of the given ones is stuck.
+        scopes: the scopes of the stuck crews.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Proof:
         self._free: set[Any] = set()
         self._inside: dict[Issuer, frozenset[Permit]] = {}
         self._waits: list[Permit] = []
-        self._left: Counter[Permit] = Counter()  # by how many a call inside is kept
+        self._left: Counter[Permit] = Counter()  # how many keepers each call inside still has
         self._keeps: defaultdict[Any, list[Permit]] = defaultdict(list)  # which calls a wait or a crew keeps
         self._waits_for: defaultdict[Any, list[Any]] = defaultdict(list)  # what goes on as soon as this does
 
@@ -169,7 +169,7 @@ class Proof:
         self.scopes: set[CancelScope] = {crew.scope for crew in self._crews.difference(self._free)}
 
     def _walk(self, roots: set[Issuer]) -> None:
-        """Go wherever these limiters may be stuck, until all of them are found to be free."""
+        """Search the graph depth first from these limiters, until all of them are found to be free."""
         known = set[Any]()
         steps: list[Iterator[Any]] = [iter([*roots, *self._crews])]
         while steps and not roots <= self._free:
@@ -181,7 +181,7 @@ class Proof:
                 steps.append(self._led_to(each))
 
     def _led_to(self, each: Any) -> Iterator[Any]:
-        """Yield what this can be stuck by, as far as it is not found to go on."""
+        """Yield the nodes that this one waits for, as long as it is not found to go on."""
         if isinstance(each, Permit):
             return self._from_wait(each)
         return self._from_crew(each) if isinstance(each, Crew) else self._from_limiter(each)
@@ -221,7 +221,7 @@ class Proof:
             self._set_free(wait)
         else:
             yield from self._needs(wait, wait.issuer)
-            yield from (crew for crew in wait.blocks if isinstance(crew, Crew))  # by its scope it is called off
+            yield from (crew for crew in wait.blocks if isinstance(crew, Crew))  # its scope calls the wait off
 
     def _from_crew(self, crew: Crew) -> Iterator[Any]:
         self._crews.add(crew)
@@ -234,7 +234,7 @@ class Proof:
                 yield from self._needs(crew, hand.waits_for())
 
     def _needs(self, each: Any, other: Any) -> Iterator[Any]:
-        """Note that this goes on as soon as that other does; which is yielded, to be looked at."""
+        """Record that `each` goes on as soon as `other` does, and yield `other` to be searched."""
         if other is None or other is self._without or other in self._free:
             self._set_free(each)
         else:
@@ -242,14 +242,14 @@ class Proof:
             yield other
 
     def _limiter_free_by(self, call: Permit) -> Issuer:
-        """Return the limiter of a call that goes on; if the call is the first to set it free, keep that in mind."""
+        """Return the limiter of a call that goes on; remember the call if it is the first to set the limiter free."""
         limiter = call.issuer
         if limiter not in self._free:
             _free_calls[limiter] = weakref.ref(call)
         return limiter
 
     def _set_free(self, each: Any) -> None:
-        """Note that something goes on, and so what is stuck by nothing else."""
+        """Record that this node goes on, and with it all nodes that are stuck by nothing else."""
         chain = [each]
         for other in chain:
             if other in self._free:
@@ -262,7 +262,7 @@ class Proof:
                     chain.append(self._limiter_free_by(call))
 
     def _look_again(self) -> None:
-        """Set free what does not last: crews whose callers have gone on, waits that are over or may be called off."""
+        """Set free the crews whose callers have gone on, and the waits that are over or may be called off."""
         for crew in self._crews.difference(self._free):
             if not all(crew.keeps(call) for call in self._keeps.get(crew, ())):
                 self._set_free(crew)
