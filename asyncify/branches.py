@@ -1,6 +1,6 @@
 """Several streams over one input, read at once: the branches of a dict.
 
-Each branch is one chunk ahead of the reader at most, and when the reader goes, all of them are closed.
+Each branch is at most one chunk ahead of the reader, and all branches are closed when the reader stops.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["amerge", "merge"]
 def merge(
     inputs: Iterator[Any], branches: Mapping[str, Callable[[Iterator[Any]], Any]], pool: ThreadPool
 ) -> Generator[tuple[str, Any]]:
-    """Yield the chunks of all branches as they come, each with its key; each is made in a thread of the pool."""
+    """Yield the chunks of all branches as they come, each with its branch's key; threads of the pool make them."""
     streams: dict[str, _Stream] = {}
     futures: dict[Future[Any], str] = {}
     scope = CancelScope()
@@ -64,15 +64,15 @@ def merge(
 
 
 class _Stream:
-    """A branch's chunks, which may be left while a thread makes one: a garbage collector runs anywhere."""
+    """A branch's chunks. The garbage collector, which runs in any thread, may close them while a thread makes one."""
 
     def __init__(self, chunks: Any) -> None:
         self._chunks = chunks
-        self._thread: int | None = None  # that which makes a chunk
+        self._thread: int | None = None  # the thread that is making a chunk
         self._is_left = False
 
     def make(self) -> Any:
-        """Return the next chunk, or END."""
+        """Return the next chunk, or `END`."""
         self._thread = get_ident()
         try:
             return next(self._chunks, END)
@@ -86,23 +86,23 @@ class _Stream:
         return self._thread == get_ident()
 
     def close(self) -> None:
-        """Close it: at once, or if a thread is making a chunk, after that."""
+        """Close the branch: at once, or if a thread is making a chunk, after that chunk."""
         self._is_left = True
         if self._thread is not None:
             return
         if not in_collection():
             self._chunks.close()
             return
-        with suppress(ValueError):  # a thread has just begun to make one, and closes it
+        with suppress(ValueError):  # a thread has just begun to make a chunk, and will close the branch
             self._chunks.close()
 
 
 def _end(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
-    """Drop what has not begun, call off what waits for a limiter, and wait for the rest."""
+    """Drop the calls that have not begun, call off those that wait for a limiter, and wait for the rest."""
     running = [future for future in futures if not future.cancel() and not future.done()]
     if running:
         scope.cancel()
-        if in_collection():  # its threads are on their way out
+        if in_collection():  # the collector must not wait; the threads end by themselves
             _end_with(running, scope)
             return
         wait(running)
@@ -125,12 +125,12 @@ def _end_with(futures: Iterable[Future[Any]], scope: CancelScope) -> None:
 async def amerge(
     inputs: AsyncIterator[Any], branches: Mapping[str, Callable[[AsyncIterator[Any]], AsyncIterator[Any]]]
 ) -> AsyncGenerator[tuple[str, Any]]:
-    """Yield the chunks of all branches as they come, each with its key; each is made in a task of its branch.
+    """Yield the chunks of all branches as they come, each with its branch's key; each branch runs in its own task.
 
-    The input is read by the task that reads this.
+    The input is read in the task that reads this generator.
     """
     loop = asyncio.get_running_loop()
-    told: asyncio.Queue[str | None] = asyncio.Queue()  # whose answer is there, and None to ask for input
+    told: asyncio.Queue[str | None] = asyncio.Queue()  # a branch whose answer is ready; None asks for input
     shared = _Shared(inputs, lambda: told.put_nowait(None))
     sources = {key: Source(closable(branch(shared.copy()))) for key, branch in branches.items()}
     tasks = {key: loop.create_task(source.serve()) for key, source in sources.items()}
@@ -163,14 +163,14 @@ async def amerge(
 async def _close(
     asked: Mapping[asyncio.Task[None], asyncio.Future[Any]], tasks: Collection[asyncio.Task[None]]
 ) -> None:
-    """Wait for the end of the branches, and raise the error of a generator that can't be closed."""
+    """Wait for the branches to end, and raise an error that one of them raised as it was closed."""
     for task, answer in asked.items():
-        if not answer.done():  # it is in the middle of a chunk
+        if not answer.done():  # the branch is in the middle of a chunk
             task.cancel()
     interrupted = await until_ended(tasks)
     for answer in asked.values():
         if answer.done():
-            answer.exception()  # it comes too late to be of use
+            answer.exception()  # mark it as retrieved: nobody reads this answer any more
     errors = [task.exception() for task in tasks if not task.cancelled()]
     if interrupted is not None:
         raise interrupted
@@ -180,18 +180,18 @@ async def _close(
 
 
 class _Merged(Joining):
-    """The branches' tasks: all of them are ended when one fails, or when their reader goes."""
+    """The join of the branches' tasks, which all end when one of them fails, or when their reader stops."""
 
     def note(self, task: asyncio.Task[None]) -> None:
-        """Do nothing; that it is called back says whose part a task is."""
+        """Do nothing: as a task's done callback, this method only tells deadlock detection which join it belongs to."""
 
     def join(self) -> Join:
-        """Return the wait for them: that of a reader who may be busy."""
+        """Return the join of the branches' tasks; its end is unknown, as the reader may be busy."""
         return Join(self, inf, fails_at_once=True)
 
 
 class _Place:
-    """A place in a stream: it holds those that come after it, and none that came before."""
+    """A place in a stream, a node of a linked list: it references the places after it, and none before it."""
 
     __slots__ = ("chunk", "next")
 
@@ -201,13 +201,13 @@ class _Place:
 
 
 class _Shared:
-    """One stream for several readers in tasks of their own; whoever is asked by them reads it, in its own task.
+    """One stream for several readers, each in a task of its own; one other task calls `read()` when `ask` tells it to.
 
-    So a timeout or a task group in a generator stays in the task that it was entered in.
+    So a timeout or a task group inside the stream's generator stays in the task that it was entered in.
 
     Args:
         chunks: the stream.
-        ask: called to have the next chunk read.
+        ask: called by a reader to have the next chunk read.
     """
 
     def __init__(self, chunks: AsyncIterator[Any], ask: Callable[[], None]) -> None:
@@ -230,7 +230,7 @@ class _Shared:
         self._has_more.set()
 
     def copy(self) -> AsyncGenerator[Any]:
-        """Return what yields all chunks that are not read yet, to one of the readers."""
+        """Return a generator for one reader, which yields all chunks that have not been read yet."""
         return self._after(self._last)
 
     async def _after(self, place: _Place) -> AsyncGenerator[Any]:

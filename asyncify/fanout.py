@@ -1,9 +1,9 @@
 """Many inputs, a bounded number of them in flight: one engine for batches, dicts and `each`.
 
-A fan-out has items, each with an index. They are started as places come free and collected as they end, in
-whatever order that is. `Tasks` runs them as tasks of the running event loop and `Threads` in threads; what both
-share is how they are used: `with` one, `take()` groups of ended items until there are none, and leaving the block,
-for whatever reason, ends what is still in flight and waits for it.
+A fan-out has items, each with an index. It starts them as places come free and collects them as they end, in whatever
+order they end. `Tasks` runs items as tasks of the running event loop, `Threads` runs them in threads. Both are used
+alike: enter one in a `with` or `async with` block and `take()` groups of ended items until a group is empty. Leaving
+the block, for whatever reason, ends the items still in flight and waits for their end.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ __all__ = [
 ]
 
 Ended = tuple[int, Any, BaseException | None]
-"""An item that has ended: its index, its output, and its error instead if it has failed."""
+"""An item that has ended: its index, its output (None if it has failed), and its error (None if it has not)."""
 
 Width = Callable[[], float]
-"""How many items may be in flight, asked again and again, as a limit may be resized meanwhile."""
+"""Returns how many items may be in flight; called again and again, as a limit may be resized meanwhile."""
 
 _STRIDE = 100
-"""Tasks made before the event loop gets a turn, or as many as are alive: unbounded items that end at once never pile
-up, and those that wait have all begun before the first of them must be looked after again."""
+"""Tasks made before the event loop gets a turn, or as many as are alive if these are more: so unbounded items that end
+at once never pile up, and items that wait have all begun before the first of them needs the loop again."""
 
 _STRIDE_SECONDS = 0.02
-"""Seconds that a stride may hold the event loop, as the source may be slow."""
+"""Seconds that such a stride may hold the event loop, as the source may be slow."""
 
 
 def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:
-    """Run an item in this thread."""
+    """Run an item in this thread and return how it has ended."""
     try:
         return index, call(index, value), None
     except BaseException as error:  # noqa: BLE001  (it is handed to whoever takes the item)
@@ -73,9 +73,9 @@ def attempt(call: Callable[[int, Any], Any], index: int, value: Any) -> Ended:
 
 
 def outcome(ended: Ended, *, return_exceptions: bool) -> tuple[int, Any]:
-    """Return the index of an ended item and what its caller is given, or raise its error.
+    """Return an ended item's index with its output or with the error in its place, or raise the error.
 
-    Who calls this keeps neither the item nor its error: the error's traceback holds the caller's frame.
+    The calling frame must keep neither the item nor its error: the error's traceback holds that frame.
     """
     index, output, error = ended
     try:
@@ -89,19 +89,19 @@ def outcome(ended: Ended, *, return_exceptions: bool) -> tuple[int, Any]:
 
 
 def is_raised(ended: Ended, *, return_exceptions: bool) -> bool:
-    """Tell whether an ended item has an error that its caller is not given but sees raised."""
+    """Tell whether an ended item has an error that is raised, not returned in the output's place."""
     return ended[2] is not None and not (return_exceptions and isinstance(ended[2], Exception))
 
 
 def raise_or_note(closing: BaseException, error: BaseException | None) -> None:
-    """Raise what a source has raised as it was closed, or note it on the error that it was closed for."""
+    """Raise the error of closing a source, or add it as a note to the error for which the source was closed."""
     if error is None or isinstance(error, GeneratorExit):
         raise closing
     error.add_note(f"The source raised {closing!r} as it was closed.")
 
 
 async def until_ended(tasks: Collection[asyncio.Future[Any]]) -> asyncio.CancelledError | None:
-    """Wait for the end of all, however often this wait is itself cancelled; return the last of these cancellations."""
+    """Wait until all tasks have ended, however often this wait is itself cancelled; return the last cancellation."""
     interrupted: asyncio.CancelledError | None = None
     while alive := [task for task in tasks if not task.done()]:
         try:
@@ -115,7 +115,7 @@ async def until_ended(tasks: Collection[asyncio.Future[Any]]) -> asyncio.Cancell
 
 
 class _Signal:
-    """Wakes the one task that waits for it; nothing is kept for a task that comes later."""
+    """An event that wakes the one task that waits for it; a task that waits only later misses an earlier `set()`."""
 
     __slots__ = ("waiter",)
 
@@ -135,10 +135,10 @@ class _Signal:
 
 
 class Alive:
-    """The tasks of items, of which those are cancelled, once, whose results nobody will be given.
+    """The tasks of items in flight; a task whose result is not wanted any more is cancelled, once only.
 
     Args:
-        ordered: results are given in the order of the items, so that after an error those before it are still wanted.
+        ordered: results are given in the order of the items, so after an error the items before it are still wanted.
     """
 
     def __init__(self, *, ordered: bool) -> None:
@@ -147,11 +147,11 @@ class Alive:
         self._last_wanted = math.inf
 
     def fail(self, index: int) -> None:
-        """Cancel what is not wanted any more, as this item has failed."""
+        """Cancel the tasks whose results are not wanted any more, as this item has failed."""
         self._want_up_to(index if self._ordered else -1)
 
     def cancel(self) -> None:
-        """Cancel what has not been cancelled before: another cancellation would break into a clean-up."""
+        """Cancel all tasks but those cancelled before: a second cancellation would break into their clean-up."""
         self._want_up_to(-1)
 
     def _want_up_to(self, last: int) -> None:
@@ -165,14 +165,14 @@ class Tasks(Joining):
     """Items that run as tasks, one each.
 
     Args:
-        start: makes the task of an item from its index and its input; None for an item that needs none, which is
-            then given to `settle()`.
-        source: the inputs; read by a task of its own, and never further than there is room.
-        width: tasks alive.
-        window: items that are alive or have not been let go by `free()`.
-        return_exceptions: go on after an error; otherwise the source is read no further, no item starts, and those in
-            flight are cancelled.
-        ordered: after an error, items that came before are still wanted, and go on.
+        start: makes an item's task from its index and its input; returns None for an item that needs no task, which is
+            then passed to `settle()`.
+        source: the inputs; a task of its own reads them, and never more than there is room for.
+        width: how many tasks may be alive.
+        window: how many items may have been started and not yet been let go by `free()`.
+        return_exceptions: go on after an error; otherwise the source is read no further, no item starts, and the tasks
+            in flight are cancelled.
+        ordered: after an error, the items before it are still wanted and go on.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Tasks(Joining):
         self._news = _Signal()
 
     async def __aenter__(self) -> Self:
-        """Begin to start items."""
+        """Begin to read the source and to start items."""
         feeding = (
             self._feed_async(self._source) if isinstance(self._source, AsyncIterable) else self._feed(self._source)
         )
@@ -207,17 +207,17 @@ class Tasks(Joining):
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Cancel what is still in flight and wait for its end, however often this wait is itself cancelled.
+        """Cancel the items in flight and wait for their end, however often this wait is itself cancelled.
 
         Raises:
-            Exception: what the source has raised as it was closed, unless there is another error under way.
+            Exception: the source raised it as it was closed, and no other error is under way.
         """
         self._is_over = True
         feeder, is_closed = self._feeder, self._feeder.done()
         feeder.cancel()
         self._alive.cancel()
         interrupted = await until_ended([feeder, *self._alive.items])
-        del self._start, self._feeder  # what the one calls may hold this object, and the other's frame does
+        del self._start, self._feeder  # break reference cycles: the feeder's frame holds this fan-out, `_start` may
         if not is_closed and not feeder.cancelled() and (closing := feeder.exception()) is not None:
             raise_or_note(closing, interrupted or error)
         try:
@@ -227,10 +227,10 @@ class Tasks(Joining):
             del interrupted  # its traceback holds this frame
 
     async def take(self) -> deque[Ended]:
-        """Wait until an item has ended and return all that have; none when the source is at its end.
+        """Wait until an item has ended and return all ended items; none when the source and all items are at an end.
 
         Raises:
-            Exception: what the source has raised, when all items before it are taken.
+            Exception: the source raised it, and all items before it are taken.
         """
         while not self._ended:
             if self._feeder.done() and not self._alive.items:
@@ -245,21 +245,21 @@ class Tasks(Joining):
         return group
 
     def settle(self, ended: Ended) -> None:
-        """Let an item end that was not started."""
+        """Count an item as ended for which `start` made no task."""
         self._ended.append(ended)
         self._news.set()
 
     def free(self) -> None:
-        """Let go of an item that was taken."""
+        """Let go of an item that was taken, to make room in the window."""
         self._held -= 1
         self._room_made.set()
 
     def join(self) -> Join:
-        """Return the wait for the items, whose reader may be busy, or their feeder about to start more."""
+        """Return the join of the items' tasks; its reader may be busy, or the feeder about to start more tasks."""
         waiter, room = self._news.waiter, self._room_made.waiter
         is_fed = self._feeder.done() or (room is not None and not room.done())
         if waiter is None:
-            return Join(self, math.inf, fails_at_once=True)  # its reader is not seen, nor what may cancel that
+            return Join(self, math.inf, fails_at_once=True)  # the reader is unknown, and what may cancel it
         parts = len(self._alive.items) if is_fed else math.inf
         return Join(waiter, parts, fails_at_once=not self._return_exceptions)
 
@@ -301,7 +301,7 @@ class Tasks(Joining):
                     value = await anext(values)
                 except StopAsyncIteration:
                     return
-                if self._is_over:  # it was waited for, or has swallowed the cancellation
+                if self._is_over:  # an item failed meanwhile, or the source swallowed the cancellation
                     return
                 self._run(index, value)
                 index += 1
@@ -327,7 +327,7 @@ class Tasks(Joining):
 
 
 def ended_task(index: int, task: asyncio.Task[Any]) -> Ended:
-    """Return how the task of an item has ended."""
+    """Return an item's end, as its task shows it."""
     if task.cancelled():
         return index, None, asyncio.CancelledError()
     error = task.exception()
@@ -335,7 +335,7 @@ def ended_task(index: int, task: asyncio.Task[Any]) -> Ended:
 
 
 class BlockingFan(ABC):
-    """Items that run elsewhere, for a caller who blocks until they end.
+    """Items that run elsewhere, for a calling thread that blocks until they end.
 
     Args:
         return_exceptions: go on after an error; otherwise no item starts after one.
@@ -344,9 +344,9 @@ class BlockingFan(ABC):
     def __init__(self, *, return_exceptions: bool) -> None:
         self.return_exceptions = return_exceptions
         self.is_over = False
-        """Whether no more items start, for one of them has an error."""
-        # Re-entrant: a garbage collector may end the fan-out in the middle of anything, in a thread that holds it.
-        # Taken by itself: an interrupt as a Condition is entered leaves that taken.
+        """Whether no more items start, as one of them has failed."""
+        # Re-entrant: the garbage collector may end the fan-out in the middle of anything, in a thread that holds the
+        # lock. Taken directly: an interrupt while a Condition is entered would leave the lock taken.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._inbox: deque[tuple[int, Any]] = deque()
@@ -360,14 +360,14 @@ class BlockingFan(ABC):
 
     @abstractmethod
     def __exit__(self, *_: object) -> None:
-        """End what is still in flight, and wait for its end."""
+        """End the items still in flight, and wait for their end."""
 
     @abstractmethod
     def run(self, items: Iterable[tuple[int, Any]]) -> None:
         """Start items, each an index and an input."""
 
     def _is_deserted(self) -> bool:
-        """Tell whether there are no other threads to wait for: the program ends, or this is a fork of it."""
+        """Tell whether the other threads are gone: the program is ending, or this process was forked from it."""
         return sys.is_finalizing() or os.getpid() != self._process
 
     @abstractmethod
@@ -375,12 +375,12 @@ class BlockingFan(ABC):
         """Tell whether all items have ended."""
 
     def take(self) -> deque[Ended]:
-        """Wait until an item has ended and return all that have; none when there is nothing in flight."""
+        """Wait until an item has ended and return all ended items; none when nothing is in flight."""
         with self._lock:
             try:
                 while not self._ended and not self._is_idle():
                     self._check_not_deserted()
-                    self._awaited = True  # set before the last look: who ends an item appends it before looking here
+                    self._awaited = True  # before the last look: a worker first appends an item, then reads this
                     if not self._ended:
                         self._wait()
             finally:
@@ -393,7 +393,7 @@ class BlockingFan(ABC):
             raise left_behind("what this yields")
 
     def _wait(self) -> None:
-        """Wait until something has changed; with the lock held."""
+        """Wait for a notification; called with the lock held."""
         self._changed.wait()
 
     def take_at_once(self) -> deque[Ended]:
@@ -412,12 +412,12 @@ class Threads(BlockingFan, Crew):
     """Items that run in threads; a thread takes item after item for as long as there are any.
 
     Args:
-        call_in: returns what runs an item, given its index and its input, with its waits for a limiter in a scope: by
-            that they are called off at the end.
-        width: threads.
-        name: what the threads are called while they work.
+        call_in: given a cancellation scope, returns the function that runs an item from its index and its input; the
+            item's waits for a limiter are in the scope, which calls them off at the end.
+        width: how many threads may work at once.
+        name: the threads' name while they work.
         return_exceptions: go on after an error; otherwise no item starts after one.
-        ordered: after an error, items that came before are still wanted, and may go on to wait.
+        ordered: after an error, the items before it are still wanted, so their waits are not called off.
     """
 
     def __init__(
@@ -437,11 +437,11 @@ class Threads(BlockingFan, Crew):
         self._pool = ThreadPool(None, name)
         self._all_awaited = False
         self._is_left = False
-        self._hired = 0  # threads, which may have been counted by a caller who was interrupted before there was one
-        self._at_work: set[Hand] = set()  # those that have an item
+        self._hired = 0  # threads; an interrupt may have come between the count and the start of one
+        self._at_work: set[Hand] = set()  # the hands of threads that have an item
 
     def __exit__(self, *error: object) -> None:
-        """Drop the items that have not started or wait for a limiter, and wait for the end of those that run."""
+        """Drop the items that have not started, and after an error those that wait for a limiter; await the rest."""
         if self._is_deserted():
             return
         with self._lock:
@@ -449,12 +449,12 @@ class Threads(BlockingFan, Crew):
         if error[0] is not None:
             self.scope.cancel()
         if in_collection():
-            self._is_left = True  # its threads are on their way out
+            self._is_left = True  # its threads end by themselves; the collector must not wait for them
             self._end_if_left()
             return
         try:
             with self._lock:
-                # A garbage collector runs anywhere, also in one of these threads.
+                # The garbage collector runs in any thread, one of these workers included.
                 self._changed.wait_for(lambda: all(hand.worker == get_ident() for hand in self._at_work))
         finally:
             self.scope.end()
@@ -472,13 +472,13 @@ class Threads(BlockingFan, Crew):
     def _wait(self) -> None:
         try:
             self.hold_up_caller()
-            look_at(self)  # who comes to wait in one of its threads looks too, so the last of them sees all
+            look_at(self)  # a worker that begins to wait looks too, so the last one to wait sees all
             super()._wait()
         finally:
             self.let_caller_go()
 
     def take_all(self) -> deque[Ended]:
-        """Wait until all items have ended that ever will and return them, in the order in which they have."""
+        """Wait until all items that are to run have ended, and return them in the order in which they ended."""
         with self._lock:
             try:
                 self._all_awaited = True
@@ -490,13 +490,13 @@ class Threads(BlockingFan, Crew):
         return self.take_at_once()
 
     def hands(self) -> Collection[Hand]:
-        """Return those of the threads that have an item, if the caller waits and all have one."""
+        """Return the hands of all workers, if the caller waits for them and each has an item; else none."""
         busy = self._at_work.copy()  # in one step
         is_awaited = self._all_awaited or (self._awaited and not self._ended)
         return busy if is_awaited and len(busy) == self._hired and not self.scope.is_cancelled else ()
 
     def _hire_all(self) -> None:
-        """Hire as many threads as there is use for."""
+        """Start as many threads as are needed."""
         while self._needs_thread() and self._hire():
             pass
 
@@ -510,7 +510,7 @@ class Threads(BlockingFan, Crew):
     def _hire(self) -> bool:
         try:
             self._pool.start(self._work)
-        except RuntimeError:  # the system has no thread left: those at work must do
+        except RuntimeError:  # the system has no thread left: the running ones must do
             with self._lock:
                 self._hired -= 1
                 if not self._hired:
@@ -521,7 +521,7 @@ class Threads(BlockingFan, Crew):
     def _work(self) -> None:
         self._work_on()
         self._end_if_left()
-        if self._all_awaited:  # by who is not woken by the end of each
+        if self._all_awaited:  # the caller in `take_all` is not woken by each end
             look_at(self)
 
     def _end_if_left(self) -> None:
@@ -542,21 +542,21 @@ class Threads(BlockingFan, Crew):
                     self._inbox.clear()
             self._ended.append(ended)
             if is_error and not self._ordered:
-                self.scope.cancel()  # only now, or the end of a wait that was called off would come before the error
+                self.scope.cancel()  # only now, or items whose wait is called off would end before the error is there
             self._tell()
             del ended  # an error's traceback holds this frame
             if self._hired < self._width():  # the limit was raised, say
                 self._hire_all()
 
     def _next(self, last: Hand | None) -> tuple[Hand, tuple[int, Any]] | None:
-        """Return an item with a hand of its own, or None if there is none; the thread is through with its last one."""
+        """End this thread's work on its last item; return the next item with a hand of its own, or None."""
         with self._lock:
             if last is not None:
                 self._at_work.discard(last)
             if self._inbox:
                 hand = Hand(self)
                 self._at_work.add(hand)
-                with suppress(IndexError):  # it has been emptied meanwhile, by a garbage collector in this very thread
+                with suppress(IndexError):  # the garbage collector may empty it meanwhile, in this very thread
                     return hand, self._inbox.popleft()
                 self._at_work.discard(hand)
             self._hired -= 1
@@ -566,14 +566,14 @@ class Threads(BlockingFan, Crew):
 
 
 def run_one(call: Callable[[int, Any], Any], value: Any, *, return_exceptions: bool) -> Any:
-    """Return the output of a single item, which needs no thread but this one."""
+    """Run a single item in this thread and return its output."""
     return outcome(attempt(call, 0, value), return_exceptions=return_exceptions)[1]
 
 
 def gather(fan: Threads, inputs: Sequence[Any]) -> list[Any]:
     """Return the outputs of all items, in order; the first error stops the rest."""
     outputs: list[Any] = [None] * len(inputs)
-    # Not over `as_completed`, which is a generator: no StopIteration of an item gets through one.
+    # Not over `as_completed`, which is a generator: an item's StopIteration could not get through one.
     try:
         with fan:
             fan.run(enumerate(inputs))
@@ -582,7 +582,7 @@ def gather(fan: Threads, inputs: Sequence[Any]) -> list[Any]:
                 index, output = outcome(ended.popleft(), return_exceptions=fan.return_exceptions)
                 outputs[index] = output
     finally:
-        fan.take_at_once()  # the traceback of an error that it keeps holds it
+        fan.take_at_once()  # an error left inside would hold the fan-out by its traceback
     return outputs
 
 
@@ -590,7 +590,7 @@ async def agather(
     start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
 ) -> list[Any]:
     """Return the outputs of all items, in order; the first error cancels the rest."""
-    inputs = tuple(inputs)  # whoever awaits this may change a list meanwhile
+    inputs = tuple(inputs)  # the caller may change a list meanwhile
     outputs: list[Any] = [None] * len(inputs)
     async with Tasks(start, inputs, width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
@@ -601,7 +601,7 @@ async def agather(
 
 
 def as_completed(fan: Threads, inputs: Sequence[Any]) -> Generator[tuple[int, Any]]:
-    """Yield index and output of each item as it ends; the first error, or closing this, stops the rest."""
+    """Yield index and output of each item as it ends; the first error, or closing this generator, stops the rest."""
     try:
         with fan:
             fan.run(enumerate(inputs))
@@ -609,13 +609,13 @@ def as_completed(fan: Threads, inputs: Sequence[Any]) -> Generator[tuple[int, An
                 while group:
                     yield outcome(group.popleft(), return_exceptions=fan.return_exceptions)
     finally:
-        fan.take_at_once()  # the traceback of an error that it keeps holds it
+        fan.take_at_once()  # an error left inside would hold the fan-out by its traceback
 
 
 async def aas_completed(
     start: Callable[[int, Any], asyncio.Task[Any]], inputs: Sequence[Any], width: Width, *, return_exceptions: bool
 ) -> AsyncGenerator[tuple[int, Any]]:
-    """Yield index and output of each item as it ends; the first error, or closing this, cancels the rest."""
+    """Yield index and output of each item as it ends; the first error, or closing this generator, cancels the rest."""
     async with Tasks(start, tuple(inputs), width, return_exceptions=return_exceptions) as fan:
         while group := await fan.take():
             while group:

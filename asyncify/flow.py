@@ -1,7 +1,8 @@
 """`each` and `aeach`: any runnable over any iterable, as a stream of results.
 
-The two drivers read alike. A source gives inputs as there is room for them, a fan-out runs them, a journal knows
-those that a checkpoint has and records the others, and a line gives the results out in their order.
+The two drivers, `_drive` and `_adrive`, are built alike. A source gives inputs as there is room for them, a fan-out
+runs them, a journal skips inputs that a checkpoint has and records the others, and a line hands out the results in
+order.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 _DEFAULT_WINDOW = 64
-"""Inputs in flight where neither `window`, nor `max_concurrency`, nor a limit says how many."""
+"""The window where neither `window`, nor `max_concurrency`, nor a limit sets one."""
 
 
 class _Line:
-    """Results that wait for their turn: the order of the inputs, or that in which they end."""
+    """Results that wait for their turn, in the order of their inputs, or else in the order in which they were put."""
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
@@ -55,11 +56,11 @@ class _Line:
             self._put += 1
 
     def is_ready(self) -> bool:
-        """Tell whether the result whose turn it is is there."""
+        """Tell whether the next result in turn is there."""
         return self._popped in self._results
 
     def pop(self, tell: Callable[[int, int], None]) -> Ended:
-        """Return the result whose turn it is, and tell of it."""
+        """Return the next result in turn, and report it to the progress function."""
         ended = self._results.pop(self._popped)
         self._popped += 1
         tell(1, ended[2] is not None)
@@ -116,30 +117,30 @@ def each(
 ) -> Generator[Any]:
     """Run a runnable on each input and yield the outputs, while further inputs are in flight.
 
-    The source is read in the caller's thread, and only as there is room in the window; it may be endless. An error
-    in the source is raised when the results of all inputs before it have been yielded. Leaving the loop ends the
-    calls in flight, waits for them, and closes a generator that was the source.
+    The source is read in the caller's thread, and only while there is room in the window; it may be endless. An error
+    in the source is raised once the results of all inputs before it have been yielded. Leaving the loop ends the
+    calls in flight, waits for them, and closes the source if it is a generator.
 
     Args:
         runnable: anything that LangChain can run.
         inputs: any iterable.
-        config: for every run.
-        ordered: yield in the order of the inputs; otherwise index and output, as each input ends.
-        window: inputs at most that are in flight or whose results have not been asked for; by default twice the
+        config: the config of every run.
+        ordered: yield the outputs in the order of the inputs; otherwise yield index and output, as each input ends.
+        window: the most inputs that may be in flight or have a result that is not yet yielded; by default twice the
             pair's limit, or twice `max_concurrency`, or else 64.
         return_exceptions: yield an exception in the place of the output, instead of raising it; a `CheckpointError`
-            in the place of one that the checkpoint can't keep.
+            in the place of an output that the checkpoint can't keep.
         via: run the sync side in threads; or the async side on a background event loop.
         progress: show a bar; or a function that is called after every result with a `Progress`.
-        checkpoint: an SQLite file: inputs that it has are not run again, and what has ended is recorded in it.
-            Inputs that have failed are run again.
+        checkpoint: an SQLite file that records each input that has ended. An input whose output it has is not run
+            again; an input that has failed is.
         key: a function that returns the string by which the checkpoint knows an input; by default the input
             itself, if it is short, or else a digest of it.
         codec: how the checkpoint keeps outputs: "json", or "pickle", which runs code when it is read.
 
     Raises:
-        TypeError, ValueError: an argument can't be meant; at once, before anything is iterated.
-        CheckpointError: the file is of other work or damaged, or can't keep an output.
+        TypeError, ValueError: an argument is invalid; raised by the call itself, before anything is iterated.
+        CheckpointError: the file belongs to other work or is damaged, or can't keep an output.
     """
     if isinstance(inputs, AsyncIterable) and not _is_iterable(inputs):
         raise TypeError("each() takes an iterable, and this is an async one; write `async for output in aeach(...)`")
@@ -205,8 +206,8 @@ def aeach(
 ) -> AsyncGenerator[Any]:
     """Run a runnable on each input and yield the outputs, while further inputs are in flight.
 
-    As `each`, with the same options but `via`: it runs the async side, in a task for each input. The source may be
-    async too; a task of its own reads that, so that results come out while the source makes one wait.
+    Like `each`, with the same options except `via`: it runs the async side, in a task for each input. The source may be
+    async too; a task of its own reads it, so results come out even while the source takes its time.
     """
     options = _Options(
         runnable,
@@ -222,7 +223,7 @@ def aeach(
 
 
 class _Options:
-    """What `each` and `aeach` were asked for, checked when they are called and used when they are iterated."""
+    """The arguments of `each` or `aeach`, checked when it is called and used when it is iterated."""
 
     def __init__(
         self,
@@ -247,26 +248,26 @@ class _Options:
         self.key = key
         self.open_checkpoint: Callable[[], Checkpoint] | None = None
         if checkpoint is not None:
-            path = Path(checkpoint).absolute()  # now: by the time that it is opened the program may be elsewhere
+            path = Path(checkpoint).absolute()  # now: the working directory may have changed when it is opened
             self.open_checkpoint = partial(Checkpoint, path, work_of(runnable), codec, has_key=key is not None)
         self._inputs: Any = inputs
         self._asked_window = check_bound("window", window)
         config = _bounded(config, runnable)
         self.items = partial(Items, runnable, config, get_config_list(config, 2), {})
-        """Returns what runs an input, in the context in which this is called."""
-        self.items()  # a wrong max_concurrency is told of at once
+        """Makes the object that runs the inputs, in the context in which this is called."""
+        self.items()  # raises at once for a wrong max_concurrency
 
     def total(self) -> int | None:
-        """Return how many inputs there are, if that is known and asked for: to count them may fetch them all."""
+        """Return the number of inputs, if it is known and a progress is shown: to count them may fetch them all."""
         if self.progress is False:
             return None
         try:
             return len(self._inputs)
-        except TypeError:  # what wraps a generator may have a `__len__` all the same
+        except TypeError:  # a wrapper of a generator may have a `__len__` that fails
             return None
 
     def window(self, items: Items) -> float:
-        """Return how many inputs may be in flight or waiting to be yielded, as things stand now."""
+        """Return how many inputs may be in flight or waiting to be yielded at this moment."""
         if self._asked_window is not None:
             return self._asked_window
         bound = items.bound()
@@ -296,7 +297,7 @@ class _Inputs:
                 raise_or_note(closing, error)
 
     def read(self) -> tuple[int, Any] | None:
-        """Return the next input after its index; None at the end or after an error."""
+        """Return the index and the value of the next input; None at the end or after an error."""
         try:
             value = next(self._values)
         except StopIteration:
@@ -314,7 +315,7 @@ class _Inputs:
         self._error = error
 
     def raise_error(self) -> None:
-        """Raise what has ended the source, if it was an error."""
+        """Raise the error that has ended the source, if one has."""
         if self._error is not None:
             raise self._error
 
@@ -409,7 +410,7 @@ async def _adrive(
 
 
 async def _opened(open_checkpoint: Callable[[], Checkpoint]) -> Checkpoint:
-    """Open a checkpoint in a thread: it is checked from end to end."""
+    """Open a checkpoint in a thread, as opening checks the whole file."""
     opening = ThreadPool(1, "asyncify-checkpoint").submit(open_checkpoint)
     try:
         return await asyncio.wrap_future(opening)
@@ -432,7 +433,7 @@ def _check_runnable(runnable: object) -> None:
 
 
 def _is_iterable(inputs: object) -> bool:
-    """Tell whether a loop takes it, without beginning one."""
+    """Tell whether a `for` loop takes the inputs, without beginning one."""
     return isinstance(inputs, Iterable) or hasattr(type(inputs), "__getitem__")
 
 
@@ -467,12 +468,12 @@ def _check_checkpoint(checkpoint: object, key: object, codec: str) -> None:
             raise TypeError('codec= is how a checkpoint keeps outputs; give that too, as in checkpoint="run.sqlite"')
     elif not isinstance(checkpoint, (str, PathLike)):
         raise TypeError(f'checkpoint={checkpoint!r}: must be the path of a file, as in checkpoint="run.sqlite"')
-    elif fspath(path) in ("", ":memory:"):  # which SQLite takes for no file
+    elif fspath(path) in ("", ":memory:"):  # SQLite makes no lasting file of these
         raise ValueError(f'checkpoint={checkpoint!r}: must be the path of a file, as in checkpoint="run.sqlite"')
 
 
 def _bounded(config: RunnableConfig | None, runnable: object) -> RunnableConfig | None:
-    """Return a config with the `max_concurrency` of the outermost binding that has one, unless it has one itself."""
+    """Return the config, with the `max_concurrency` of the outermost binding that has one if it has none itself."""
     configs: list[RunnableConfig] = [config or {}, *(binding.config for binding in layers(runnable)[:-1])]
     asked = next((bound for one in configs if (bound := one.get("max_concurrency")) is not None), None)
     return config if asked is None else {**(config or {}), "max_concurrency": asked}
