@@ -1,6 +1,6 @@
-"""How a pair runs, on the sync path and on the async one: its own quick way, or inside a run of LangChain's.
+"""How a pair runs, on the sync and on the async path: directly if nobody observes it, or inside a LangChain run.
 
-This, `runs`, `pipes`, `streams`, `schemas` and `runnable` are the modules that know most of LangChain's insides.
+This module, `runs`, `pipes`, `streams`, `schemas` and `runnable` know most of LangChain's insides.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
 class Paths(Piped, RunnableLambda[Input, Output]):
-    """A runnable that runs a sync and an async entry; which they are, and what else a pair is, `Dual` says."""
+    """A runnable that runs a sync and an async entry; its subclass `Dual` sets them, and is all else that a pair is."""
 
     __wrapped__: Function
     _live: Entries
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Have a pipe and a batch run what a subclass makes of `invoke` and `ainvoke`."""
+        """Make pipes and batches run a subclass's own `invoke` and `ainvoke`, if it overrides them."""
         super().__init_subclass__(**options)
         made: Any = cls
         if cls.invoke is not Paths.invoke:
@@ -48,7 +48,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             made._start_unobserved = _start_by_ainvoke
 
     def _notice_override(self, name: str) -> None:
-        """Have a pipe and a batch run what a test has put in the place of this very runnable's method."""
+        """Make pipes and batches run an `invoke` or `ainvoke` that was set on this very instance, as a test does."""
         if name in _RUN_BY:
             unobserved, run = _RUN_BY[name]
             vars(self).pop(unobserved, None)
@@ -57,7 +57,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
 
     @property
     def _runs_by_invoke(self) -> bool:
-        """Whether something else than the sync side is run, by an `invoke` that is not this class's."""
+        """Whether an overridden `invoke` is run, which may do something else than run the sync side."""
         return getattr(self._run_unobserved, "__func__", None) is not Paths._run_unobserved
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
@@ -81,15 +81,15 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         return cast("Output", await self._start(entry, value, config, kwargs))
 
     def _needs_a_run(self, *, is_async: bool) -> bool:
-        """Tell whether a side can't do without a run of LangChain's, observed or not."""
+        """Tell whether a side needs a run of LangChain's even when nobody observes it."""
         return _needs_a_run(self._live.async_ if is_async else self._live.sync)
 
     def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
-        """Run the sync side, where it is known that nobody watches."""
+        """Run the sync side, where the run is known to be unobserved."""
         return self._run(self._live.sync, value, config, kwargs)
 
     def _start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
-        """Start the async side, where it is known that nobody watches."""
+        """Start the async side, where the run is known to be unobserved."""
         return self._start(self._live.async_, value, config, kwargs)
 
     def _invoke_upstream(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Output:
@@ -115,7 +115,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
     def _start(
         self, entry: Entry, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
     ) -> asyncio.Task[Any]:
-        """Start a side in a task of its own."""
+        """Start the async side in a task of its own."""
         child = quiet_config(config, is_async=True)
         context = context_of(child)
         return asyncio.get_running_loop().create_task(self._arun(entry, value, child, kwargs), context=context)
@@ -130,7 +130,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             return await output.ainvoke(value, self._one_deeper(config, value))
         return output
 
-    # The four below are what LangChain calls on an observed run, inside the run that it has started.
+    # LangChain calls the next four on an observed run, inside the run that it has started.
 
     @signed
     def _invoke(
@@ -212,7 +212,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
                     yield chunk
 
     def _begin(self, config: RunnableConfig | None) -> tuple[RunnableConfig, CallbackManagerForChainRun | None]:
-        """Return the config of a run that streams, and its manager if anybody needs one."""
+        """Begin a streaming run; return the config for what is inside it, and its manager, None if nobody needs one."""
         if self._live.sync.shape.takes_run_manager or observed(config):
             return start_run(config, self.get_name())
         return quiet_config(config, is_async=False), None
@@ -220,7 +220,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
     async def _abegin(
         self, config: RunnableConfig | None
     ) -> tuple[RunnableConfig, AsyncCallbackManagerForChainRun | None]:
-        """Return the config of an async run that streams, and its manager if anybody needs one."""
+        """Begin an async streaming run; return its inner config, and its manager, None if nobody needs one."""
         if self._live.async_.shape.takes_run_manager or observed(config):
             return await astart_run(config, self.get_name())
         return quiet_config(config, is_async=True), None
@@ -228,7 +228,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
     def _inject(
         self, entry: Entry, value: Any, run_manager: ChainRun | None, config: RunnableConfig, kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the function's arguments, with the config and the run manager that it asks for."""
+        """Return the function's arguments, with a config and a run manager if the function has parameters for them."""
         if run_manager is None:
             return _arguments(entry, value, config, kwargs)
         shape = entry.shape
@@ -241,7 +241,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
         return args, kwargs
 
     def _one_deeper(self, config: RunnableConfig, value: Any, run_manager: ChainRun | None = None) -> RunnableConfig:
-        """Return the config for a runnable that the function has returned."""
+        """Return the config, one recursion level deeper, for a runnable that the function has returned."""
         limit = config.get("recursion_limit", DEFAULT_RECURSION_LIMIT)
         if limit <= 0:
             raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
@@ -260,7 +260,7 @@ def _start_by_ainvoke(
     kwargs: dict[str, Any],
 ) -> asyncio.Task[Any]:
     async def call() -> Any:
-        # An override may raise where it is called, or give an awaitable that is no coroutine.
+        # An override may raise as it is called, or return an awaitable that is no coroutine.
         return await pair.ainvoke(value, config, **kwargs)
 
     return asyncio.create_task(call())
@@ -270,8 +270,8 @@ _RUN_BY: dict[str, tuple[str, Function]] = {
     "invoke": ("_run_unobserved", _run_by_invoke),
     "ainvoke": ("_start_unobserved", _start_by_ainvoke),
 }
-"""By what a pipe and a batch go past `invoke` and `ainvoke` where nobody watches, and what takes its place once these
-are overridden, so that nobody goes past the override."""
+"""For `invoke` and `ainvoke`: the method that an unobserved pipe or batch calls instead, and the function that replaces
+that method once `invoke` or `ainvoke` is overridden, so that the override runs."""
 
 
 def _needs_a_run(entry: Entry) -> bool:
@@ -281,7 +281,7 @@ def _needs_a_run(entry: Entry) -> bool:
 def _arguments(
     entry: Entry, value: Any, config: RunnableConfig, kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the function's arguments on an unobserved run."""
+    """Return the function's arguments on an unobserved run, with a config if it has a parameter for one."""
     shape = entry.shape
     args, kwargs = shape.arguments(entry.fn, value, kwargs)
     if shape.takes_config:
@@ -290,7 +290,7 @@ def _arguments(
 
 
 _NO_RUNNABLES = frozenset((type(None), bool, bytes, dict, float, int, list, str, tuple))
-"""Types of most outputs: to ask an abstract class whether it knows them takes seven times as long."""
+"""The types of most outputs: an `isinstance` of the abstract class `Runnable` takes seven times as long."""
 
 
 def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
@@ -298,7 +298,7 @@ def _is_runnable(output: object) -> TypeGuard[Runnable[Any, Any]]:
 
 
 def _in_colour_of(*, is_async: bool, run_manager: ChainRun) -> ChainRun:
-    """Return a run manager whose methods are awaited by an async function, and not by a sync one."""
+    """Return the run manager in the function's colour: with methods to await for an async function, or plain ones."""
     if is_async == isinstance(run_manager, AsyncCallbackManagerForChainRun):
         return run_manager
     if isinstance(run_manager, AsyncCallbackManagerForChainRun):

@@ -1,6 +1,6 @@
 """Pipes and dicts of pairs: runnables that decide once, for all the pairs in them, whether a run is observed.
 
-With anything else among its steps a pipe is LangChain's own.
+A pipe with any other step among its steps is LangChain's own `RunnableSequence`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Output = TypeVar("Output")
 
 
 class Piped(Batches):
-    """What a pipe of pairs is made of: a runnable whose run can be started when it is known that nobody watches."""
+    """A step of a pipe of pairs: a runnable that a pipe which knows itself unobserved can run directly."""
 
-    if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
+    if not TYPE_CHECKING:  # type checkers use the overloads of `Runnable`
 
         def __or__(self, other: Any) -> Any:
             """Compose, as `Runnable` does."""
@@ -52,14 +52,14 @@ class Piped(Batches):
             """Compose, as `Runnable` does."""
             return _of_pairs(super().pipe(*others, name=name))
 
-        # What follows makes a stream of `_transform` and `_atransform`, which LangChain has too.
+        # The next four stream by way of `_transform` and `_atransform`, which LangChain's own runnables have, too.
 
         def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
             """Stream the sync side's output for one input; closing the stream closes all generators in it."""
             return self.transform(iter([input]), config, **kwargs)
 
         def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
-            """Stream the async side's output for one input, in the task that reads it; closing works as in `stream`."""
+            """Stream the async side's output for one input, in the reader's task; closing works as in `stream`."""
             return self.atransform(only(input), config, **kwargs)
 
         def transform(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -75,15 +75,15 @@ class Piped(Batches):
             return astream_run(partial(self._atransform, **kwargs), input, lambda: self._abegin(config))
 
         def _is_langchains(self, kwargs: Any) -> bool:
-            """Tell whether a stream with these keyword arguments goes LangChain's own way."""
+            """Tell whether a stream with these keyword arguments takes LangChain's own way."""
             return is_reserved(kwargs)
 
         def _begin(self, config: Any) -> Any:
-            """Return the config of a run that streams, and its manager."""
+            """Start a streaming run; return the config for what is inside it, and its manager."""
             return start_run(config, self.get_name())
 
         async def _abegin(self, config: Any) -> Any:
-            """Return the config of an async run that streams, and its manager."""
+            """Start an async streaming run; return the config for what is inside it, and its manager."""
             return await astart_run(config, self.get_name())
 
 
@@ -103,11 +103,11 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         return cast("Output", await self._arun_unobserved(input, config, kwargs))
 
     def _needs_a_run(self, *, is_async: bool) -> bool:
-        """Tell whether a step does."""
+        """Tell whether a step can't do without a run of LangChain's."""
         return any(step._needs_a_run(is_async=is_async) for step in _pairs(self.steps))
 
     def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
-        """Run the sync sides; only the first gets the keyword arguments."""
+        """Run the sync sides, unobserved; only the first step gets the keyword arguments."""
         config = config_of_steps(config)
         for step in _pairs(self.steps):
             value = step._run_unobserved(value, config, kwargs)
@@ -122,7 +122,7 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
         return value
 
     def _start_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> asyncio.Task[Any]:
-        """Start the async sides; only the first gets the keyword arguments."""
+        """Start the async sides, unobserved, in a task; only the first step gets the keyword arguments."""
         return asyncio.create_task(self._arun_unobserved(value, config, kwargs))
 
     def _transform(
@@ -152,15 +152,15 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
                     yield chunk
 
     def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
-        """Tell of the traps that a step runs into."""
+        """Warn of the traps that the steps run into."""
         for step in _pairs(self.steps):
             step._warn_of_traps(calls, bounded=bounded)
 
     def _admits(self) -> int | None:
-        """Return how many inputs can be within the limits of the steps, all together."""
+        """Return the sum of the steps' limits, so how many inputs they admit together; None if a step has no limit."""
         return _sum(step._admits() for step in _pairs(self.steps))
 
-    # LangChain calls a run and a serialized object by the class; it is to know this one as its own.
+    # LangChain names a run and a serialized object after the class, and should take this class for its own.
 
     def get_name(self, suffix: str | None = None, *, name: str | None = None) -> str:
         """Return the name that a `RunnableSequence` would have."""
@@ -173,15 +173,15 @@ class DualSequence(Piped, RunnableSequence[Input, Output]):
 
 
 class DualParallel(Piped, RunnableParallel[Input]):
-    """A dict in a pipe that holds pairs, or pipes of pairs, alone."""
+    """A dict in a pipe that holds only pairs, or pipes and dicts of pairs."""
 
     def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
-        """Tell of the traps that a branch runs into."""
+        """Warn of the traps that the branches run into."""
         for branch in _pairs(self.steps__.values()):
             branch._warn_of_traps(calls, bounded=bounded)
 
     def _admits(self) -> int | None:
-        """Return how many inputs can be within the limits of the branches, all together."""
+        """Return the sum of the branches' limits, so how many inputs they admit together; None if one has no limit."""
         return _sum(branch._admits() for branch in _pairs(self.steps__.values()))
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -201,11 +201,11 @@ class DualParallel(Piped, RunnableParallel[Input]):
         return await self._arun_unobserved(input, config)
 
     def _needs_a_run(self, *, is_async: bool) -> bool:
-        """Tell whether a branch does."""
+        """Tell whether a branch can't do without a run of LangChain's."""
         return any(branch._needs_a_run(is_async=is_async) for branch in _pairs(self.steps__.values()))
 
     def _run_unobserved(self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Run the sync sides; keyword arguments go to none of them."""
+        """Run the sync sides, unobserved; keyword arguments go to none of them."""
         width = _bound(ensure_config(config)) or math.inf
         config, steps = config_of_steps(config), dict(self.steps__)
 
@@ -219,10 +219,10 @@ class DualParallel(Piped, RunnableParallel[Input]):
                 ended = attempt(run, index, step)
                 try:
                     if ended[2] is not None:
-                        scope.cancel()  # the others run all the same, but wait no longer
+                        scope.cancel()  # other branches go on running, but no longer wait for a limiter
                     return ended
                 finally:
-                    del ended  # an error's traceback leads to this frame
+                    del ended  # an error's traceback holds this frame
 
             return call
 
@@ -262,7 +262,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
     def _start_unobserved(
         self, value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]
     ) -> asyncio.Task[dict[str, Any]]:
-        """Start the async sides; keyword arguments go to none of them."""
+        """Start the async sides, unobserved, in a task; keyword arguments go to none of them."""
         return asyncio.create_task(self._arun_unobserved(value, config))
 
     if not TYPE_CHECKING:
@@ -276,7 +276,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             return super().astream(input, config)
 
         def _is_langchains(self, kwargs: Any) -> bool:
-            """Leave it to LangChain to refuse what a dict has no place for."""
+            """Tell whether there are keyword arguments: a dict takes none, and LangChain's own way refuses them."""
             return bool(kwargs)
 
     def _transform(self, inputs: Iterator[Any], run_manager: Any, config: RunnableConfig) -> Generator[AddableDict]:
@@ -289,7 +289,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
                 yield AddableDict({key: chunk})
 
     def _children(self, run_manager: Any, config: RunnableConfig) -> Iterable[tuple[str, Any, RunnableConfig]]:
-        """Yield key, branch and the branch's config."""
+        """Yield the key, the branch and the branch's config, for each branch."""
         for key, step in dict(self.steps__).items():
             yield key, step, patch_config(config, callbacks=run_manager.get_child(f"map:key:{key}"))
 
@@ -310,7 +310,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
 
 
 class _Branches(Joining):
-    """Tasks of which the first to fail decides, or else the last to end."""
+    """A join of the branches' tasks: the first to fail decides it, or else the last to end."""
 
     def __init__(self, tasks: Collection[asyncio.Task[Any]]) -> None:
         self._alive = set(tasks)
@@ -325,21 +325,21 @@ class _Branches(Joining):
             self._decided.set_result(task)
 
     def join(self) -> Join:
-        """Return the wait for them."""
+        """Return the join of the tasks."""
         return Join(self._decided, len(self._alive), fails_at_once=True)
 
     async def decisive(self) -> asyncio.Task[Any]:
-        """Return the one that decides; who cancels this does not cancel them, as of `gather`."""
+        """Return the task that decides; unlike with `gather`, cancelling this wait does not cancel the tasks."""
         return await self._decided
 
 
 def _bound(config: RunnableConfig) -> int | None:
-    """Return how many branches may run at once, None for all."""
+    """Return how many branches may run at once; None if all may."""
     return check_bound("max_concurrency", config.get("max_concurrency"))
 
 
 def _sum(limits: Iterable[int | None]) -> int | None:
-    """Add up limits; None is no limit, and so is their sum with one."""
+    """Add up limits; None is no limit, and makes the sum None."""
     found = list(limits)
     return None if None in found else sum(limit for limit in found if limit is not None)
 
@@ -349,7 +349,7 @@ def _pairs(steps: Iterable[Runnable[Any, Any]]) -> Iterable[Piped]:
 
 
 def _of_pairs(composed: Any) -> Any:
-    """Return a sequence or a dict as one of pairs if it holds nothing else, and anything else as it is."""
+    """Return a sequence or a dict that holds only pairs as one of pairs, anything else as it is."""
     kind = composed.__class__
     if kind is RunnableSequence:
         steps = [_of_pairs(step) for step in composed.steps]
@@ -370,6 +370,6 @@ def _are_pairs(steps: Iterable[object]) -> bool:
     return all(isinstance(step, Piped) for step in steps)
 
 
-# The constructors take steps, which a type checker that reads the fields of the models does not know.
+# Any: type checkers read the constructors' parameters from the models' fields, and so don't see that they take steps.
 _sequence: Any = DualSequence
 _parallel: Any = DualParallel

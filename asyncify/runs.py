@@ -1,7 +1,7 @@
-"""Whether anybody observes a run, and what a run that nobody observes hands down to those inside it.
+"""Whether a run is observed, and the config that an unobserved run hands down to the runs inside it.
 
-An observed run takes LangChain's own way. An unobserved one skips the callback managers that no one reads, and
-must leave everything else that a user can see as it is: the child config above all.
+An observed run takes LangChain's own way. An unobserved run skips the callback managers, which nobody reads, and
+must keep everything else that a user can see as LangChain has it: the child config above all.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Python looks up a method of an imported name anew at each call.
+# Bound once: Python would look up a method of an imported name anew at each call.
 _get_ambient = var_child_runnable_config.get
 _set_ambient = var_child_runnable_config.set
 
 RESERVED = frozenset(("run_type", "serialized", "func", "input_", "input", "value", "run_manager", "defers_inputs"))
-"""Keyword arguments that LangChain's own path takes for itself: with one of them a call goes that way."""
+"""Keyword arguments that LangChain's own path takes for itself: a call with one of them takes LangChain's way."""
 
 
 def is_reserved(kwargs: Mapping[str, Any]) -> bool:
@@ -55,17 +55,17 @@ def is_reserved(kwargs: Mapping[str, Any]) -> bool:
     return not RESERVED.isdisjoint(kwargs)
 
 
-# --- who watches ---
+# --- is a run observed ---
 
 
 def observed(config: RunnableConfig | None) -> bool:
-    """Tell whether anybody watches a run that is started with this config here and now.
+    """Tell whether a run would be observed if it were started with this config here and now.
 
-    True for a handler in the config or else in the ambient config, LangSmith tracing in any of its forms, debug
-    mode, a configure hook that is set, and a method of LangChain's that somebody has instrumented.
+    It would be if the config, or else the ambient config, has a handler; under LangSmith tracing in any of its forms;
+    in debug mode; if a configure hook is set; or if some code has instrumented a method of LangChain's.
 
     Raises:
-        TypeError: the config is something else.
+        TypeError: `config` is no config.
     """
     try:
         callbacks: Any = config.get("callbacks") if config else None
@@ -92,13 +92,13 @@ def _has_handlers(callbacks: object) -> bool:
 
 
 def _original(method: Callable[..., Any]) -> object:
-    """Return LangChain's own function from under an instrumentation, or None if it can't be told any more."""
+    """Return LangChain's own function from under an instrumentation, or None if it can't be found."""
     function = inspect.unwrap(method)
     return function if type(function) is FunctionType and function.__module__.startswith("langchain_core.") else None
 
 
-# Tracing products see runs by wrapping one of these: the constructor of the managers or the function that configures
-# them, to add their handler, or the methods that start a run.
+# Tracing products see runs by wrapping one of these: a constructor of the callback managers or the function that
+# configures them, to add a handler, or one of the methods that start a run.
 _managers: Any = callback_managers
 _lambda: Any = RunnableLambda
 _sequence: Any = RunnableSequence
@@ -115,7 +115,7 @@ _parallel_ainvoke = _original(_parallel.ainvoke)
 
 
 def _is_instrumented() -> bool:
-    # Compared one by one: a loop takes four times as long, and `==` of a wrapper says what its function says.
+    # Compared one by one, as a loop takes four times as long; and by `is`, as a wrapper's `==` may be its function's.
     return (
         CallbackManager.__init__ is not _sync_init
         or AsyncCallbackManager.__init__ is not _async_init
@@ -154,15 +154,15 @@ def _is_hooked() -> bool:
 
 
 def _is_set(variable: str) -> bool:
-    """Tell whether LangChain takes an environment variable for set.
+    """Tell whether LangChain counts an environment variable as set.
 
-    A look-up in `os.environ` encodes, decodes, and raises for what is not there. The dictionary under it says at
-    once that a name is not there, which is nearly always so.
+    A look-up in `os.environ` encodes, decodes, and raises for a missing name. The dictionary under it shows at once
+    that a name is missing, as it nearly always is.
     """
     try:
         if _environment_key(variable) not in os.environ._data:  # type: ignore[attr-defined]
             return False
-    except AttributeError:  # somebody has put another mapping in its place
+    except AttributeError:  # some code has replaced `os.environ` by another mapping
         pass
     return env_var_is_set(variable)
 
@@ -177,8 +177,8 @@ def _environment_key(variable: str) -> object:
 def _langsmith_reader() -> Callable[[], bool]:
     """Return the function that tells whether LangSmith would trace a run here and now.
 
-    It reads the variables that LangSmith keeps, and the environment through LangSmith's own reader, which remembers
-    what it has once seen. Where another version keeps them elsewhere, it asks LangSmith's public functions.
+    The function reads LangSmith's private context variables, and the environment through LangSmith's own reader, which
+    caches what it reads. For a version that keeps the variables elsewhere, it asks LangSmith's public functions.
     """
     from langsmith import utils  # noqa: PLC0415
 
@@ -227,7 +227,7 @@ _MADE_LATE: dict[str, Callable[[], Any]] = {
 
 
 class _MadeLate:
-    """A callback manager whose attributes are made when they are first looked at, which is hardly ever."""
+    """A callback manager whose attributes are made at their first access, which hardly ever comes."""
 
     def __getattr__(self, name: str) -> Any:
         make = _MADE_LATE.get(name)
@@ -244,11 +244,11 @@ class _AsyncQuietManager(_MadeLate, AsyncCallbackManager):
     """The callback manager of an unobserved async run."""
 
 
-_new: Callable[[type], Any] = object.__new__  # a manager's own __init__ would make what is hardly ever looked at
+_new: Callable[[type], Any] = object.__new__  # `__init__` would make all attributes
 
 
 def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableConfig:
-    """Return the config that an unobserved run hands to what runs inside it."""
+    """Return the config that an unobserved run hands to the runs inside it."""
     manager = _new(_AsyncQuietManager if is_async else _QuietManager)
     if not config and _get_ambient() is None:
         return {
@@ -275,12 +275,12 @@ def quiet_config(config: RunnableConfig | None, *, is_async: bool) -> RunnableCo
 
 
 def config_of_steps(config: RunnableConfig | None) -> RunnableConfig | None:
-    """Return the config that an unobserved pipe or dict starts its steps with: the id in it is that of its own run."""
+    """Return the config for the steps of an unobserved pipe or dict: without `run_id`, which is its own run's."""
     return config and cast("RunnableConfig", {key: value for key, value in config.items() if key != "run_id"})
 
 
 def recoloured(config: RunnableConfig, *, is_async: bool) -> RunnableConfig:
-    """Return a copy of a quiet config for a function of this colour: an async one gets an async manager."""
+    """Return a copy of a quiet config for a function of this colour: an async function gets an async manager."""
     manager = _new(_AsyncQuietManager if is_async else _QuietManager)
     quiet = config.get("callbacks")
     for name in _MADE_LATE:
@@ -297,7 +297,7 @@ def context_of(config: RunnableConfig) -> Context:
 
 
 class _Signed:
-    """A method that is bound with its `__signature__`, which a bound method of Python's own has to make each time."""
+    """A method that is bound with a ready `__signature__`; `inspect` computes that of an ordinary one each time."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
@@ -311,5 +311,5 @@ class _Signed:
 
 
 def signed(method: F) -> F:
-    """Keep the signature of a method at hand: LangChain asks for it twice in each run, which is a quarter of it."""
+    """Cache the signature of a method: LangChain asks for it twice in each run, which takes a quarter of the run."""
     return cast("F", _Signed(method))

@@ -1,7 +1,7 @@
-"""One run's stream: read in the caller's own task, stepped in the run's context, closed as soon as its reader goes.
+"""One run's stream: made in the reader's own task, in the run's context, and closed as soon as its reader stops.
 
-A task for each chunk, which is what LangChain makes, breaks a timeout or a task group inside the generator: they
-belong to the task that they were entered in.
+LangChain makes a task for each chunk. That breaks a timeout or a task group inside the generator, as it belongs to the
+task that it was entered in.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AsyncRun = AsyncCallbackManagerForChainRun | None
 
 
 def fold(total: Any, chunk: Any) -> Any:
-    """Add up chunks as LangChain does: by `+`, else the last one wins; nothing at all is None."""
+    """Add a chunk to the total as LangChain does: by `+`, or else the last chunk wins. The total of no chunks is None."""
     if total is None:
         return chunk
     try:
@@ -44,7 +44,7 @@ def fold(total: Any, chunk: Any) -> Any:
 
 
 class _Sum:
-    """What the chunks of a stream add up to, as long as somebody is to be told."""
+    """The sum of a stream's chunks, kept only while a callback handler is to be told of it."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -69,12 +69,12 @@ class _Sum:
 
 
 def _started(chunks: Iterator[Any]) -> Iterator[Any]:
-    """Take the first chunk, and give it back with the rest."""
+    """Make the first chunk now, and return an iterator over that chunk and the rest."""
     return itertools.chain([*itertools.islice(chunks, 1)], chunks)
 
 
 async def _astarted(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Take the first chunk, and give it back with the rest."""
+    """Make the first chunk now, and return an iterator over that chunk and the rest."""
     end = object()
     first = await anext(chunks, end)
 
@@ -93,7 +93,7 @@ async def only(value: Any) -> AsyncGenerator[Any]:
 
 
 def closable(chunks: AsyncIterator[Any]) -> AsyncGenerator[Any]:
-    """Return a stream as one that can be closed: not all are generators."""
+    """Return the stream itself if it is a generator, and so can be closed, or else wrap it in one."""
     return cast("AsyncGenerator[Any]", chunks) if isinstance(chunks, AsyncGenerator) else _generated(chunks)
 
 
@@ -103,7 +103,7 @@ async def _generated(chunks: AsyncIterator[Any]) -> AsyncGenerator[Any]:
 
 
 def start_run(config: RunnableConfig | None, name: str) -> tuple[RunnableConfig, CallbackManagerForChainRun]:
-    """Start a run as LangChain does, and return the config for what is inside it."""
+    """Start a run as LangChain does; return the config for the runs inside it, and its manager."""
     config = ensure_config(config)
     run = get_callback_manager_for_config(config).on_chain_start(
         None, {"input": ""}, name=config.get("run_name") or name, run_id=config.pop("run_id", None)
@@ -114,7 +114,7 @@ def start_run(config: RunnableConfig | None, name: str) -> tuple[RunnableConfig,
 async def astart_run(
     config: RunnableConfig | None, name: str
 ) -> tuple[RunnableConfig, AsyncCallbackManagerForChainRun]:
-    """Start a run as LangChain does, and return the config for what is inside it."""
+    """Start an async run as LangChain does; return the config for the runs inside it, and its manager."""
     config = ensure_config(config)
     run = await get_async_callback_manager_for_config(config).on_chain_start(
         None, {"input": ""}, name=config.get("run_name") or name, run_id=config.pop("run_id", None)
@@ -127,15 +127,15 @@ def stream_run(
     chunks: Iterator[Any],
     begin: Callable[[], tuple[RunnableConfig, Run]],
 ) -> Iterator[Any]:
-    """Yield the chunks of a run and report its end, an early one by the reader as `GeneratorExit`.
+    """Yield the chunks of a run, and report its end; if the reader stops early, the error is `GeneratorExit`.
 
-    The run before this one starts first, and outside this one's context: so it is when the first chunk is there that
-    `begin` makes the config of the run and its manager, None if nobody watches.
+    The previous run of a pipe starts first, and outside this run's context: so `begin`, which returns this run's config
+    and its manager (None if nobody observes), is called only when the first input chunk is there.
     """
     received, sent, end = _Sum(), _Sum(), object()
     inputs = _started(received.of(chunks))
     config, run = begin()
-    received.is_told = sent.is_told = run is not None and bool(run.handlers)  # an endless stream is not kept for nobody
+    received.is_told = sent.is_told = run is not None and bool(run.handlers)  # else an endless stream would be kept
     context = context_of(config)
     outputs = transform(inputs, run, config)
     tapped = outputs if run is None else _tap(outputs, run)
@@ -164,7 +164,7 @@ async def astream_run(
     chunks: AsyncIterator[Any],
     begin: Callable[[], Awaitable[tuple[RunnableConfig, AsyncRun]]],
 ) -> AsyncGenerator[Any, None]:
-    """Yield the chunks of an async run and report its end, an early one by the reader as `GeneratorExit`."""
+    """Yield the chunks of an async run, and report its end; if the reader stops early, the error is `GeneratorExit`."""
     received, sent = _Sum(), _Sum()
     inputs = await _astarted(received.aof(chunks))
     config, run = await begin()
@@ -196,27 +196,27 @@ async def astream_run(
 
 
 def _step(link: Link, context: Context, step: Callable[..., Any], *args: Any) -> Any:
-    """Take a step in another context; this thread waits for it with what it holds in its own."""
+    """Take a step in another context, linked to the permits that this thread holds in its own."""
     link.held = held_by_this_thread()
     with link:
         return context.run(step, *args)
 
 
 def _tap(chunks: Iterator[Any], run: CallbackManagerForChainRun) -> Iterator[Any]:
-    """Let LangChain's own event streams listen."""
+    """Pass the chunks through LangChain's event stream, if one listens to the run."""
     listeners: list[Any] = [handler for handler in run.handlers if isinstance(handler, _StreamingCallbackHandler)]
     return listeners[0].tap_output_iter(run.run_id, chunks) if listeners else chunks
 
 
 def _atap(chunks: AsyncIterator[Any], run: AsyncCallbackManagerForChainRun) -> AsyncIterator[Any]:
-    """Let LangChain's own event streams listen."""
+    """Pass the chunks through LangChain's event stream, if one listens to the run."""
     listeners: list[Any] = [handler for handler in run.handlers if isinstance(handler, _StreamingCallbackHandler)]
     return listeners[0].tap_output_aiter(run.run_id, chunks) if listeners else chunks
 
 
 @coroutine
 def _take(awaitable: Awaitable[Any], steps: Steps) -> Generator[Any, Any, Any]:
-    """Await something in this task, with each of its steps in another context."""
+    """Await something in this task, with each step of it in the stream's context."""
     context = steps.context
     waited = awaitable.__await__()
     try:
