@@ -1,4 +1,4 @@
-"""One event loop in the background, for async functions that sync code calls."""
+"""The background event loop, which runs the async functions that sync code calls."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _CLOSE_SECONDS = 5.0
-"""How long the end of the program waits for a loop that somebody has blocked."""
+"""How long the program's exit waits for the loop to close, if a task blocks it."""
 
 
 class _Visit(Generic[T]):
-    """A coroutine on a background loop, and the thread that waits for it."""
+    """The run of a coroutine on a background loop, and the wait of a thread for it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], Awaitable[T]], context: Context) -> None:
         self._loop = loop
@@ -55,7 +55,7 @@ class _Visit(Generic[T]):
 
     def _set_cancelled(self) -> None:
         if self._is_interrupted:
-            self.ended.set_result(None)  # an error would take the place of the interrupt
+            self.ended.set_result(None)  # an error would replace the interrupt
         else:
             self.ended.set_exception(asyncio.CancelledError())
 
@@ -63,19 +63,19 @@ class _Visit(Generic[T]):
         self._is_interrupted = True
         if self._task is not None:
             self._task.cancel()
-        elif not self.ended.done():  # before it was started
+        elif not self.ended.done():  # the task has not been started
             self._set_cancelled()
 
     def forsake(self) -> None:
-        """Let go of a task that goes no further, for this process was forked from that of its loop."""
+        """Drop the task without a warning: its loop runs only in the process that this one was forked from."""
         if self._task is not None:
             task: Any = self._task
             task._log_destroy_pending = False  # as `asyncio.gather` does
 
     def wait(self, answer: Future[U]) -> U:
-        """Wait for something that the coroutine will bring; an interrupt cancels it, and waits for its end.
+        """Wait for an answer from the coroutine; on an interrupt, cancel the coroutine and wait for its end.
 
-        The first to wait also starts it: an interrupt may come as soon as it runs.
+        The first wait also starts the coroutine, inside the `try`: an interrupt may come as soon as it runs.
         """
         try:
             if not self._begun:
@@ -92,7 +92,7 @@ class _Visit(Generic[T]):
 
 
 _running: set[asyncio.Task[Any]] = set()
-"""Tasks that are waited for. A loop keeps none, so one would be garbage together with the stream that reads it."""
+"""Tasks that threads wait for, kept alive: a loop keeps no task alive, so one could be collected with its stream."""
 
 
 def _ask(loop: asyncio.AbstractEventLoop, source: Source, visit: _Visit[None]) -> Any:
@@ -110,9 +110,9 @@ async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
 
 @contextmanager
 def _even_at_exit() -> Generator[None]:
-    """Let a loop close when no thread can start any more: Python 3.12 wants one to wait for those of `to_thread`.
+    """Let a loop close at exit, when no thread can start any more: in Python 3.12 the close starts one.
 
-    These have ended by then: Python itself waits for them before it closes anything else.
+    That thread would wait for the threads of `to_thread`, which Python itself has joined before.
     """
     try:
         yield
@@ -124,7 +124,7 @@ def _even_at_exit() -> Generator[None]:
 class BackgroundLoop:
     """An event loop on a thread of its own, started by the first call and closed at exit.
 
-    All bridged calls share it, so that a client which is bound to its loop lives on from call to call.
+    All bridged calls share the loop, so a client that is bound to its loop can be used from call to call.
     """
 
     def __init__(self) -> None:
@@ -141,12 +141,12 @@ class BackgroundLoop:
 
     def _after_fork(self) -> None:
         if self._loop is not None:
-            # Kept, for closing it would unregister the parent's own wake-up pipe.
+            # Kept alive, as closing the loop would unregister the parent's own wake-up pipe.
             self._forked_from.append(self._loop)
         self._reset()
 
     def run(self, call: Callable[[], Awaitable[T]], context: Context) -> T:
-        """Await what `call` makes, in a task of the loop and in this context, and wait for it in this thread.
+        """Await the awaitable that `call` makes, in a task of the loop in `context`, while this thread waits for it.
 
         An interrupt of the waiting thread cancels the task and waits for its end, as `asyncio.run` does.
         """
@@ -157,7 +157,7 @@ class BackgroundLoop:
             del visit  # the error's traceback holds this frame
 
     def stream(self, chunks: AsyncGenerator[T, Any], context: Context) -> Generator[T]:
-        """Yield what an async generator yields, which lives in one task from its first chunk to its end."""
+        """Yield the chunks of an async generator that lives in one task of the loop from its first chunk to its end."""
         loop, process = self._free(), os.getpid()
         source = Source(chunks)
         visit = _Visit(loop, source.serve, context)
@@ -171,12 +171,15 @@ class BackgroundLoop:
                 visit.forsake()
             elif not sys.is_finalizing():  # else the loop is closed, and the generator too
                 loop.call_soon_threadsafe(source.ask, None)
-                if asyncio._get_running_loop() is not loop and not in_collection():  # there, it was dropped
+                if asyncio._get_running_loop() is not loop and not in_collection():  # else the stream was dropped
                     visit.wait(visit.ended)
 
     @contextmanager
     def waited_for(self) -> Generator[None]:
-        """Tell whatever is started in this block, in threads or on another loop, that this thread waits for it."""
+        """Let all that is started in this block, in threads or on another loop, know that this thread waits for it.
+
+        Its calls then take no loop that waits along with this thread.
+        """
         held = self._held()
         if held is None:
             yield
@@ -188,7 +191,7 @@ class BackgroundLoop:
             _held_by_waiter.reset(token)
 
     def context_of_waiter(self, scope: CancelScope | None = None) -> Context:
-        """Return a copy of this thread's context, for what it will wait for; its waits are in the scope."""
+        """Return a copy of this thread's context for work that this thread will wait for; put it into the scope."""
         with self.waited_for():
             context = copy_context()
         if scope is not None:
@@ -198,14 +201,14 @@ class BackgroundLoop:
     def _free(self) -> asyncio.AbstractEventLoop:
         """Return a loop that this thread can wait for.
 
-        A coroutine that runs here and calls the sync side of a pair holds this loop until that very call has ended,
-        which therefore needs another.
+        A coroutine on this loop that calls the sync side of a pair blocks the loop until that call has ended, so the
+        call needs another loop.
         """
         held = self._held()
         return self.loop() if held is None else held._next_deeper().loop()
 
     def _held(self) -> BackgroundLoop | None:
-        """Return the deepest of the loops that go no further while this thread, or who waits for it, waits."""
+        """Return the deepest loop that is blocked while this thread, or the thread that waits for it, waits."""
         thread, by_waiter = threading.current_thread(), _held_by_waiter.get()
         held: BackgroundLoop | None = None
         level: BackgroundLoop | None = self
@@ -222,7 +225,7 @@ class BackgroundLoop:
             return self._deeper
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the loop, running."""
+        """Return the running loop; start it if need be."""
         return self._loop or self._started()
 
     def _started(self) -> asyncio.AbstractEventLoop:
@@ -233,7 +236,7 @@ class BackgroundLoop:
                 thread = threading.Thread(target=self._main, args=(started,), name="asyncify-loop", daemon=True)
                 thread.start()
                 loop = started.result()
-                self._thread = thread  # first: whoever finds the loop may be on its thread before this one goes on
+                self._thread = thread  # first: code on the loop's thread may find the loop before this thread goes on
                 self._loop = loop
             return self._loop
 
@@ -246,7 +249,7 @@ class BackgroundLoop:
                 return
             closed = loop.create_task(self._until_closed(started))
             while not closed.done():
-                # A task that raises one of these stops its loop. Its caller hears of it; the others' tasks go on.
+                # A task that raises one of these stops the loop. The error goes to its caller; other tasks must go on.
                 with suppress(KeyboardInterrupt, SystemExit):
                     loop.run_until_complete(closed)
 
@@ -256,7 +259,7 @@ class BackgroundLoop:
         await self._closing.wait()
 
     def close(self) -> None:
-        """Cancel what still runs, close the async generators, and end the thread; the next call starts another."""
+        """Cancel the tasks, close the async generators, and end the thread; the next call starts a new loop."""
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is not None and thread is not None:
@@ -265,7 +268,7 @@ class BackgroundLoop:
 
 
 _held_by_waiter: ContextVar[BackgroundLoop | None] = ContextVar("asyncify_held_by_waiter", default=None)
-"""The loop that is held by the thread that waits for this context, which runs in another."""
+"""The deepest loop that is blocked while another thread waits for the work in this context; None if none is."""
 
 background: BackgroundLoop = BackgroundLoop()
-"""The loop of all async sides that are called by sync code."""
+"""The loop of all async sides that sync code calls."""

@@ -1,8 +1,8 @@
-"""Threads for calls that somebody waits for: at most so many at once for each pool, drawn from one stock.
+"""Thread pools for calls that a task or thread waits for: each bounds its calls, and all draw on one stock of threads.
 
-The threads are this module's own. Those of `concurrent.futures` are never let go and are waited for at exit; those
-of anyio belong to one event loop, and are waited for as well. Here an abandoned call can't keep a program from
-ending, and a thousand pairs that were called once leave no thousand threads.
+The threads are this module's own. Those of `concurrent.futures` never end and are joined at exit; those of anyio
+belong to one event loop, and are joined as well. Here an abandoned call can't keep a program from ending, and a
+thousand pairs that were each called once leave no thousand threads behind.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["DEFAULT_THREADS", "OnEnd", "ThreadPool", "call_guarded"]
 T = TypeVar("T")
 
 OnEnd = Callable[[BaseException | None], None]
-"""What is called when a call has ended, with the error if it failed; called again, it does nothing."""
+"""A callback for the end of a call, with its error if it failed; a second call of the callback does nothing."""
 
 DEFAULT_THREADS = 64
-"""Threads for the calls of a pair that has no limit on its calls in flight."""
+"""How many threads a pair without a limit on its calls in flight may use."""
 
 _IDLE_SECONDS = 5.0
 
 
 class _Worker:
-    """A thread that does one job after the other, and ends when it has been idle for a while."""
+    """A thread that runs one job after the other, and ends when it has been idle for a while."""
 
     __slots__ = ("job", "ready")
 
@@ -55,7 +55,7 @@ class _Worker:
 
 
 class _Stock:
-    """The idle threads of the process, the last used on top."""
+    """The idle threads of the process: a stack, the last used on top."""
 
     def __init__(self) -> None:
         self._reset()
@@ -66,7 +66,7 @@ class _Stock:
         self._idle: list[_Worker] = []
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run `job`, which must not raise, on an idle thread, or on a new one."""
+        """Run `job`, which must not raise, on an idle thread, or on a new one if none is idle."""
         check_not_ending()
         with self._lock:
             worker = self._idle.pop() if self._idle else None
@@ -78,7 +78,7 @@ class _Stock:
             threading.Thread(target=worker.run, args=(self,), name="asyncify", daemon=True).start()
 
     def wait_for_job(self, worker: _Worker) -> bool:
-        """Wait until there is a job for this worker; False when it has been idle for long enough."""
+        """Wait for a job for this worker; return False when it has been idle for long enough to end."""
         with self._lock:
             self._idle.append(worker)
         if worker.ready.acquire(timeout=_IDLE_SECONDS):
@@ -102,44 +102,44 @@ def call_guarded(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    # A frame of its own: the error's traceback holds it, so it must not hold who holds the error.
+    # A frame of its own: the error's traceback holds this frame, so the frame must not hold the error's holder.
     try:
         return work(), None
-    except BaseException as error:  # noqa: BLE001  (it is handed to whoever waits)
+    except BaseException as error:  # noqa: BLE001  (it is handed to the waiting task)
         return None, error
 
 
 class _Call:
     """Work on a thread, and the task that waits for it.
 
-    `on_end` is called when nothing of the work runs any more, nor ever will. After a cancellation that may be much
-    later, for a thread can't be stopped.
+    `on_end` is called once no part of the work runs any more, or ever will. After the task was cancelled this may be
+    much later, as a thread can't be stopped.
     """
 
     __slots__ = ("_loop", "_on_end", "_outcome", "_work")
 
     def __init__(self, work: Callable[[], Any], on_end: OnEnd) -> None:
-        self._work = [work]  # taken by the thread, or by the task that gives up: whoever comes first
+        self._work = [work]  # taken by the thread, or by the task as it gives up, whichever is first
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Any] = self._loop.create_future()
 
     def run(self) -> BaseException | None:
-        """Do the work, in this thread, unless it was given up; return its error."""
+        """Do the work in this thread, unless the task has given up; return the work's error."""
         work = self._take()
         if work is None:
             return None
         try:
             return self._report(*_attempt(partial(call_guarded, work)))
         finally:
-            del self, work  # an error's traceback holds this frame too, as the caller of its own
+            del self, work  # an error's traceback holds this frame too, as a caller
 
     def _report(self, result: Any, error: BaseException | None) -> BaseException | None:
         if not iscoroutine(result):
             self._on_end(error)
         try:
             self._loop.call_soon_threadsafe(self._settle, result, error)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the loop is closed: no task waits any more
             if iscoroutine(result):
                 result.close()
             self._on_end(error)
@@ -154,7 +154,7 @@ class _Call:
     def _settle(self, result: Any, error: BaseException | None) -> None:
         if self._outcome.cancelled():
             if iscoroutine(result):
-                result.close()  # nobody awaits it any more
+                result.close()  # no task awaits it any more
             self._on_end(error)
         elif error is not None:
             self._outcome.set_exception(error)
@@ -162,14 +162,14 @@ class _Call:
             self._outcome.set_result(result)
 
     async def wait(self) -> Any:
-        """Wait for the result; a coroutine is awaited too, as part of the work."""
+        """Wait for the result; if it is a coroutine, await it too, as part of the work."""
         try:
             result = await self._outcome
             if iscoroutine(result):
                 result = await result
         except BaseException as error:
-            with suppress(RuntimeError):  # of a loop that is closed; the outcome is cancelled all the same
-                self._outcome.cancel()  # whatever has ended the wait: a coroutine may also be closed
+            with suppress(RuntimeError):  # raised by a closed loop; the outcome is cancelled all the same
+                self._outcome.cancel()  # whatever ended the wait: this coroutine may have been closed, too
             if self._take() is not None or not self._outcome.cancelled():
                 self._on_end(error)
             raise
@@ -181,22 +181,22 @@ class _Call:
 
 
 _inside: ContextVar[tuple[ThreadPool, ...]] = ContextVar("asyncify_pools", default=())
-"""The pools for whose calls this context runs."""
+"""The pools of the calls that this context runs in."""
 
 _END: Any = object()
 
 
 class ThreadPool:
-    """At most `size` calls at once on threads that carry its name; more wait, first come, first served.
+    """At most `size` calls at once, on threads with the pool's name; further calls wait, first come, first served.
 
-    A thread belongs to the pool for as long as it has work, and goes back to a stock that all pools draw from;
-    the stock has no bound, so no pool waits for another. A call made by a call of the same pool, which waits for
-    it, never waits for a thread.
+    A thread belongs to the pool while it has work, and then goes back to the stock that all pools draw on; the stock
+    has no bound, so no pool waits for another. A nested call, made by a call of the same pool that waits for it, never
+    waits for a thread.
 
     Args:
-        size: threads at most, or what tells it at each call; None for as many as there are calls, where something else
-            bounds those.
-        name: what the threads are called while they work.
+        size: the most threads, or a function that returns it, asked at each call; None for no bound, where something
+            else bounds the calls.
+        name: the threads' name while they work.
     """
 
     def __init__(self, size: int | Callable[[], int | None] | None, name: str) -> None:
@@ -206,26 +206,26 @@ class ThreadPool:
         _pools.add(self)
 
     def forget(self) -> None:
-        """Start with no call: those of the process that this one was forked from are not here."""
+        """Begin anew without calls: in a forked child, those of its parent don't run."""
         self._lock = threading.Lock()
         self._busy = 0
         self._backlog: deque[Callable[[], object]] = deque()
 
     @property
     def size(self) -> int | None:
-        """How many threads there may be now."""
+        """How many threads the pool may use now; None for no bound."""
         return self._size() if callable(self._size) else self._size
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run `fn` on a thread; its context is a new one, unless `fn` is the `run` of another."""
+        """Run `fn` on a thread, in that thread's own context, unless `fn` is a context's `run`."""
         future: Future[T] = Future()
         self.start(partial(_fulfil, future, partial(fn, *args, **kwargs)))
         return future
 
     async def call(self, work: Callable[[], Any], on_end: OnEnd, context: Context) -> Any:
-        """Run `work` on a thread, in this context, and wait for it in this task.
+        """Run `work` on a thread, in the given context, and wait for it in this task.
 
-        `on_end` is called as soon as the work has ended, and in any case, whatever happens here.
+        `on_end` is called as soon as the work has ended, in every case, whatever happens to this task.
         """
         call = _Call(lambda: context.run(self._within, work), on_end)
         try:
@@ -239,9 +239,10 @@ class ThreadPool:
             del call  # the error's traceback holds this frame
 
     async def stream(self, chunks: Generator[T, Any, Any], on_end: OnEnd, context: Context) -> AsyncGenerator[T]:
-        """Yield what a generator yields, which lives in one thread from its first chunk to its end.
+        """Yield the chunks of a generator that lives in one thread from its first chunk to its end.
 
-        Closed early, it closes the generator first; cancelled, it leaves that to the thread.
+        If this stream is closed early, it waits until the thread has closed the generator; if the reading task is
+        cancelled, it leaves that to the thread.
         """
         requests: SimpleQueue[_Call | None] = SimpleQueue()
         in_thread = _ThreadChunks(chunks, on_end)
@@ -279,7 +280,7 @@ class ThreadPool:
         return work()
 
     def start(self, job: Callable[[], object]) -> None:
-        """Run `job`, which must not raise, on a thread, or put it in line for one."""
+        """Run `job`, which must not raise, on a thread, or queue it until one is free."""
         with self._lock:
             size = self.size
             if size is not None and self._busy >= size and self not in _inside.get():
@@ -330,7 +331,7 @@ def _nothing(error: BaseException | None) -> None:
 
 
 class _ThreadChunks:
-    """What a generator yields in its thread; of its end it tells once, and before its reader can know of it."""
+    """The chunks of a generator, made in its thread; reports its end once, before the reader can know of it."""
 
     __slots__ = ("_chunks", "_on_end")
 

@@ -1,7 +1,7 @@
-"""Waits for admission that end together, when what they are part of has ended.
+"""Cancellation scopes: waits for admission that are called off together when the work that they are part of has ended.
 
-A task that waits is cancelled; a thread can't be, and so its wait is called off instead. The call itself, once it
-runs, is left alone on the sync path.
+A waiting task can be cancelled. A waiting thread can't, so its wait is called off instead. Once a call runs on the sync
+path, it is left alone.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ __all__ = ["CancelScope", "get_scope"]
 
 
 class Wait(Protocol):
-    """Something that a call waits for."""
+    """The wait of a call."""
 
     def call_off(self) -> None:
-        """Have whoever waits give up; of no effect when the wait is over. Never blocks."""
+        """Make the waiting call give up; do nothing when the wait is over. Never block."""
         ...
 
 
 class CancelScope:
-    """The waits of a fan-out's items, whatever thread or loop they are in, those of scopes inside it included.
+    """The waits of a fan-out's items, in any thread or loop, including those of inner scopes.
 
-    No lock is taken, for a finalizer may come in between and a process be forked: each change is one step of the
-    interpreter.
+    No lock is taken, as a finalizer may interrupt at any point and the process may be forked: each change is a single
+    step of the interpreter.
     """
 
     def __init__(self) -> None:
@@ -37,45 +37,45 @@ class CancelScope:
         self.is_cancelled: bool = False
         self._has_ended = False
         for _ in self._alive():
-            pass  # forgets those that have ended, or a chain of tasks would keep all of its scopes
+            pass  # drops ended outer scopes, or a chain of tasks would keep all of its scopes alive
 
     def enter(self) -> None:
-        """Put this context into the scope, and what will be copied from it."""
+        """Put this context, and contexts that are copied from it later, into the scope."""
         current_scope.set(self)
 
     def watch(self, wait: Wait) -> bool:
-        """Note a wait that has begun, and tell whether it may go on."""
+        """Add a wait that has begun to this scope and those around it; tell whether none of them is cancelled."""
         may_go_on = True
         for scope in self._alive():
             scope._waits.add(weakref.ref(wait, scope._waits.discard))
-            may_go_on &= not scope.is_cancelled  # looked at last: who cancels looks for waits last
+            may_go_on &= not scope.is_cancelled  # read last, as `cancel` sets it first
         return may_go_on
 
     def cancel(self) -> None:
-        """Call off what waits in it, and what will until its end."""
+        """Call off the waits in the scope, and those that will begin in it until its end."""
         self.is_cancelled = True
         for known in list(self._waits):
             if (wait := known()) is not None:
                 wait.call_off()
 
     def end(self) -> None:
-        """Let go of it: what an item has left running may go on in its context, and wait there again."""
+        """End the scope: tasks that an item has left running in its context may wait there again."""
         self._has_ended = True
 
     def is_within(self, other: CancelScope | None, lasting: Iterable[CancelScope] = ()) -> bool:
-        """Tell whether what is called off with this one is called off with that other one, too.
+        """Tell whether every scope that can call off this scope's waits is the other one or around it.
 
-        Those that last, as nobody can cancel them, do not count.
+        The scopes in `lasting` don't count, as nobody can cancel them.
         """
         return set(self._alive()).difference(lasting).issubset(() if other is None else other._alive())
 
     def _alive(self) -> Iterator[CancelScope]:
-        """Yield this scope and those around it, from the inside out, without those that have ended."""
+        """Yield this scope and the scopes around it, from the inside out, without those that have ended."""
         scope: CancelScope | None = self
         while scope is not None:
             if not scope._has_ended:
                 yield scope
-            outer = scope._outer  # looked at once, as others go the same way
+            outer = scope._outer  # read once, as other threads may change it
             while outer is not None and outer._has_ended:
                 outer = outer._outer
             scope._outer = outer

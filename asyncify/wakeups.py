@@ -1,8 +1,8 @@
-"""Waking tasks: all that an event loop has woken go on in one callback of it, first woken, first on.
+"""Waking tasks: an event loop resumes all tasks that were woken in one callback, in the order of waking.
 
-A future that is done has its loop call back each task that awaits it. In a queue for one slot, where every task that
-goes on wakes the next, each of these callbacks takes a turn of the loop of its own, with a system call; and each one
-that another thread asks for takes a system call there.
+Normally, a done future makes its loop schedule a callback for each task that awaits it. In a queue for one slot, where
+each resumed task wakes the next, every callback would need a turn of the loop, with a system call; and a wakeup from
+another thread costs that thread a system call, too.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from typing import Any, Protocol
 __all__ = ["Wakeups", "wakeups_of"]
 
 _STRETCH = 0.001
-"""Seconds in which tasks go on that were woken meanwhile; then all else that the loop has to do gets its turn."""
+"""How many seconds a round also resumes tasks woken meanwhile; then the loop's other callbacks get their turn."""
 
 
 class Sleeper(Protocol):
-    """What a task waits with."""
+    """The object that a task waits with."""
 
     ready: Any
-    """The future that the task awaits, of its loop; None from when the task goes on."""
+    """The future of its loop that the task awaits; None once the task is resumed."""
 
     def give_up(self) -> None:
-        """Hear that the task will never go on, as its loop is closed. Never blocks."""
+        """Give the wait up: the task will never go on, as its loop is closed. Never block."""
         ...
 
 
 def _nothing() -> None:
-    """Stand for a weak reference, where no round is to come."""
+    """Stand in for a dead weak reference while no round is pending."""
 
 
 class Wakeups:
-    """Those whose tasks one event loop has to go on with.
+    """The sleepers whose tasks one event loop has to resume.
 
-    A round does so. It is a generator that has been started already, so that it hears of whatever becomes of it: that
-    the loop goes on with it, that an interrupt comes as it does, or that it drops it, as it has been closed.
+    A round resumes them. It is a generator that has been started already, so it notices whatever becomes of it: that
+    the loop runs it, that an interrupt comes at that moment, or that a loop that was closed drops it.
 
     Attributes:
-        woken: those with whose tasks no round has gone on yet, in the order of waking. Who adds one has to call
+        woken: the sleepers whose tasks no round has resumed yet, in the order of waking. Whoever adds one must call
             `ask_for_round()`.
-        pending: gives the round that the loop has been asked for, None once that has begun or is gone.
+        pending: returns the round that the loop is to run; None once the round has begun or is gone.
     """
 
     __slots__ = ("__weakref__", "loop", "pending", "woken")
@@ -61,13 +61,13 @@ class Wakeups:
         return (loop := self.loop()) is None or loop.is_closed()
 
     def ask_for_round(self) -> None:
-        """See to it that a round comes, after an addition to `woken`; from any thread."""
+        """Schedule a round if none is pending, after an addition to `woken`; from any thread."""
         pending = self.pending
         if pending() is None:
             self.schedule()
 
     def schedule(self) -> None:
-        """Have the loop run a round; if it is closed, all who have been woken give up."""
+        """Schedule a round on the loop; if the loop is closed, make all woken sleepers give up."""
         if (loop := self.loop()) is not None:
             coming = self._round()
             next(coming)
@@ -79,32 +79,32 @@ class Wakeups:
                 self.pending = _nothing
                 if not (isinstance(error, RuntimeError) and loop.is_closed()):
                     raise
-            if not loop.is_closed():  # asked also when it has taken it, as it may have been closed meanwhile
+            if not loop.is_closed():  # checked even after success, as the loop may have been closed meanwhile
                 return
         self.pending = _nothing
         while self.woken:
             sleeper = self.woken.popleft()
-            sleeper.ready = None  # it leads to the task
+            sleeper.ready = None  # it references the task
             sleeper.give_up()
 
     def _round(self) -> Iterator[None]:
-        """Go on with the tasks: with all that have been woken before, and for a stretch with those woken meanwhile.
+        """Resume the tasks: all those woken before the round, and for a stretch those woken meanwhile.
 
-        A further round is pending before any task goes on that leaves others behind: it may let an interrupt through,
-        or run the loop itself, as it can with nest_asyncio.
+        Whenever others are left behind, a further round is made pending before a task is resumed: the task may let an
+        interrupt through, or run the loop itself, as nest_asyncio allows.
         """
         woken = self.woken
         try:
             yield
-        except BaseException:  # the loop has dropped it, or an interrupt has come as it was to go on with it
-            if self.pending is not _nothing:  # else the loop has not taken it
+        except BaseException:  # the loop has dropped the round, or an interrupt has come as the round was to begin
+            if self.pending is not _nothing:  # else the loop has not taken the round
                 self.pending = _nothing
                 if woken:
                     self.ask_for_round()
             raise
         try:
             self.pending = _nothing
-            left = len(woken)  # for these the loop itself would call back in this turn, however long it takes
+            left = len(woken)  # asyncio's own callbacks for these would run in this turn, too, however long they take
             end = monotonic() + _STRETCH
             while woken and (left > 0 or monotonic() < end):
                 left -= 1
@@ -116,14 +116,14 @@ class Wakeups:
                 if callbacks and len(callbacks) == 1:
                     ((go_on, context),) = callbacks
                     if not future.remove_done_callback(go_on):
-                        continue  # its task was cancelled just now, by a signal's handler
-                    try:  # noqa: SIM105  (a `with` here is felt by every task that has waited)
+                        continue  # a signal handler cancelled the task just now
+                    try:  # noqa: SIM105  (a `with` here would slow down every task that has waited)
                         future.set_result(None)
                     except asyncio.InvalidStateError:
-                        pass  # also cancelled just now: the task hears of it
+                        pass  # cancelled just now, too: the task gets its cancellation
                     context.run(go_on, future)
                 else:
-                    with suppress(asyncio.InvalidStateError):  # nobody awaits it yet, or its task was cancelled
+                    with suppress(asyncio.InvalidStateError):  # no task awaits it yet, or the task was cancelled
                         future.set_result(None)
         finally:
             if woken:
@@ -131,10 +131,10 @@ class Wakeups:
 
 
 def wakeups_of(loop: AbstractEventLoop) -> Wakeups:
-    """Return those of the event loop that runs here.
+    """Return the wakeups of the event loop that runs in this thread.
 
     Raises:
-        RuntimeError: the loop does not run here.
+        RuntimeError: the loop does not run in this thread.
     """
     if loop is not _get_running_loop():
         raise RuntimeError("no event loop of asyncio runs here, and a limiter can't wait on any other, such as trio's")
