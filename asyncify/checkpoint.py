@@ -1,12 +1,12 @@
-"""A file that remembers what a stream has finished, so that no call is paid for twice.
+"""A file that remembers the inputs that a stream has finished, so that no call is paid for twice.
 
-An SQLite file with one row for each call that has ended: the key of its input, and its output or its error.
-What is recorded is safe from the death of the process at once (a write-ahead log); a power cut may lose the last
-rows, never the file.
+It is an SQLite file with one row for each call that has ended: the key of its input, and its output or its error.
+A recorded row is safe at once if the process dies (by a write-ahead log); a power cut may lose the last rows, but
+never the file.
 
-Rows are only ever appended. What finds the row of a key is a table in memory, made anew from the file when that is
-opened: most keys are random, and an index in the file would be written anew, nearly all of it, with every few
-thousand rows.
+Rows are only ever appended. A hash table in memory finds the row of a key; it is built from the file when the file is
+opened. Most keys are random, so an index in the file would be rewritten, nearly all of it, with every few thousand
+rows.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ __all__ = ["Checkpoint", "Codec", "Row"]
 Codec = Literal["json", "pickle"]
 
 Row = tuple[str, str | bytes | None, int | str]
-"""What is recorded of an input: its key, encoded output and checksum; of a failure its key, None and the error."""
+"""The record of an input: its key, its encoded output and a checksum; or of a failure: its key, None and the error."""
 
-_APPLICATION_ID = 0x61737966  # "asyf": how a file of another program is told
+_APPLICATION_ID = 0x61737966  # "asyf": tells this program's files from those of others
 _VERSION = 5
 _BUSY_SECONDS = 60.0
 _RETRY_SECONDS = 0.01
 
 _READ_AT_ONCE = 10_000
-"""Keys in memory while a file is read."""
+"""How many keys are in memory at once while a file is read."""
 
 _INSERTED_AT_ONCE = 100
-"""Rows in one INSERT: each statement has to take the GIL back from the event loop, so one for each row is dear."""
+"""Rows in one INSERT: each statement must take the GIL back from the event loop, so one for each row would be slow."""
 
 _LARGEST = 200_000_000
-"""Characters or bytes of an output: SQLite keeps 1,000,000,000 bytes in a row, and a character may take four."""
+"""Most characters or bytes of an output: SQLite keeps 1,000,000,000 bytes in a row, and a character may take four."""
 
 _WAL_PAGES = 16_000
-"""Pages of the write-ahead log before it is worked into the file: with SQLite's own 1,000 it waits for the disk
-16 times as often."""
+"""Pages of the write-ahead log at which SQLite moves it into the file: with its default of 1,000 it would wait for the
+disk 16 times as often."""
 
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -82,15 +82,15 @@ _INSERT_FAILURE = "INSERT INTO failures (key, error) VALUES (?, ?)"
 
 
 class Checkpoint:
-    """The file of one kind of work. Looked up in one thread, recorded in one other.
+    """The file of one runnable's work. One thread looks inputs up, one other thread records them.
 
     Args:
         path: the file; made if it is not there.
-        runnable: what the work is called: a file made for another is refused.
-        codec: how outputs are kept: `json` refuses what would not come back as it was; `pickle` runs code when it
-            is read, so the file must be one's own.
-        has_key: whether inputs are known by what `key=` gives, and not by their fingerprints: what looks alike may
-            not be the same, so a file of the one kind is refused for the other.
+        runnable: the name of the work; a file that was made for another name is refused.
+        codec: how outputs are kept: `json` refuses an output that would not come back as it was; `pickle` runs code
+            when the file is read, so the file must come from a trusted source.
+        has_key: whether inputs are known by the keys that `key=` returns, and not by their fingerprints. Equal strings
+            of the two kinds may mean different inputs, so a file of one kind is refused for the other.
 
     Raises:
         CheckpointError: the file is another runnable's, has another codec or other keys, is another program's, is
@@ -98,7 +98,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str], runnable: str, codec: Codec, *, has_key: bool = False) -> None:
-        self.path: Path = Path(path).absolute()  # a program may go elsewhere, and SQLite take "file:x" for a URI
+        self.path: Path = Path(path).absolute()  # the working directory may change, and SQLite take "file:x" for a URI
         self._encode, self._decode, self._instead = _CODECS[codec]
         self._ids = _Ids()
         with self._explained():
@@ -123,7 +123,7 @@ class Checkpoint:
         _use_write_ahead_log(db)
         self._writer.execute("PRAGMA synchronous = NORMAL")
         with _transaction(db):
-            if not _is_ours(db):  # of two processes that find an empty file one makes the tables
+            if not _is_ours(db):  # if two processes find an empty file, one makes the tables
                 for statement in _SCHEMA.split(";\n"):
                     db.execute(statement)
                 db.executemany("INSERT INTO about VALUES (?, ?)", mine.items())
@@ -152,7 +152,7 @@ class Checkpoint:
     def _explained(self) -> Generator[None]:
         try:
             yield
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the last of an error's own text, out of a damaged file
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: an error may quote a damaged file
             raise CheckpointError(f"checkpoint {self.path}: {error}; {_way_out(error, self.path)}") from error
 
     def __enter__(self) -> Self:
@@ -165,7 +165,7 @@ class Checkpoint:
         self._reader.close()
 
     def find(self, key: str) -> tuple[Any] | None:
-        """Return the output of a finished input, in a tuple of one; None if it is not there or has failed."""
+        """Return the output of a finished input, in a tuple of one; None if the input is not there or has failed."""
         for id_ in self._ids.find(key):
             with self._explained():
                 found, output, checksum = self._reader.execute(_READ, (id_,)).fetchone() or (key, None, 0)
@@ -186,7 +186,7 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.path}: can't read back the output of {key!r}: {error}") from error
 
     def row(self, key: str, output: Any, error: BaseException | None) -> Row:
-        """Return what to record of an input that has ended.
+        """Return the row to record for an input that has ended.
 
         Raises:
             CheckpointError: the codec can't keep the output.
@@ -209,10 +209,10 @@ class Checkpoint:
         return key, encoded, checksum
 
     def record(self, rows: Sequence[Row]) -> None:
-        """Record inputs that have ended, all or none; they are safe when this returns.
+        """Record the rows of inputs that have ended, all or none; they are safe when this returns.
 
         Raises:
-            CheckpointError: they can't be written, or nobody will find them, as the file is not at its path any more.
+            CheckpointError: the rows can't be written, or would not be found, as the file is no longer at its path.
         """
         failures = [(key, said) for key, output, said in rows if output is None]
         outputs = [row for row in rows if row[1] is not None] if failures else rows
@@ -233,7 +233,7 @@ class Checkpoint:
             )
 
     def _take_in(self, keys: list[str], last: int) -> None:
-        """Remember where the outputs of some keys are, the last of them there."""
+        """Remember the ids of some keys' outputs, which have just been recorded one after the other, up to `last`."""
         first = last - len(keys) + 1
         if first > self._last_seen + 1:  # another process has recorded something too
             self._learn(self._writer, self._last_seen, first)
@@ -241,22 +241,22 @@ class Checkpoint:
         self._last_seen = last
 
     def _learn(self, db: sqlite3.Connection, after: int, before: int) -> None:
-        """Remember where the outputs are that lie between two places in the file."""
-        with closing(db.execute(_KEYS_BETWEEN, (after, before))) as rows:  # an open one would keep the file open
+        """Remember the outputs in the file whose ids lie between these two."""
+        with closing(db.execute(_KEYS_BETWEEN, (after, before))) as rows:  # an open cursor would keep the file open
             while part := rows.fetchmany(_READ_AT_ONCE):
                 self._ids.add(*zip(*part, strict=True))
 
 
 def _checksum(key: str, output: str | bytes) -> int:
-    """Return the CRC-32 of both."""
+    """Return the CRC-32 of the key and the output together."""
     return crc32((key + output).encode() if isinstance(output, str) else key.encode() + output)
 
 
 def _said(error: BaseException) -> str:
-    """Return what an error says, in characters that any file can hold."""
+    """Return an error's type and message, in characters that any file can hold."""
     try:
         said = f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001  (the code of its class may raise anything)
+    except Exception:  # noqa: BLE001  (the error's own `__str__` may raise anything)
         said = type(error).__name__
     return said.encode(errors="backslashreplace").decode()
 
@@ -273,21 +273,21 @@ def _only(db: sqlite3.Connection, query: str) -> Any:
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Generator[None]:
     try:
-        db.execute("BEGIN IMMEDIATE")  # in here, as it may wait, and an interrupt come with it
+        db.execute("BEGIN IMMEDIATE")  # inside the `try`: it may wait, and an interrupt may come then
         yield
         db.execute("COMMIT")
     except BaseException:
-        if db.in_transaction:  # not after a full disk: SQLite has rolled back itself
+        if db.in_transaction:  # after a full disk, SQLite has rolled back by itself
             db.execute("ROLLBACK")
         raise
 
 
 class _Ids:
-    """Which ids may be those of a key: a hash table with linear probing, in 8 bytes a slot.
+    """A hash table from keys to the row ids that they may have: linear probing, 8 bytes a slot.
 
     (D. E. Knuth, The Art of Computer Programming, vol. 3, section 6.4, algorithm L.) A slot holds 32 bits of the key's
-    hash and the id, and not the key, so an id that is found is another key's once in four thousand million. Half of
-    the slots or more are free: a key takes 16 to 32 bytes, a fifth of what it would in a dict.
+    hash and the id, but not the key, so once in four thousand million an id that is found is another key's. At least
+    half of the slots are free: a key takes 16 to 32 bytes, a fifth of its size in a dict.
     """
 
     def __init__(self) -> None:
@@ -295,7 +295,7 @@ class _Ids:
         self._used = 0
 
     def add(self, keys: Sequence[str], ids: Iterable[int]) -> None:
-        """Take in keys, each with its id."""
+        """Add keys, each with its id."""
         self._used += len(keys)
         needed = 1 << (2 * self._used - 1).bit_length()
         if needed > len(self._slots):
@@ -305,8 +305,8 @@ class _Ids:
         _put(self._slots, ((hash(key) & _LOW) << 32 | id_ for key, id_ in zip(keys, ids, strict=True)))
 
     def find(self, key: str) -> tuple[int, ...]:
-        """Return the ids that may be those of a key: none, if it was not taken in."""
-        slots = self._slots  # another thread may put a larger table in its place
+        """Return the ids that the key may have: each must be checked, as another key may have the same hash bits."""
+        slots = self._slots  # read once: another thread may replace the table by a larger one
         last = len(slots) - 1
         hashed = hash(key) & _LOW
         place = hashed & last
@@ -327,7 +327,7 @@ def _free_slots(number: int) -> array[int]:
 
 
 def _put(slots: array[int], entries: Iterable[int]) -> None:
-    """Put each entry into the first free slot from its own on."""
+    """Put each entry into the first free slot, counted from the slot of its hash."""
     last = len(slots) - 1
     for entry in entries:
         place = entry >> 32 & last
@@ -355,7 +355,7 @@ _WAYS_OUT = {
         _DISK_WAY_OUT,
     ),
 }
-"""What to do about errors that say nothing against the file, which may hold what was dear."""
+"""The advice for errors that do not mean that the file is damaged: it may hold costly outputs, so don't delete it."""
 
 
 def _way_out(error: Exception, path: Path) -> str:
@@ -368,7 +368,7 @@ def _way_out(error: Exception, path: Path) -> str:
 
 
 def _is_missing(directory: Path) -> bool:
-    """Tell whether it is certain that a directory is not there."""
+    """Tell whether a directory is certain not to exist."""
     try:
         directory.stat()
     except FileNotFoundError:
@@ -379,7 +379,7 @@ def _is_missing(directory: Path) -> bool:
 
 
 def _use_write_ahead_log(db: sqlite3.Connection) -> None:
-    """Switch to a write-ahead log; while another process does just that, SQLite gives up instead of waiting."""
+    """Switch to a write-ahead log; retry while another process does the same, as SQLite fails instead of waiting."""
     until = monotonic() + _BUSY_SECONDS
     while True:
         try:
@@ -406,7 +406,7 @@ _encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encod
 
 
 def _to_json(output: object) -> str:
-    if type(output) is int:  # without the machinery, which takes five times as long
+    if type(output) is int:  # a fast path: the encoder takes five times as long
         return repr(output)
     _require_plain(output)
     written = _encode_json(output)
@@ -414,10 +414,10 @@ def _to_json(output: object) -> str:
 
 
 def _writable(written: str) -> str:
-    r"""Return JSON that UTF-8 can write: half a surrogate pair, as of a text that was cut off, becomes its `\ud83d`.
+    r"""Return JSON that UTF-8 can encode: half a surrogate pair, as in a truncated text, is escaped as `\ud83d`, say.
 
     Raises:
-        ValueError: it has two halves in a row, of which JSON would make one character.
+        ValueError: two halves stand in a row, which JSON would join into one character.
     """
     try:
         written.encode()
@@ -429,9 +429,9 @@ def _writable(written: str) -> str:
 
 
 def _require_plain(value: object) -> None:
-    """Raise a TypeError if JSON would give back something else: a tuple, a key that is no string, a subclass.
+    """Raise a TypeError if JSON would not give the value back: a tuple, a key that is no string, a subclass.
 
-    Only a message's text is given back as the string that it is.
+    The one exception is a message's text, a subclass of `str`, which comes back as a plain string.
     """
     kind = type(value)
     if kind is list:
@@ -447,7 +447,7 @@ def _require_plain(value: object) -> None:
 
 
 def _to_pickle(output: object) -> bytes:
-    """Pickle an output, and see that it comes back: what pickle takes it may not give, and then the call is lost."""
+    """Pickle an output, and check that it can be unpickled: if not, it must fail now, or the call would be lost."""
     pickled = pickle.dumps(output)
     pickle.loads(pickled)  # noqa: S301  (made one line above)
     return pickled
@@ -457,4 +457,4 @@ _CODECS: dict[str, tuple[Callable[[Any], str | bytes], Callable[[Any], Any], str
     "json": (_to_json, json.loads, 'write codec="pickle" and name a new file, or return plain JSON'),
     "pickle": (_to_pickle, pickle.loads, "return what pickle gives back, such as plain data"),
 }
-"""What writes an output, what reads it, and what to do where the former can't."""
+"""For each codec: how it encodes an output, how it decodes it, and the advice for an output that it can't encode."""

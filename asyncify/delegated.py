@@ -1,4 +1,4 @@
-"""The async side of a pair whose sync side runs on somebody's executor, under the pair's limit."""
+"""The async side that runs a pair's sync side on an executor given by the user, under the pair's limit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ __all__ = ["delegated"]
 
 Function = Callable[..., Any]
 Submit = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Future[Any], Link | None]]
-"""Has a call made, and returns its future and the link to it of what the waiting task holds, if there is one."""
+"""Submits a call; returns its future, and the link that hands it the waiting task's permits, None if there is none."""
 
 
 def delegated(fn: Function, shape: Shape, gate: Gate | None, executor: Executor, *, run: Function) -> Function:
-    """Run a function by somebody's executor; one of threads gets the caller's context, no other can: it calls `run`."""
+    """Return an async function that runs `fn` on the executor.
+
+    Only a `ThreadPoolExecutor` can run the call in the caller's context; there it calls `run` in place of `fn`.
+    """
     if isinstance(executor, ThreadPoolExecutor) and not shape.is_generator:
         return _submitting(partial(_submit_to_threads, executor, fn, run), partial(_receive, fn, executor), gate)
     check_sendable(fn, shape, executor)
@@ -46,7 +49,7 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
         try:
             result = await receive(future)
         except BaseException as error:
-            # A call that still runs keeps another error than this one, whose traceback holds what it was called with.
+            # A call that still runs keeps a fresh error: the traceback of this one would keep its arguments alive.
             kept = error if future.done() else asyncio.CancelledError()
             future.add_done_callback(partial(_end_with, permit, kept))
             raise
@@ -82,13 +85,13 @@ async def _receive(fn: Function, executor: Executor, future: Future[Any]) -> Any
 
 
 def _close_unawaited(future: Future[Any]) -> None:
-    """Close the coroutine that a thread has given to a call which was given up meanwhile."""
+    """Close the coroutine that a thread has returned after the waiting task gave up."""
     if not future.cancelled() and future.exception() is None and iscoroutine(made := future.result()):
         made.close()
 
 
 async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) -> Any:
-    """Wait for a future; if it was cancelled and this task was not, the executor has dropped the call."""
+    """Wait for a future; if it was cancelled and this task was not, raise that the executor has dropped the call."""
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError as error:
@@ -99,9 +102,9 @@ async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) ->
 
 
 def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
-    """Return what sends a call of a function to another process."""
-    ticket = cache(partial(ticket_for, fn, executor))  # asked by a call, when the pair's name leads to its function
-    by_code = not isinstance(executor, ProcessPoolExecutor)  # which pickles a function by its name
+    """Return a function that sends a call of `fn` to another process."""
+    ticket = cache(partial(ticket_for, fn, executor))  # at the first call: only then does the name lead to the pair
+    by_code = not isinstance(executor, ProcessPoolExecutor)  # that one pickles a function by its name
 
     def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], None]:
         if shape.takes_config and "config" in kwargs:
@@ -117,7 +120,7 @@ def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
 async def _unpack(fn: Function, executor: Executor, future: Future[Outcome]) -> Any:
     try:
         outcome = await _of_executor(fn, executor, future)
-    except BridgeError:  # it was dropped, and says so itself
+    except BridgeError:  # raised by `_of_executor`: the call was dropped
         raise
     except Exception as error:
         raise refusal(fn, executor, error) from error
@@ -139,10 +142,10 @@ def _end(permit: Pass, future: Future[Any]) -> None:
         permit.end(error)
     else:
         outcome = future.result()
-        if not iscoroutine(outcome):  # it is awaited as part of the call
+        if not iscoroutine(outcome):  # else the waiting task awaits it as part of the call
             permit.end(outcome.error if isinstance(outcome, Outcome) else None)
 
 
 def _end_with(permit: Pass, error: BaseException, _: Future[Any]) -> None:
-    """End a call that has failed, or that its caller has left, once nothing of it runs."""
+    """End a call that has failed, or that its caller has left; as a done callback, once no part of it runs."""
     permit.end(error)

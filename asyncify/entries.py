@@ -1,7 +1,7 @@
-"""Entries: a side with its limit around it, which is what actually runs.
+"""Entries: a side with its limit around it, which is what a call actually runs.
 
-Each maker below stands beside its twin. A slot is held from admission until the function itself has
-ended, which for a thread may be after its caller has given up.
+Each sync maker below stands beside its async twin. A slot is held from admission until the function itself has
+ended, which in a thread may be after the caller has given up.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ Function = Callable[..., Any]
 class Entry:
     """One side, ready to run.
 
-    `run` takes the function's own arguments and gives its result: a generator for a generator function, a
-    coroutine on the async side. `shape` is that of the function that runs in the end.
+    `run` takes the function's own arguments and returns its result: a generator for a generator function, a
+    coroutine on the async side. `fn` is the function that runs in the end, and `shape` is its shape.
     """
 
     run: Function
@@ -62,8 +62,8 @@ class Entry:
 class Entries:
     """The two entries of a pair.
 
-    `timed` are the same two over an async function that is timed step by step, for as long as there is a watch; None
-    where nobody wrote an async function.
+    `timed` are the same two, with the async function timed step by step; they are used while a watch is on. None if the
+    pair has no native async function.
     """
 
     sync: Entry
@@ -82,11 +82,11 @@ def make_entries(
     warn: bool = False,
     is_method: bool = False,
 ) -> Entries:
-    """Put the limit around both sides, and make the one that is missing.
+    """Put the limit around both sides, and make the missing side.
 
-    A side without parameters of its own, as a mock that has come in its place, takes its input as `called_like` does.
-    With `warn`, a sync call that is made on an event loop and holds it is told. With `is_method`, the first argument
-    is what the sides are bound to.
+    A side that takes any arguments, such as a mock in the place of the function, takes its input as `called_like` does.
+    With `warn`, a sync call that is made on an event loop and holds it up warns. With `is_method`, the first argument
+    is the instance or class that the sides are bound to.
     """
     if gate is not None:
         fn = cast("Function", async_ if sync is None else sync)
@@ -112,8 +112,8 @@ def _awaited(side: Entry) -> Entry:
 
 
 def _call_bound(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a method as Python does: its `__get__` may make more of the instance than a first argument."""
-    if not args or args[0] is None:  # called through its class, with its instance by name, or with none
+    """Call a method as Python does, by its `__get__`, which may do more than pass the instance as first argument."""
+    if not args or args[0] is None:  # called on the class, with the instance as a keyword, missing or None
         return fn(*args, **kwargs)
     receiver, *others = args
     return fn.__get__(receiver, type(receiver))(*others, **kwargs)
@@ -164,7 +164,7 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
 
 
 class _Limited(Generator[Any, Any, Any]):
-    """A generator that is under a permit while it makes a chunk, and in between is not, as another may read it on."""
+    """A generator that is under a permit only while it makes a chunk, as its next reader may be in another thread."""
 
     def __init__(self, chunks: Generator[Any, Any, Any], permit: Pass) -> None:
         self._chunks = chunks
@@ -223,7 +223,7 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
 
 
 def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
-    """Make the sync side of an async function: on the background loop."""
+    """Make the sync side of an async function, which runs it on the background loop."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return run_in_background(partial(side.run, *args, **kwargs))
@@ -240,14 +240,14 @@ def _bridged(side: Entry, gate: Gate | None, bridge: Bridge) -> Entry:
 
 
 def _abridged(side: Entry, gate: Gate | None, bridge: Bridge, name: str) -> Entry:
-    """Make the async side of a sync function: on threads of its own, or on the executor that it was given."""
+    """Make the async side of a sync function, which runs it on the pair's own threads or on the given executor."""
     if bridge == "error":
         return replace(side, run=_arefuse(side.fn, side.shape), kind="missing")
     if isinstance(bridge, Executor):
         return replace(side, run=delegated(side.fn, side.shape, gate, bridge, run=side.run), kind="bridged")
 
     def threads() -> int | None:
-        return None if gate is not None and gate.limiter._bounds_calls else DEFAULT_THREADS  # a limit may be resized
+        return None if gate is not None and gate.limiter._bounds_calls else DEFAULT_THREADS  # may be resized
 
     pool = ThreadPool(threads, name)
     return replace(side, run=_threaded(side.run, side.shape, gate, pool), kind="bridged")
@@ -288,7 +288,7 @@ def _under(permit: Pass, work: Callable[[], Any]) -> Any:
     permit.move_to_this_thread()
     result = work()
     if iscoroutine(result):
-        permit.step_out()  # it is awaited as part of the call, and this thread goes on to other work
+        permit.step_out()  # the waiting task awaits it as part of the call; this thread goes on to other work
     return result
 
 

@@ -1,7 +1,7 @@
-"""A call that leaves the process: its function goes by name, its error comes back in a form that survives.
+"""A call that leaves the process: its function goes by name, its error comes back in a form that survives pickling.
 
-Any `concurrent.futures.Executor` may be behind it. None of them can be trusted with the rest: `pickle` refuses a
-function whose name now means the pair made from it, an error whose constructor wants more than its `args` breaks a
+Any `concurrent.futures.Executor` may run it. Executors can't be given the plain function: `pickle` refuses a function
+whose name now leads to the pair made from it, an error whose constructor needs more than its `args` breaks a
 `ProcessPoolExecutor` for good, and Dask takes keyword arguments like `key` and `retries` for its own.
 """
 
@@ -39,14 +39,14 @@ Function = Callable[..., Any]
 _PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurrency")
 
 _WAYS = ("", f".{SYNC_SIDE}", ".__wrapped__")
-"""What leads from a name to the function itself: nothing, the side of a pair, or what a wrapper wraps."""
+"""The attribute paths from a name to the function itself: the name's object, a pair's side, or a wrapper's function."""
 
 
 def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
     """Check, before any call, that an executor can run this function.
 
     Raises:
-        PairError: it is a generator, wants a run manager, or has no name that another process could import.
+        PairError: the function is a generator, takes a run manager, or has no name that another process could import.
     """
     target = type(executor).__name__
     if shape.is_generator:
@@ -64,7 +64,7 @@ def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a config what can leave the process: no callbacks, and nothing that a framework keeps in it."""
+    """Return the part of a config that can leave the process: no callbacks, and no entries private to a framework."""
     portable = {key: config[key] for key in _PORTABLE if key in config}
     if "configurable" in portable:
         portable["configurable"] = {
@@ -75,13 +75,13 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Where another process finds a function."""
+    """The module and the attribute path by which another process finds a function."""
 
     module: str
     path: str
 
     def redeem(self) -> Any:
-        """Return the function, imported if need be; None if there is no such name."""
+        """Return the function, and import its module if need be; None if there is no such name."""
         found: Any = sys.modules.get(self.module) or importlib.import_module(self.module)
         for name in self.path.split("."):
             found = inspect.getattr_static(found, _attribute(found, name), None)
@@ -91,15 +91,15 @@ class Ticket:
 
 
 def _attribute(owner: object, name: str) -> str:
-    """Return the attribute in which the owner keeps what was written under this name: Python renames a private one."""
+    """Return the attribute name that `name` has in its owner: Python mangles a private name in a class."""
     prefix = owner.__name__.lstrip("_") if isinstance(owner, type) else ""
     return f"_{prefix}{name}" if prefix and name.startswith("__") and not name.endswith("__") else name
 
 
 def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
-    """Return where another process finds a function; None if the executor has to send the function itself.
+    """Return the ticket by which another process finds a function; None if the executor must send the function itself.
 
-    What `__main__` is elsewhere is sure only for the processes that Python itself starts.
+    Only in the processes of a `ProcessPoolExecutor` is it certain that `__main__` is this program's.
     """
     module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
     if not module or not qualname or (module == "__main__" and not isinstance(executor, ProcessPoolExecutor)):
@@ -112,7 +112,7 @@ _is_code: ContextVar[bool] = ContextVar("asyncify_is_code", default=False)
 
 
 def goes_as_code() -> bool:
-    """Tell whether what is pickled or unpickled just now is the code of a function, for another `__main__`."""
+    """Tell whether a function is being pickled or unpickled by its code, for a process with another `__main__`."""
     return _is_code.get()
 
 
@@ -125,15 +125,14 @@ def _as_code(pickler: Callable[[Any], Any], value: Any) -> Any:
 
 
 class Parcel:
-    """A call, ready to be sent: called in another process, it makes it.
+    """A packed call, ready to be sent to another process, which makes the call by calling the parcel.
 
-    The arguments are packed here, and the code of a function that goes without a ticket when this is pickled; both are
-    unpacked by the call: what fails then is the error of this call alone, where an executor that has to do it is of no
-    use any more.
+    The arguments are pickled here, and the code of a function without a ticket is when the parcel is. Only the call
+    itself unpickles both, so an error there fails this call alone; an executor that met it would be broken for good.
 
     Args:
-        fn: the function, or where it is found.
-        args, kwargs: what it is called with.
+        fn: the function, or its ticket.
+        args, kwargs: the arguments of the call.
         by_code: whether the executor sends the code of a function that has no ticket.
 
     Raises:
@@ -145,25 +144,25 @@ class Parcel:
         self._fn: Function | Ticket | None = fn
         self._code: bytes | None = None
         self._by_code = by_code and not isinstance(fn, Ticket)
-        is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # whose classes are there under that name
+        is_of_main = isinstance(fn, Ticket) and fn.module == "__main__"  # there its classes have that name, too
         try:
             self._arguments = (pickle.dumps if is_of_main else _dumps)((args, kwargs))
         except Exception as error:
             raise pickle.PicklingError(f"{type(error).__name__}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: with the code instead of the function, where there is something to pack that."""
+        """Return the state to pickle: with the code in place of the function if cloudpickle is there to pickle it."""
         state = dict(vars(self))
         if self._by_code and self._fn is not None and "cloudpickle" in sys.modules:
             state.update(_fn=None, _code=_packed_code(cast("Function", self._fn)))
         return state
 
     def __call__(self) -> Outcome:
-        """Make the call; whatever it raises is part of the outcome."""
+        """Make the call, and return its outcome; an error that it raises is part of that."""
         try:
             fn, args, kwargs = self._unpacked()
             return Outcome(_packed_result(fn, fn(*args, **kwargs)))
-        except BaseException as error:  # noqa: BLE001  (it is raised where the call is awaited; Dask's worker would end)
+        except BaseException as error:  # noqa: BLE001  (raised where the call is awaited; it would end Dask's worker)
             said = "".join(traceback.format_exception_only(error)).strip()
             return Outcome(_packed_error(error), "".join(traceback.format_exception(error)), said)
 
@@ -182,13 +181,13 @@ class Parcel:
         return cast("Function", fn), args, kwargs
 
     def __dask_tokenize__(self) -> str:
-        """Tell Dask that no call is like another: it would run equal ones once."""
+        """Return a unique token, as Dask would run calls with equal tokens only once."""
         return uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call in another process has ended, pickled: with a result, or with an error and its traceback's text."""
+    """The pickled end of a call in another process: its result, or its error and the text of the traceback."""
 
     packed: bytes
     traceback: str = ""
@@ -201,7 +200,7 @@ class Outcome:
 
     @cached_property
     def error(self) -> BaseException | None:
-        """What the call raised, caused by the traceback it had there."""
+        """The error that the call raised, caused by its traceback in the other process; None if it raised none."""
         if not self.traceback:
             return None
         try:
@@ -221,13 +220,13 @@ class _RemoteTracebackError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Bare:
-    """An error without its constructor, which may want more than the `args` that `pickle` gives it, or change them."""
+    """An error to rebuild without its constructor, which may need more than the `args` of `pickle`, or change them."""
 
     kind: type[BaseException]
     args: tuple[Any, ...]
     attributes: dict[str, Any]
     errors: tuple[bytes, ...] = ()
-    """Those of a group, each packed by itself."""
+    """The errors of an exception group, each packed by itself."""
     of_system: tuple[Any, ...] = ()
     """What Python's own constructor of an OSError sets errno and filename by: no attribute holds them."""
 
@@ -245,7 +244,7 @@ class _Bare:
 
 
 def _packed_result(fn: Function, result: Any) -> bytes:
-    # Dask loses a result that can't be pickled, a process pool says so without a name: here it is told in time.
+    # Dask loses a result that can't be pickled, and a process pool's error names no function: so pickle it here.
     try:
         return _dumps(result)
     except Exception as error:
@@ -255,12 +254,12 @@ def _packed_result(fn: Function, result: Any) -> bytes:
 
 
 def _dumps(value: Any) -> bytes:
-    pickler: Any = sys.modules.get("cloudpickle", pickle)  # what loky and Dask have loaded
+    pickler: Any = sys.modules.get("cloudpickle", pickle)  # loaded by loky and Dask
     return bytes(pickler.dumps(value))
 
 
 def _packed_code(fn: Function) -> bytes:
-    """Return the code of a function, pickled; or what raises there why it can't be, as each executor hides that."""
+    """Return the pickled code of a function, or else a pickled object that raises why; executors would hide it."""
     try:
         return bytes(_as_code(_dumps, fn))
     except Exception as error:  # noqa: BLE001  (anything at all may be raised by a class's own code)
@@ -269,7 +268,7 @@ def _packed_code(fn: Function) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Unsent:
-    """Stands for a function that could not be sent."""
+    """Stands in for a function whose code could not be pickled."""
 
     why: str
 
@@ -302,15 +301,15 @@ def _packed_bare(error: BaseException, args: tuple[Any, ...], errors: tuple[byte
     attributes = {name: _portable(value) for name, value in vars(error).items()}
     of_system: Any = OSError.__reduce__(error)[1] if isinstance(error, OSError) and error.errno is not None else ()
     bare = _Bare(type(error), tuple(map(_portable, args)), attributes, errors, tuple(map(_portable, of_system)))
-    return _pickled(bare) or b""  # nothing of it survives but its traceback
+    return _pickled(bare) or b""  # then only the traceback's text survives
 
 
 def _is_kept(error: BaseException, packed: bytes) -> bool:
-    """Tell whether an error comes back as it was: its constructor was given its `args`, and may have changed them."""
+    """Tell whether an error is unpickled unchanged: its constructor gets its `args`, and may change them."""
     try:
         back = pickle.loads(packed)  # noqa: S301  (packed by `_pickled`)
         return bool(type(back) is type(error) and back.args == error.args and str(back) == str(error))
-    except Exception:  # noqa: BLE001  (arrays, say, have no single answer)
+    except Exception:  # noqa: BLE001  (arrays, say, can't be compared for a single answer)
         return False
 
 
@@ -325,7 +324,7 @@ def _portable(value: Any) -> Any:
 
 
 def _pickled(value: Any) -> bytes | None:
-    """Return a value pickled, or None if it would not come back."""
+    """Return a value pickled, or None if it can't be pickled and unpickled."""
     try:
         pickled = pickle.dumps(value)
         pickle.loads(pickled)  # noqa: S301  (made one line above)
