@@ -1,4 +1,4 @@
-"""`Dual`: a pair as a LangChain runnable: how it is put together, bound, called, described and pickled."""
+"""`Dual`, a pair as a LangChain runnable: how a pair is put together, bound, called, described and pickled."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ Output = TypeVar("Output", default=Any)
 Params = ParamSpec("Params", default=...)
 Returned = TypeVar("Returned", default=Output)
 Called = TypeVar("Called", default=Output)
-# With Any in the first two places, mypy would take all that `asyncio.gather` gives for Any.
+# With Any in the first two places, mypy would infer Any for all results of `asyncio.gather`.
 Acalled = TypeVar("Acalled", default=Coroutine[None, object, Output])
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -107,15 +107,16 @@ Binding = Literal["instance", "class", "nothing"]
 
 @final
 class Nothing:
-    """To a checker, what no function returns: only `Any` passes for it, and the result of what never returns."""
+    """For type checkers, a type that no function returns: only `Any` matches it, and what never returns."""
 
 
-# An argument with an Any somewhere in its type, as each pair is, makes mypy give up, and infer Any, where it fits two
-# overloads that take different types. So it is taken as what it returns, whatever else that is: its own type, to mypy.
+# An argument may have an Any somewhere in its type, as each pair has. Where it matches two overloads that take
+# different types, mypy gives up and infers Any. So overloads take it as `Returning` its own R, whatever R is besides:
+# to mypy, that is the argument's own type.
 
 
 class Returning(Protocol[P, R_co, T_co]):
-    """A function, or a pair, that returns R, which is a T."""
+    """A function or a pair that returns R, where R is a subtype of T."""
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
@@ -126,15 +127,16 @@ class Returning(Protocol[P, R_co, T_co]):
 class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called, Acalled]):
     """A sync and an async implementation of one function, as one runnable.
 
-    A drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used wherever one
-    can. A side that is not given is made from the other: the async side on threads of the pair's own, the sync
+    It is a drop-in for `RunnableLambda`: it takes the same arguments, registers nothing, and can be used in the same
+    places. A side that is not given is made from the other: the async side runs on threads of the pair's own, the sync
     side on a background event loop.
 
-    Called directly, or by `call` and `acall`, it takes the function's own arguments. As a runnable it takes one
-    input, which is a mapping, spread by name, for a function that needs two arguments or more.
+    Called directly, or by `call` and `acall`, a pair takes the function's own arguments. As a runnable it takes one
+    input: for a function that needs two arguments or more, a mapping that is spread by name.
 
-    Its type is `Dual[Input, Output]`, which may go on: `Params` are the function's own parameters; `Returned`, `Called`
-    and `Acalled` are what a direct call, `call` and `acall` return, where that is not simply `Output`.
+    Its type is `Dual[Input, Output]`, with four further, optional parameters: `Params` are the function's own
+    parameters; `Returned`, `Called` and `Acalled` are the results of a direct call, `call` and `acall`, where these are
+    not simply `Output`.
 
     Args:
         func: the sync function; or the async one, if there is no other.
@@ -152,8 +154,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     __wrapped__: Function
 
     if TYPE_CHECKING:
-        # As `Runnable` has it, but for the last: a pair of an async function is a runnable, and a function that returns
-        # a coroutine, and mypy takes it for neither where one overload takes both.
+        # The overloads of `Runnable`, and one more. A pair of an async function is both a runnable and a function that
+        # returns a coroutine; where one overload takes both, mypy matches it to neither.
 
         @overload
         def __or__(self, other: Mapping[str, Any]) -> RunnableSerializable[Input, dict[str, Any]]: ...
@@ -177,11 +179,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         def __or__(self, other: Any) -> RunnableSerializable[Input, Any]: ...
 
         def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Generator[Output]:
-            """Stream the sync side's output for one input, by a generator, which can be closed."""
+            """Stream the sync side's output for one input; the result is a generator, so it can be closed."""
             ...
 
         def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncGenerator[Output]:
-            """Stream the async side's output for one input, by a generator, which can be closed."""
+            """Stream the async side's output for one input; the result is a generator, so it can be closed."""
             ...
 
     if not TYPE_CHECKING:
@@ -189,7 +191,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         afunc = Side(ASYNC_SIDE, "async")
 
         def __class_getitem__(cls, given: Any) -> Any:
-            """Fill in the defaults: Python 3.13.0 itself can't, where one follows that of a `ParamSpec`."""
+            """Fill in the defaults of type parameters: Python 3.13.0 fails at one that follows a `ParamSpec`'s."""
             given = given if isinstance(given, tuple) else (given,)
             defaults = (Any, Any, ..., Any, Any, Any) if cls is Dual else ()  # a subclass has parameters of its own
             return super().__class_getitem__((*given, *defaults[len(given) :]))
@@ -229,7 +231,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         afunc: Callable[P, Awaitable[T]] | None = None,
         name: str | None = None,
     ) -> None: ...
-    # The last two are for functions that disagree, each of its own type, which to mypy is that in the overloads before.
+    # The last two are for functions that disagree. They take each by its own type, to mypy the same as in those before.
     @overload
     def __init__(
         self, func: Callable[P, R], afunc: Callable[Q, Awaitable[A]] | None = None, name: str | None = None
@@ -239,7 +241,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self, func: Callable[P, R], afunc: Callable[Q, AsyncIterable[A]] | None = None, name: str | None = None
     ) -> None: ...
     def __init__(self, func: Function, afunc: Function | None = None, name: str | None = None) -> None:
-        """Make a pair of a function, or of two."""
+        """Make a pair of one function or two."""
         super().__init__(func, afunc, name)
         self._is_named: bool = name is not None
         self._gate: Gate | None = None
@@ -264,7 +266,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         bridge: Bridge | None = None,
         warn: bool | None = None,
     ) -> None:
-        """Give the pair the name, docs, signature and colour of a function, a limit, a way to make a side."""
+        """Set what is given: the function whose name, docs, signature and colour the pair wears, a limit, a bridge."""
         if wears is not None:
             functools.update_wrapper(self, wears, updated=())
             self.__isabstractmethod__: bool = getattr(wears, "__isabstractmethod__", False)
@@ -279,12 +281,12 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._assemble()
 
     def __setattr__(self, name: str, value: Any, /) -> None:
-        """Set an attribute; who replaces a side, as tests do with `patch.object(pair, "func", fake)`, has it run."""
+        """Set an attribute; a side that is replaced, as a test does by `patch.object(pair, "func", fake)`, is run."""
         super().__setattr__(name, value)
         self._notice_change(name)
 
     def __delattr__(self, name: str, /) -> None:
-        """Take an attribute away."""
+        """Delete an attribute; if it is a side, assemble the pair without it."""
         super().__delattr__(name)
         self._notice_change(name)
 
@@ -309,31 +311,31 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         if called.shape.is_generator or self._is_async_def:
             is_generator = called.shape.is_generator
             self._marks = code_marks(plain(called.fn)) if is_generator else coroutine_marks(self.__wrapped__)
-            vars(self).setdefault("__name__", self.get_name())  # of a partial: a function has a name
+            vars(self).setdefault("__name__", self.get_name())  # a partial has none, but a function does
         self._set_fakes(self._fakes)
 
     def _set_fakes(self, fakes: tuple[Entries, ...]) -> None:
-        """Run the last of these instead of the pair's own entries, or those if there is none."""
+        """Run the last of these fakes instead of the pair's own entries; without fakes, run the pair's own."""
         self._fakes = fakes
         subscribe(self)
 
     def _set_watched(self, *, on: bool) -> None:
-        """Time the async side's steps from the next call on, or run it as it is."""
+        """Have calls from now on run the async side step by step under the timer, or else as it is."""
         live = self._fakes[-1] if self._fakes else self._entries
         self._live = live.timed if on and live.timed is not None else live
 
     @property
     def limiter(self) -> Any:
-        """What limits both sides, None if nothing does: a `Limiter`, or one for each key, or somebody else's.
+        """The limiter of both sides: a `Limiter`, one for each key, or a foreign one; None if there is no limit.
 
-        Any to a type checker, as which it is depends on how it was asked for.
+        Its type is Any, as it depends on the arguments of `concurrency`.
         """
         return None if self._gate is None else self._gate.limiter
 
     # --- as a method ---
 
     def __set_name__(self, owner: type, name: str) -> None:
-        """Become a method, if its function was written here; and if that was under another name, take this one."""
+        """Become a method if the pair's function was written in this class; take this name if it had another there."""
         where, _, written = getattr(self, "__qualname__", "").rpartition(".")
         if (self.__module__, where) == (owner.__module__, owner.__qualname__):
             if vars(owner).get(written) is not self:
@@ -342,11 +344,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             sides: list[object] = [vars(self).get(SYNC_SIDE), vars(self).get(ASYNC_SIDE)]
             for side in sides:
                 hear: Any = getattr(type(side), "__set_name__", None)
-                if hear is not None:  # that of a decorator which wants to know
+                if hear is not None:  # a side's decorator has a `__set_name__` of its own
                     hear(side, owner, name)
 
     def _become_method(self) -> None:
-        """Have a side that binds by itself, as one that `wrapt` has decorated, bound to the first argument."""
+        """Bind the sides that bind by themselves, as one decorated by `wrapt` does, to the first argument."""
         self._is_method = self._binding != "nothing"
         self._assemble()
 
@@ -360,10 +362,10 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     def __get__(
         self: Dual[Input, Output, Concatenate[Any, P], Returned, Called, Acalled],
         instance: object,
-        owner: Any = None,  # not `type | None`: pyright takes the class of an enum's member for no type
+        owner: Any = None,  # not `type | None`: pyright does not take the class of an enum's member for a type
     ) -> Dual[Input, Output, P, Returned, Called, Acalled]: ...
     def __get__(self, instance: object, owner: Any = None) -> AnyDual:
-        """Bind like the function that it was: an equal pair on each access, under the one limit."""
+        """Bind as the decorated function would: each access makes an equal pair, under the same limit."""
         if self._binding == "nothing" or (self._binding == "instance" and instance is None):
             return self
         return _bound_kind(type(self))(self, instance if self._binding == "instance" else owner or type(instance))
@@ -396,17 +398,17 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._furnish(gate=gate)
         return self
 
-    # --- called as the function it was ---
+    # --- called like the decorated function ---
 
     def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Returned:
-        """Do what the decorated function did, within the limit: an `async def` gives an awaitable."""
+        """Do what the decorated function did, within the limit: for an `async def`, return an awaitable."""
         if self._on_stub is not None and self._is_stub_call(args, kwargs):
             return cast("Returned", self)
         run = self._live.async_.run if self._is_async_def else self._live.sync.run
         return cast("Returned", run(*args, **kwargs))
 
     if not TYPE_CHECKING:
-        # It has no hints to show, so that who asks for those first, as LangGraph does, goes on to the function's.
+        # Hides the hints of this method: code that asks for these first, as LangGraph does, then asks the function's.
         __call__.__no_type_check__ = True
 
     def _is_stub_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -434,12 +436,12 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     # --- called as a runnable ---
 
     def _admits(self) -> int | None:
-        """Return how many calls the limit lets in at once; a fake runs at once, in the place of pair and limit."""
+        """Return how many calls the limit admits at once; None without a limit, or for a fake, which has none."""
         limiter = None if self._fakes else self.limiter
         return limiter._limits.limit if isinstance(limiter, Limiter) else None
 
     def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
-        """Tell, once each, of the traps that an async batch of so many calls runs into."""
+        """Warn, once each, of the traps that an async batch of so many calls runs into."""
         if not self._warn or self._fakes:
             return
         entry, name = self._entries.async_, getattr(self, "name", None)
@@ -455,7 +457,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         self._told.add(warning)
         return is_news
 
-    if not TYPE_CHECKING:  # for a type checker the overloads of `Runnable` say what comes out
+    if not TYPE_CHECKING:  # type checkers use the overloads of `Runnable`
 
         def batch(self, inputs: Any, config: Any = None, **options: Any) -> Any:
             """Run as `RunnableLambda` does; a bridged sync side with a limit runs all inputs on the background loop."""
@@ -464,11 +466,11 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
                 return run_in_background(functools.partial(self.abatch, inputs, config, **options))
             return super().batch(inputs, config, **options)
 
-    # --- to a model ---
+    # --- schemas and tools ---
 
     @functools.cached_property
     def deps(self) -> list[Runnable[Any, Any]]:
-        """The runnables that the function uses, as LangChain finds them; a callable that has no hash shows none."""
+        """The runnables that the function uses, as LangChain finds them; none for a callable that has no hash."""
         try:
             return super().deps
         except TypeError:
@@ -476,13 +478,13 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
     @property
     def InputType(self) -> Any:  # noqa: N802
-        """The type of the input: that of the first parameter, where its annotation is a string too."""
+        """The type of the input: that of the first parameter, even if its annotation is a string."""
         declared: Any = super().InputType
         return resolved_input(self.__wrapped__) if isinstance(declared, str) else declared
 
     @property
     def OutputType(self) -> Any:  # noqa: N802
-        """The type of the output: that of the result or of a chunk, where the annotation is a string too."""
+        """The type of the output: that of the result or of a chunk, even if the annotation is a string."""
         declared: Any = super().OutputType
         return resolved_output(self.__wrapped__) if isinstance(declared, str) else declared
 
@@ -494,21 +496,21 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         return super().get_input_schema(config)
 
     def get_input_jsonschema(self, config: RunnableConfig | None = None) -> dict[str, Any]:
-        """Return the JSON schema of the input; for LangChain's `tool`, what it asks: whether this is an object."""
+        """Return the input's JSON schema; to LangChain's `tool`, which only checks for an object, return just that."""
         if asks_for_tool(sys._getframe().f_back):
             return {"type": "object"}
         return super().get_input_jsonschema(config)
 
     @property
     def input_schema(self) -> TypeBaseModel:
-        """The schema of the input; for LangChain's `tool`, of the function's parameters."""
+        """The schema of the input; for LangChain's `tool`, that of the function's parameters."""
         if asks_for_tool(sys._getframe().f_back):
-            name = getattr(self, "__name__", self.get_name())  # that of the tool, if it is given no other
+            name = getattr(self, "__name__", self.get_name())  # the tool's default name
             return self._keys_schema() or tool_schema(self.__wrapped__, name)
         return self.get_input_schema()
 
     def _keys_schema(self) -> type[BaseModel] | None:
-        """Return what a tool takes instead of parameters: a drop-in is no function, so the keys of its input."""
+        """Return the schema of a drop-in's input keys, which a tool takes instead of parameters; None for others."""
         if self._by_reference or len(self._entries.sync.shape.required) > 1:
             return None
         return keys_schema(
@@ -525,8 +527,8 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
     ) -> BaseTool:
         """Return a tool whose arguments are the function's parameters, and whose description is its docs.
 
-        A drop-in, `Dual(func)`, has the arguments that a `RunnableLambda` would have, if its input is a mapping whose
-        keys are known, as those of a `TypedDict` are.
+        The tool of a drop-in, `Dual(func)`, has the arguments that a `RunnableLambda`'s would have, if its input is a
+        mapping whose keys are known, such as a `TypedDict`.
         """
         is_told = args_schema is not None or arg_types is not None
         if is_told and not self._by_reference:
@@ -561,7 +563,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             return id(self)
 
     def __repr__(self) -> str:
-        """Show the sides and the limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`; to `tool`, the docs."""
+        """Show sides and limit: `<Dual fetch sync+async 3/10 in flight, 7 waiting>`; for `tool`, return the docs."""
         if asks_for_tool(sys._getframe().f_back):
             return description_of(self.__wrapped__, self.get_name())
         kinds = {"sync": self._entries.sync.kind, "async": self._entries.async_.kind}
@@ -571,7 +573,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
         return f"<Dual {self.get_name()} {real}{made}{state}>"
 
     def __reduce__(self) -> Any:
-        """Pickle a decorated pair by its module and name, any other by its functions."""
+        """Pickle a decorated pair by its module and name, any other pair by its functions."""
         if self._by_reference and not (goes_as_code() and self._has_no_name_elsewhere()):
             module, name = _place_of(self)
             is_own = (module, name) == (self.__module__, getattr(self, "__qualname__", ""))
@@ -584,18 +586,18 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             )
         state = {k: v for k, v in vars(self).items() if k not in _MADE_ANEW}
         if self._by_reference and isinstance(self._bridge, Executor):
-            state["_bridge"] = "thread"  # it goes to a process of that very executor, say
+            state["_bridge"] = "thread"  # the pair may go to a process of that very executor
         return copyreg.__newobj__, (_lasting_kind(type(self)),), state  # type: ignore[attr-defined]
 
     def _has_no_name_elsewhere(self) -> bool:
-        """Whether another program, whose `__main__` is not this one's, finds it nowhere."""
+        """Tell whether another program, which has a `__main__` of its own, can't find the pair by any name."""
         try:
             return _place_of(self)[0] in PROGRAM
         except pickle.PicklingError:
             return True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make anew what was not pickled: at once, or if it comes with code, complete or not, at the first use."""
+        """Make anew what was not pickled: at once, or at first use if it came as code, which may be incomplete yet."""
         vars(self).update(state, _told=set(), _fakes=(), _on_stub=None)
         if goes_as_code():
             object.__setattr__(self, "__class__", _unpickled_kind(type(self)))
@@ -603,7 +605,7 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
             self._assemble()
 
     def __copy__(self) -> Self:
-        """Return a decorated pair itself, as of a function; of any other a copy under the same limit, without fakes."""
+        """Return a decorated pair itself, as for a function; or else a copy under the same limit, without fakes."""
         if self._by_reference:
             return self
         made = object.__new__(type(self))
@@ -631,9 +633,9 @@ class Dual(Paths[Input, Output], Generic[Input, Output, Params, Returned, Called
 
 
 class _Bound(Dual[Any, Any]):
-    """A pair as a method of one instance or class; it lives and dies with whoever looked it up."""
+    """A pair that is bound to one instance or class; each access makes a new one."""
 
-    __setattr__ = object.__setattr__  # what is set is not noticed: it is made at each access, and quickly
+    __setattr__ = object.__setattr__  # `Dual`'s would assemble the pair anew; a bound pair must be made quickly
     __delattr__ = object.__delattr__
 
     if not TYPE_CHECKING:
@@ -642,10 +644,10 @@ class _Bound(Dual[Any, Any]):
 
     _binding = "nothing"  # a bound pair is not bound again
 
-    def __init__(self, pair: AnyDual, receiver: object) -> None:  # the pair has been looked at already
+    def __init__(self, pair: AnyDual, receiver: object) -> None:  # no `super().__init__()`: the pair is checked already
         self._pair = pair
         self._receiver = receiver
-        self.name = pair.get_name()  # a lambda's has no attribute of that name
+        self.name = pair.get_name()  # a lambda's pair has no attribute `name`
         self._on_stub = None
         self._is_async_def = pair._is_async_def
         functools.update_wrapper(self, MethodType(pair.__wrapped__, receiver), updated=())
@@ -657,7 +659,7 @@ class _Bound(Dual[Any, Any]):
             setattr(self, ASYNC_SIDE, MethodType(kept[ASYNC_SIDE], receiver))
 
     def __getattr__(self, name: str) -> Any:
-        """Find what is kept on the pair, by a subclass too; sides and dunder names are this method's own."""
+        """Return the pair's own attribute, also one that a subclass sets, but not its sides or dunder attributes."""
         kept = {} if name == "_pair" else vars(self._pair)
         is_own = name in (SYNC_SIDE, ASYNC_SIDE) or name.startswith("__")
         if name in kept and not is_own:
@@ -674,16 +676,16 @@ class _Bound(Dual[Any, Any]):
 
     @property
     def _unbound(self) -> AnyDual:
-        """The pair that was bound."""
+        """The pair as it stands in the class."""
         return self._pair
 
     @property
     def _is_of_class(self) -> bool:
-        """Whether it is a class method's, and not an instance's."""
+        """Whether the pair is bound as a class method, and not to an instance."""
         return self._pair._binding == "class" or self._is_class_method()
 
     def _is_class_method(self) -> bool:
-        """Tell whether a `classmethod` wraps the pair: up to Python 3.12 it binds it as if to an instance."""
+        """Tell whether a `classmethod` wraps the pair: up to Python 3.12 that binds the pair as if to an instance."""
         classes: tuple[type, ...] = getattr(self._receiver, "__mro__", ())
         found: list[Any] = [vars(cls).get(self.__qualname__.rpartition(".")[2]) for cls in classes]
         return any(type(wraps) is classmethod and wraps.__func__ is self._pair for wraps in found)
@@ -698,7 +700,7 @@ class _Bound(Dual[Any, Any]):
 
     @property
     def deps(self) -> list[Runnable[Any, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the pair: LangChain would keep what they are looked up for, and the instance with it, for good."""
+        """The unbound pair's: LangChain would cache the method that has them, and keep the instance alive for good."""
         return self._pair.deps
 
     def _bind(self, entries: Entries) -> Entries:
@@ -709,15 +711,15 @@ class _Bound(Dual[Any, Any]):
         )
 
     def _warn_of_traps(self, calls: int, *, bounded: bool) -> None:
-        """Tell what the pair tells, once for all its instances."""
+        """Warn as the unbound pair does: once for all instances."""
         self._pair._warn_of_traps(calls, bounded=bounded)
 
     def _furnish(self, **given: Any) -> None:
-        """Refuse: what a method is made of is said in its class."""
+        """Refuse: a method can only be decorated in its class."""
         raise PairError(f"{describe(self)} is bound to {self._receiver!r}; decorate it in its class")
 
     def _set_fakes(self, fakes: tuple[Entries, ...]) -> None:
-        """Fake a class's method; refuse an instance's, as a fake stands in for the method of the class."""
+        """Fake a class method; refuse an instance's method, as a fake replaces the method of the whole class."""
         if not self._is_of_class:
             raise self._not_here()
         self._pair._set_fakes(fakes)
@@ -729,11 +731,11 @@ class _Bound(Dual[Any, Any]):
         )
 
     def __reduce__(self) -> Any:
-        """Pickle as a method does: by its instance and its name."""
+        """Pickle as a method does: by its instance or class, and its name."""
         return getattr, (self._receiver, self._attribute())
 
     def _attribute(self) -> str:
-        """Return under which name its class has the pair: that of the function, unless it has it under others only."""
+        """Return the pair's name in its class: the function's name, or another if the class has the pair only there."""
         own = self.__qualname__.rpartition(".")[2]
         kind = self._receiver if self._is_of_class else type(self._receiver)
         classes: tuple[type, ...] = getattr(kind, "__mro__", ())
@@ -742,21 +744,21 @@ class _Bound(Dual[Any, Any]):
         return own if own in names or not names else names[0]
 
     def __copy__(self) -> Self:
-        """Return the pair itself, as of a method."""
+        """Return the bound pair itself, as `copy` does for a method."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the method of a copy of its instance."""
+        """Return the same pair, bound to a copy of the instance."""
         return type(self)(self._pair, copy.deepcopy(self._receiver, memo))
 
 
 class _Unpickled(Dual[Any, Any]):
-    """A pair that came with code, until it is first asked for what it is run by or told by."""
+    """A pair that was unpickled with its functions' code, until its entries are first asked for."""
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Put the pair together; a class that has this looks up all attributes more slowly, so it goes."""
+            """Assemble the pair, and give it its lasting class: a `__getattr__` slows all attribute access down."""
             if name in _MADE_LATE:
                 object.__setattr__(self, "__class__", _lasting_kind(type(self)))
                 self._assemble()
@@ -765,12 +767,12 @@ class _Unpickled(Dual[Any, Any]):
 
 @functools.cache
 def _unpickled_kind(kind: type[AnyDual]) -> type[_Unpickled]:
-    """Return the class that a pair of this kind has at first."""
+    """Return the class of a pair of this kind that has been unpickled, but not yet assembled."""
     return _Unpickled if kind is Dual else cast("type[_Unpickled]", new_class(kind.__name__, (_Unpickled, kind)))
 
 
 def _lasting_kind(kind: type[AnyDual]) -> type[AnyDual]:
-    """Return the class that a pair has when it is put together."""
+    """Return the class that a pair of this kind has once it is assembled."""
     if not issubclass(kind, _Unpickled):
         return kind
     return Dual if kind is _Unpickled else cast("type[AnyDual]", kind.__bases__[1])
@@ -778,13 +780,13 @@ def _lasting_kind(kind: type[AnyDual]) -> type[AnyDual]:
 
 @functools.cache
 def _bound_kind(kind: type[AnyDual]) -> type[_Bound]:
-    """Return the class of what is bound of a pair: with what a subclass of `Dual` makes of the methods."""
+    """Return the class of bound pairs of this kind: for a subclass of `Dual`, it inherits that one's overrides."""
     return _Bound if kind is Dual else cast("type[_Bound]", new_class(f"Bound{kind.__name__}", (_Bound, kind)))
 
 
 @functools.cache
 def _bound_shape(shape: Shape) -> Shape:
-    """Return the shape of a function whose first argument is given."""
+    """Return the shape of a function without its first parameter."""
     return dataclasses.replace(
         shape, required=shape.required[1:], positional_only=shape.positional_only[1:], places=shape.places - 1
     )
@@ -795,14 +797,14 @@ for _name in MARKS:
 
 
 _MADE_LATE = {"_entries", "_live", "_marks"}
-"""Attributes of a pair that it has when it has been put together."""
+"""Attributes that a pair has only once it is assembled."""
 
 _MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_marks", "_place"}
-"""Attributes of a pair that are not pickled with it."""
+"""Attributes of a pair that are not pickled but made anew."""
 
 
 AnyDual = Dual[Any, Any, ..., Any, Any, Any]
-"""Any pair at all, a streaming one too."""
+"""The type of any pair, a streaming one included."""
 
 
 def is_pair(value: object) -> TypeGuard[AnyDual]:
@@ -813,10 +815,10 @@ def is_pair(value: object) -> TypeGuard[AnyDual]:
 def function_of(side: Function, colour: Literal["sync", "async"] | None = None) -> Function:
     """Return the function of a side, which may be a class or static method, or a pair.
 
-    `@concurrency` makes a pair of one side of a function; of a pair with both, `colour` says which one is meant.
+    A side is a pair if `@concurrency` has decorated it. If a pair has both sides, `colour` says which one is meant.
 
     Raises:
-        PairError: it is a pair with both sides.
+        PairError: the side is a pair with both sides, and no colour is given.
     """
     side = unwrapped(side)
     if not is_pair(side):
@@ -829,18 +831,18 @@ def function_of(side: Function, colour: Literal["sync", "async"] | None = None) 
 
 
 def unwrapped(side: Function) -> Function:
-    """Return what a class or static method wraps, or else the side itself."""
+    """Return the function or pair that a class or static method wraps, or else the side itself."""
     return cast("staticmethod[..., Any]", side).__func__ if isinstance(side, (classmethod, staticmethod)) else side
 
 
 def side_beside(other: Function, side: Function) -> Function:
-    """Return the side; a class's pair as it stands in the class, if the other side takes the class as well."""
+    """Return the side, or the unbound pair if it is bound to a class and the other side takes the class as well."""
     takes_class = isinstance(side, _Bound) and side._is_of_class and not same_parameters(side, function_of(other))
     return cast("_Bound", side)._unbound if takes_class else side
 
 
 def _check_is_of_class(pair: AnyDual, other: str, body: dict[str, Any]) -> None:
-    """Refuse a second side that is written in the body of a subclass: it would be that of the class, too."""
+    """Refuse a second side that is written in the body of a subclass: it would change the base class, too."""
     own = pair.__qualname__.rpartition(".")[0]
     written = body.get("__qualname__", own)
     is_of_class = own != "" and not own.endswith("<locals>")
@@ -852,15 +854,15 @@ def _check_is_of_class(pair: AnyDual, other: str, body: dict[str, Any]) -> None:
 
 
 def in_its_class(pair: AnyDual) -> AnyDual:
-    """Return a class's pair as it stands in the class, any other as it is."""
+    """Return the unbound pair if the pair is bound to a class, any other pair as it is."""
     return pair._unbound if isinstance(pair, _Bound) and pair._is_of_class else pair
 
 
 def gate_of(*sides: Function | None) -> Gate | None:
-    """Return the limit that the sides bring along.
+    """Return the gate, and so the limit, that the sides bring along; None if they have none.
 
     Raises:
-        PairError: they bring different ones.
+        PairError: two sides have different limits.
     """
     pairs = [pair for side in sides if side and is_pair(pair := unwrapped(side)) and pair._gate is not None]
     gates = [pair._gate for pair in pairs]
@@ -872,7 +874,7 @@ def gate_of(*sides: Function | None) -> Gate | None:
 
 
 def _place_of(pair: AnyDual) -> tuple[str, str]:
-    """Return the module that holds a pair, and the name there, neither of which need be its function's."""
+    """Return the module that holds a pair, and its name there; neither need be the function's."""
     qualname = getattr(pair, "__qualname__", "")
     with contextlib.suppress(AttributeError):
         if operator.attrgetter(qualname)(sys.modules.get(pair.__module__)) is pair:
@@ -883,7 +885,7 @@ def _place_of(pair: AnyDual) -> tuple[str, str]:
     for module in [pair.__module__, *(module for module in sys.modules if module not in PROGRAM)]:
         for name, value in list(_names_in(module).items()):
             if value is pair:
-                pair._place = module, name  # to look through all modules takes milliseconds
+                pair._place = module, name  # kept, as a search of all modules takes milliseconds
                 return module, name
     raise pickle.PicklingError(
         f"{describe(pair)} can't be pickled: no module that others can import holds it under a name; assign it to one "
@@ -892,7 +894,7 @@ def _place_of(pair: AnyDual) -> tuple[str, str]:
 
 
 def _names_in(module: str) -> dict[str, Any]:
-    """Return the names in a module, without asking it: a lazy one would be imported."""
+    """Return the names in a module, without its `__getattr__`, which would import a lazy module."""
     try:
         return cast("dict[str, Any]", object.__getattribute__(sys.modules.get(module), "__dict__"))
     except AttributeError:
@@ -900,7 +902,7 @@ def _names_in(module: str) -> dict[str, Any]:
 
 
 def _held_at(module: str, name: str, called: str) -> AnyDual:
-    """Return the pair that a module holds under a name; a variable of a loop, say, may hold another by now."""
+    """Return the pair that a module holds under a name; raise if that is another by now, as under a loop variable."""
     pair = getattr(importlib.import_module(module), name, None)
     if not is_pair(pair) or pair.get_name() != called:
         raise pickle.UnpicklingError(

@@ -34,7 +34,7 @@ AsyncRun = AsyncCallbackManagerForChainRun | None
 
 
 def fold(total: Any, chunk: Any) -> Any:
-    """Add a chunk to the total as LangChain does: by `+`, or else the last chunk wins. The total of no chunks is None."""
+    """Add a chunk to a total as LangChain does: by `+`, or else the last chunk wins. No chunks have the total None."""
     if total is None:
         return chunk
     try:

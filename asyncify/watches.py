@@ -1,6 +1,6 @@
-"""`watch`: runs async sides step by step under a timer, and tells of steps that held the event loop.
+"""`watch`: runs async sides step by step under a timer, and warns of steps that held the event loop.
 
-A step is what runs from one await to the next. While it runs, nothing else does on its event loop.
+A step is the code that runs from one await to the next. While it runs, nothing else runs on its event loop.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ Function = Callable[..., Any]
 Line = tuple[CodeType, int]
 
 _LOOKS = 4
-"""How often a step is looked at before it has lasted for the threshold, so that the line is that of most of it."""
+"""How many samples of a step's stack are taken within the threshold: the line reported is the most frequent one."""
 
 _KEPT = 1000
-"""Records that a watch keeps, for one that is set by the environment lasts as long as the program."""
+"""How many records a watch keeps; a bound, as a watch set by the environment lasts as long as the program."""
 
 _FOREIGN = (
     "<frozen ",
     f"{Path(__file__).parent}{os.sep}",
     *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")},
 )
-"""How the names of files begin that hold nobody's own code: this package, the standard library, what was installed."""
+"""Prefixes of the names of files that hold no code of the user's own: this package, the stdlib, installed packages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A line of somebody's code."""
+    """A line of code, with its file and function."""
 
     file: str
     line: int
@@ -67,8 +67,9 @@ class Place:
 class HeldLoop:
     """A step of an async side that held its event loop.
 
-    `since` is the await that the step went on from, None at the start of the call. `at` is where it was seen most of
-    the time: the innermost line of one's own code, None where nobody could look, as in C code that stops all threads.
+    `since` is the await that the step went on from, None if it was the call's first step. `at` is the line where the
+    step was seen most often: the innermost line of the user's own code, None if it was never seen, as in C code that
+    keeps the GIL.
     """
 
     pair: str
@@ -86,15 +87,15 @@ class HeldLoop:
 
 
 class Watch(Block):
-    """Time each step of every pair's async side while it is on, and warn of those over the threshold.
+    """Time each step of every pair's async side while the watch is on, and warn of steps over the threshold.
 
-    A context manager, and a decorator for a `def` or an `async def`. It watches the calls of the whole process that
-    begin while it is on, but no tasks that they start, by `asyncio.gather` or a task group say, unless those call a
-    pair themselves. Each finding is a `BlockingWarning` and a record. `ASYNCIFY_WATCH=1` in the environment puts one on
-    for the whole program.
+    A watch is a context manager, and a decorator for a `def` or an `async def`. It watches all calls in the process
+    that begin while it is on. It does not watch the tasks that these calls start, by `asyncio.gather` or a task group,
+    say, unless a task calls a pair itself. Each finding is a `BlockingWarning` and a record. `ASYNCIFY_WATCH=1` in the
+    environment turns a watch on for the whole program.
 
     Args:
-        threshold: seconds that a step may hold its loop.
+        threshold: the most seconds that a step may hold its loop.
 
     Attributes:
         held: the findings, the last 1,000 at most.
@@ -131,7 +132,7 @@ class Watch(Block):
         return self
 
     def _look_around(self) -> None:
-        """Look at the stacks of steps that are under way, again and again, from a thread of its own."""
+        """Start a thread that samples the stacks of the steps under way, again and again."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, args=(self._over,), name="asyncify-watch", daemon=True)
         self._thread.start()
@@ -147,19 +148,19 @@ watch = Watch
 
 
 class Watchable(Protocol):
-    """What runs one function while there is a watch, and another while there is none."""
+    """An object that runs one function while a watch is on, and another while none is."""
 
     def _set_watched(self, *, on: bool) -> None:
-        """Be told which; quickly, for a lock is held."""
+        """Switch between the two functions; quickly, as a lock is held."""
 
 
 _watches: tuple[Watch, ...] = ()
 _watchables: WeakValueDictionary[int, Watchable] = WeakValueDictionary()  # by `id`: pairs may be equal
-_changing = threading.RLock()  # a finalizer may make a pair in the middle of it
+_changing = threading.RLock()  # re-entrant: a finalizer may make a pair while it is held
 
 
 def subscribe(watchable: Watchable) -> None:
-    """Tell it now whether there is a watch, and again whenever that changes, for as long as it lives."""
+    """Tell an object now whether a watch is on, and again at each change for as long as the object lives."""
     with _changing:
         _watchables[id(watchable)] = watchable
         watchable._set_watched(on=bool(_watches))
@@ -170,40 +171,40 @@ def _set_watches(watches: tuple[Watch, ...]) -> None:
     changes = bool(watches) != bool(_watches)
     _watches = watches
     if changes:
-        for ref in _watchables.valuerefs():  # a list of its own, unlike what the dictionary iterates over
+        for ref in _watchables.valuerefs():  # a copy, as the dictionary may change meanwhile
             if (watchable := ref()) is not None:
                 watchable._set_watched(on=bool(watches))
 
 
 class _Step:
-    """What runs from one await to the next."""
+    """The code that runs from one await to the next, as it is timed and sampled."""
 
     __slots__ = ("began", "inner", "seen")
 
     def __init__(self) -> None:
-        self.inner = 0.0  # seconds of it that are steps of other pairs
+        self.inner = 0.0  # seconds within it that were steps of other pairs
         self.seen: Counter[Line] | None = None
         self.began = perf_counter()
 
     def look(self, thread: int) -> None:
-        """Note the line that this step is at; called by another thread."""
+        """Count the line that this step is at in its thread; called by the watch's thread."""
         frame = sys._current_frames().get(thread)
         lines: list[Line] = []
         while frame is not None and frame.f_code is not _STEPPED:
             lines.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back
-        if lines and frame is not None and _running.get(thread) is self:  # else it has ended meanwhile
+        if lines and frame is not None and _running.get(thread) is self:  # else the step has ended meanwhile
             self.seen = self.seen or Counter()
             self.seen[_own_line(lines)] += 1
 
 
 _running: dict[int, _Step] = {}
-"""The innermost step that is under way in each thread."""
+"""By thread, the innermost step that is under way."""
 
 
 @coroutine
 def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[Any, Any, Any]:
-    """Await `steps`, whose code is that of `body`, step by step under the timer."""
+    """Await `steps`, step by step under the timer; `body` is the coroutine or generator whose code they run."""
     send, value = steps.send, None
     thread = get_ident()
     try:
@@ -220,7 +221,7 @@ def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[A
             except StopAsyncIteration:
                 raise
             except BaseException:
-                hidden = (BlockingWarning,)  # made an error, it would hide the call's own
+                hidden = (BlockingWarning,)  # as an error, by a warnings filter, it would hide the call's own
                 raise
             finally:
                 seconds = perf_counter() - step.began
@@ -237,7 +238,7 @@ def _stepped(steps: Any, body: object, pair: str, *, begun: bool) -> Generator[A
                 send = steps.send
             except GeneratorExit:
                 raise
-            except BaseException as error:  # noqa: BLE001  (it is the coroutine's)
+            except BaseException as error:  # noqa: BLE001  (it is thrown into the coroutine)
                 send, value = steps.throw, error
     finally:
         steps.close()
@@ -266,7 +267,7 @@ async def _watched_chunks(chunks: AsyncGenerator[T, Any], pair: str) -> AsyncGen
 
 
 def timed(fn: Function, pair: str, *, is_generator: bool) -> Function:
-    """Return an async function that does what `fn` does, step by step under the timer."""
+    """Return an async function that runs `fn` step by step under the timer."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return _watched(partial(fn, *args, **kwargs), pair)
@@ -291,7 +292,7 @@ def _tell(pair: str, seconds: float, since: list[Line], step: _Step) -> None:
 
 
 def _lines_of(body: object) -> list[Line]:
-    """Return where a coroutine that has begun waits, the innermost line first."""
+    """Return the lines at which a coroutine or async generator that has begun is suspended, the innermost first."""
     lines: list[Line] = []
     while True:
         if isinstance(body, CoroutineType):
@@ -305,7 +306,7 @@ def _lines_of(body: object) -> list[Line]:
 
 
 def _own_line(lines: list[Line]) -> Line:
-    """Return the innermost line of one's own code, or else the outermost, which is the pair's function."""
+    """Return the innermost line of the user's own code, or else the outermost line, which is the pair's function."""
     return next((line for line in lines if not line[0].co_filename.startswith(_FOREIGN)), lines[-1])
 
 
@@ -322,7 +323,7 @@ def _look_around_again() -> None:
     _changing.release()
 
 
-# Nothing is half changed in a child: no other thread changes anything while the process is forked.
+# The lock is held over a fork, so that no other thread leaves the watches half changed in the child.
 at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_look_around_again)
 
 if os.environ.get("ASYNCIFY_WATCH", "").lower() not in ("", "0", "false", "no", "off"):
