@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeGuard, get_args, get_origin, get_type_hin
 from langchain_core.callbacks import Callbacks
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool, InjectedToolArg, StructuredTool
+from langchain_core.utils.pydantic import get_fields
 from pydantic import BaseModel, ConfigDict, Field, RootModel, create_model
 from typing_extensions import is_typeddict
 
@@ -226,15 +227,18 @@ def tool_of(
 ) -> BaseTool:
     """Return a tool that calls the runnable, on either path, with the function's parameters or its input's keys.
 
-    `schema` describes the parameters otherwise than the function does.
+    `schema` describes the parameters otherwise than the function does; or the keys of its input, if that is a mapping.
     """
-    if keys is None:
+    is_of_keys = schema is not None and _describes_keys(fn, schema)
+    if keys is None and not is_of_keys:
         _check_names(fn)
 
     def taken(alone: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if keys is not None:
             return (alone[0] if alone else given), {}
-        return _split(fn, {_parameters(fn)[0].name: alone[0]} if alone else given)
+        if alone or is_of_keys:
+            given = {_parameters(fn)[0].name: alone[0] if alone else given}
+        return _split(fn, given)
 
     def run(*alone: Any, callbacks: Callbacks = None, **given: Any) -> Any:
         value, rest = taken(alone, given)
@@ -251,6 +255,17 @@ def tool_of(
         description=description or description_of(fn, name),
         args_schema=schema or keys or _arguments_schema(fn, name, _Parameters),
     )
+
+
+def _describes_keys(fn: Function, schema: type[BaseModel] | dict[str, Any]) -> bool:
+    """Tell whether a schema names none of a function's parameters, the one required of which takes a mapping."""
+    kind = resolved_input(fn)
+    kind = get_origin(kind) or kind
+    is_mapping = is_typeddict(kind) or (isinstance(kind, type) and issubclass(kind, Mapping))
+    if not is_mapping or len(shape_of(fn).required) > 1:
+        return False
+    described: Mapping[str, Any] = schema.get("properties", {}) if isinstance(schema, dict) else get_fields(schema)
+    return described.keys().isdisjoint(parameter.name for parameter in _parameters(fn))
 
 
 def _split(fn: Function, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

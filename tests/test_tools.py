@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import Iterator  # noqa: F401  (an annotation in a string names it)
+from collections.abc import Callable, Iterator, Mapping  # noqa: F401  (an annotation in a string names one)
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -655,6 +655,91 @@ async def test_a_tool_whose_arguments_are_described_otherwise_takes_them_as_befo
     assert made.invoke({"query": "EUR"}) == "sync EUR"
     assert await made.ainvoke({"query": "EUR"}) == "async EUR"
     assert made.args["query"]["type"] == "string"
+
+
+class _Amounts(BaseModel):
+    """Numbers."""
+
+    a: int = Field(description="of one")
+    b: list[int] = Field(default=[1], description="of all")
+
+
+class _AmountsDict(TypedDict):
+    a: int
+    b: list[int]
+
+
+async def _areckon(x: dict[str, Any]) -> str:
+    return f"async {_reckon(x)}"
+
+
+def _reckon(x: dict[str, Any]) -> str:
+    return str(x["a"] * max(x["b"]))
+
+
+def _reckon_mapping(x: Mapping[str, Any], by: int = 1, conf: RunnableConfig | None = None) -> str:
+    assert conf is not None
+    return str(x["a"] * max(x["b"]) * by)
+
+
+def _reckon_typed(_x: _AmountsDict) -> str:
+    return str(_x["a"] * max(_x["b"]))
+
+
+def _reckon_string(x: "dict[str, Any]") -> str:
+    return _reckon(x)
+
+
+class _Desk:
+    @dual
+    def reckon(self, x: dict[str, Any]) -> str:
+        return _reckon(x)
+
+
+_OF_MAPPINGS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a drop-in": (lambda: Dual(_reckon), ""),
+    "a dict": (lambda: dual(_reckon), ""),
+    "two sides": (lambda: dual(sync=_reckon, async_=_areckon), "async "),
+    "a mapping": (lambda: dual(_reckon_mapping), ""),
+    "a typed dict": (lambda: dual(_reckon_typed), ""),
+    "a string": (lambda: dual(_reckon_string), ""),
+    "a method": (lambda: _Desk().reckon, ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+@pytest.mark.parametrize("told", [{"args_schema": _Amounts}, {"arg_types": {"a": int, "b": list[int]}}], ids=str)
+@pytest.mark.parametrize(("make", "colour"), _OF_MAPPINGS.values(), ids=_OF_MAPPINGS)
+async def test_a_schema_of_keys_makes_a_mapping_of_them(make: Callable[[], Any], colour: str, told: Any) -> None:
+    """A function that takes a mapping gets one, where the schema names none of its parameters."""
+    made = make().as_tool(name="reckon", description="Reckon.", **told)
+
+    assert sorted(made.args) == ["a", "b"]
+    assert made.invoke({"a": 3, "b": [1, 2]}) == "6"
+    assert await made.ainvoke({"a": 3, "b": [1, 2]}) == f"{colour}6"
+
+
+@pytest.mark.parametrize(("described", "given"), [("a", {"a": "1"}), ("x", {"x": {"a": "1"}})])
+def test_a_json_schema_describes_keys_too(described: str, given: dict[str, Any]) -> None:
+    """LangChain takes one for a tool, though the types do not say so."""
+    schema: Any = {"title": "reckon", "description": "Reckon.", "type": "object", "properties": {described: {}}}
+
+    def show(x: dict[str, Any]) -> str:
+        return str(x)
+
+    assert dual(show).as_tool(schema).invoke(given) == "{'a': '1'}"
+
+
+async def test_a_schema_that_names_the_mapping_itself_gives_it() -> None:
+    """Then it describes the parameters, as that of any other function."""
+
+    class Described(BaseModel):
+        x: dict[str, Any] = Field(description="numbers")
+
+    made = dual(sync=_reckon, async_=_areckon).as_tool(Described)
+
+    assert made.invoke({"x": {"a": 3, "b": [1, 2]}}) == "6"
+    assert await made.ainvoke({"x": {"a": 3, "b": [1, 2]}}) == "async 6"
 
 
 class Touchy:
