@@ -22,7 +22,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, NoReturn, ParamSpec, TypeVar, assert_type
 
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableBranch, RunnableLambda
 from langchain_core.runnables.base import Runnable, RunnableSerializable
 
 from asyncify import Dual, Limiter, concurrency, dual, dual_patch, registry
@@ -274,6 +274,17 @@ async def as_runnables() -> None:
     assert_type((RunnableLambda(str.upper) | trim | trim).invoke("EUR"), str)
     checked: Dual[str, Quote] = on_sync
     assert_type(checked | RunnableLambda(len), RunnableSerializable[str, int])
+    assert_type(checked.pipe(on_async), RunnableSerializable[str, Quote])
+    assert_type(checked.pipe(on_async, on_sync, name="twice").invoke("EUR"), Quote)
+    assert_type(on_async.pipe(from_two, one_async_side), RunnableSerializable[Any, Quote])
+    assert_type(on_async.pipe(limit_over_async), RunnableSerializable[Any, Quote])
+    assert_type(on_sync.pipe(ticks), RunnableSerializable[Any, float])
+    assert_type(on_sync.pipe(RunnableLambda(len)), RunnableSerializable[Any, int])
+    assert_type(checked.pipe(len), RunnableSerializable[str, int])
+    assert_type(checked.pipe(on_async, lambda _: {"EUR": 1.0}), RunnableSerializable[str, Quote])
+    choice: RunnableBranch[str, Quote] = RunnableBranch((bool, on_sync), on_async)
+    assert_type(choice.invoke("EUR"), Quote)
+    checked.pipe(3)  # type: ignore[call-overload]
     checked.invoke(3)  # type: ignore[arg-type]
 
 
