@@ -13,7 +13,7 @@ from asyncify.adaptive import Adaptive
 from asyncify.limiter import Limiter, LimiterStats
 from asyncify.permits import Permit
 from asyncify.testing import FakeClock
-from tests.crowd import Crowd, TaskCall
+from tests.crowd import Crowd, ServerError, TaskCall
 from tests.waiting import SAFETY_NET, until
 
 
@@ -120,6 +120,19 @@ class TestStats:
         limiter.enter().leave()
 
         assert limiter.stats().in_flight == 0
+
+    def test_what_is_learnt_of_who_has_left_so_counts_from_the_look(
+        self, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+    ) -> None:
+        """A pause begins when it is noted, which may be at the next look."""
+        limiter = Limiter(limit=1, clock=clock)
+        with monkeypatch.context() as patch:
+            patch.setattr(limiter, "_settle", lambda: None)
+            limiter.enter().leave(ServerError(429, {"Retry-After": "5"}))
+            clock.advance(1)
+            limiter.stats()
+
+        assert repr(limiter) == "<Limiter 0/1 in flight, 0 waiting, paused for 5 s>"
 
 
 class TestMemory:
