@@ -840,6 +840,26 @@ class TestSharedContext:
 
         assert limiter.stats().admitted == 2
 
+    @pytest.mark.parametrize("where", ["about to run", "at the end of a future"])
+    async def test_callbacks_of_what_has_no_hash_are_of_no_matter(self, where: str) -> None:
+        """Such as a list's `append`, which stands among those of the loop or of what a task awaits."""
+        limiter, results = Limiter(limit=1), list[object]()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        other = asyncio.create_task(asyncio.wait_for(future, None))
+        await asyncio.sleep(0)
+        if where == "about to run":
+            loop.call_soon(results.append, 1)
+        else:
+            future.add_done_callback(results.append)
+
+        with pytest.raises(DeadlockError):
+            async with limiter, limiter:
+                pass
+        future.set_result(None)
+        await other
+        assert len(results) == 1
+
     async def test_a_deadlock_is_told_when_no_context_is_shared_any_more(self) -> None:
         """It is looked at again."""
         limiter, context = Limiter(limit=1), contextvars.copy_context()

@@ -236,8 +236,9 @@ def _contexts(tasks: set[Any], loop: AbstractEventLoop) -> list[Context]:
     awaited = {id(future): future for task in tasks if (future := getattr(task, "_fut_waiter", None)) is not None}
     wakes = chain.from_iterable(map(callbacks_of, awaited.values()))
     steps = ((handle._callback, handle._context) for handle in _ready(loop))
-    known = {getattr(callback, "__self__", None): context for callback, context in chain(wakes, steps)}
-    return [known[task] for task in tasks & known.keys()]
+    # By ids: a callback may be of anything, of a list without a hash, say.
+    known = {id(getattr(callback, "__self__", None)): context for callback, context in chain(wakes, steps)}
+    return [known[id(task)] for task in tasks if id(task) in known]
 
 
 def _ready(loop: AbstractEventLoop) -> tuple[Any, ...]:
