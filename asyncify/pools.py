@@ -12,7 +12,7 @@ import threading
 import weakref
 from _thread import allocate_lock
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context, ContextVar
@@ -252,22 +252,22 @@ class ThreadPool:
             on_end(error)
             raise
 
-        def ask(work: Callable[[], Any]) -> Awaitable[Any]:
+        def ask(work: Callable[[], Any]) -> _Call:
             call = _Call(lambda: context.run(self._within, work), _nothing)
             requests.put(call)
-            return call.wait()
+            return call
 
         try:
-            while (chunk := await ask(in_thread.next)) is not _END:
+            while (chunk := await ask(in_thread.next).wait()) is not _END:
                 yield chunk
         except asyncio.CancelledError:
-            requests.put(_Call(lambda: context.run(in_thread.close), _nothing))
+            ask(in_thread.close)
             raise
         except BaseException:
             try:
-                await ask(in_thread.close)
+                await ask(in_thread.close).wait()
             except asyncio.CancelledError:  # given up, maybe before the thread has taken it
-                requests.put(_Call(lambda: context.run(in_thread.close), _nothing))
+                ask(in_thread.close)
                 raise
             raise
         finally:
