@@ -192,6 +192,7 @@ class Outcome:
     packed: bytes
     traceback: str = ""
     said: str = ""
+    """The error's class and text, for when it can't be rebuilt."""
 
     @property
     def result(self) -> Any:

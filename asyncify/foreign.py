@@ -39,8 +39,9 @@ def _take(limiter: AsyncLimiter) -> float:
 class ForeignLimiter:
     """Somebody else's rate limiter, made to serve both paths and every event loop.
 
-    A LangChain `BaseRateLimiter` has both paths itself. For an `aiolimiter.AsyncLimiter` calls wait on one loop in the
-    background, first come, first served; code that uses it directly may go on to do so, on a loop of its own.
+    A LangChain `BaseRateLimiter` has both paths itself. For an `aiolimiter.AsyncLimiter` the calls of a pair wait on a
+    loop in the background, first come, first served. Other pairs that have the same one wait beside them, and code may
+    go on to use it directly, on a loop of its own.
     """
 
     _bounds_calls = False

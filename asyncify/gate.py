@@ -136,7 +136,7 @@ class Gate:
         if not callable(self.cost):
             return self.cost
         cost = check_not_negative(f"{self._title}: cost", self._ask("cost", self.cost, args, kwargs), "cost=20")
-        if isinstance(limiter, Limiter):  # that of a key looks itself, as it may have been resized
+        if isinstance(limiter, Limiter):  # a key's own checks it itself, as it may have been resized
             limiter._limits.check_affordable(cost, self._title)
         return cost
 
