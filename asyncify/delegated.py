@@ -42,7 +42,7 @@ def _submitting(submit: Submit, receive: Callable[[Future[Any]], Awaitable[Any]]
         try:
             future, link = submit(args, kwargs)
         except BaseException as error:
-            permit.leave(error)
+            permit.finish(error)
             raise
         permit.step_out()
         future.add_done_callback(partial(_end, permit))

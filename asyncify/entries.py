@@ -144,9 +144,9 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
         try:
             result = fn(*args, **kwargs)
         except BaseException as error:
-            permit.leave(error)
+            permit.finish(error)
             raise
-        permit.leave()
+        permit.finish()
         return result
 
     def stream(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
@@ -155,9 +155,9 @@ def _limited(fn: Function, shape: Shape, gate: Gate) -> Function:
             with closing(_Limited(fn(*args, **kwargs), permit)) as chunks:
                 result = yield from chunks
         except BaseException as error:
-            permit.leave(error)
+            permit.finish(error)
             raise
-        permit.leave()
+        permit.finish()
         return result
 
     return stream if shape.is_generator else run
@@ -197,9 +197,9 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
         try:
             result = await fn(*args, **kwargs)
         except BaseException as error:
-            permit.leave(error)
+            permit.finish(error)
             raise
-        permit.leave()
+        permit.finish()
         return result
 
     async def stream(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
@@ -215,9 +215,9 @@ def _alimited(fn: Function, shape: Shape, gate: Gate) -> Function:
                     finally:
                         permit.move_to_this_thread()
         except BaseException as error:
-            permit.leave(error)
+            permit.finish(error)
             raise
-        permit.leave()
+        permit.finish()
 
     return stream if shape.is_generator else run
 

@@ -94,7 +94,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             self._leave_one(error)
         else:
             permit.taken = True
-            permit.leave_innermost(error)
+            permit.finish_innermost(error)
 
     __aenter__: ClassVar[Callable[[Turnstile], Coroutine[Any, Any, Permit]]] = Turnstile._aenter
 
@@ -105,7 +105,7 @@ class Limiter(Turnstile, BaseRateLimiter):
             self._leave_one(error)
         else:
             permit.taken = True
-            permit.leave_innermost(error)
+            permit.finish_innermost(error)
 
     def enter(self, cost: float = 1, slots: int = 1, timeout: float | None = None) -> Permit:
         """Wait in this thread for a slot and the rate, and return the permit; call its `leave()` at the end.
@@ -130,14 +130,14 @@ class Limiter(Turnstile, BaseRateLimiter):
     def acquire(self, *, blocking: bool = True) -> bool:
         """Wait in this thread for the rate alone; without `blocking`, say whether it was there at once."""
         if blocking:
-            self._enter(slots=0).leave()
+            self._enter(slots=0).finish()
             return True
         return self._try()
 
     async def aacquire(self, *, blocking: bool = True) -> bool:
         """Wait in this task for the rate alone; without `blocking`, say whether it was there at once."""
         if blocking:
-            (await self._aenter(slots=0)).leave()
+            (await self._aenter(slots=0)).finish()
             return True
         return self._try()
 
@@ -155,9 +155,12 @@ class Limiter(Turnstile, BaseRateLimiter):
 
         A generator that entered in one task may be closed in another.
         """
-        if (permit := self._entered(by_with=True)) is not None:
+        innermost = get_innermost()
+        if innermost is not None and innermost.issuer is self and innermost.was_left_by_hand():
+            innermost.finish_innermost(error)  # its slot has been given back
+        elif (permit := self._entered(by_with=True)) is not None:
             permit.taken = True
-            permit.leave(error)
+            permit.finish(error)
         elif self._meter.inside:  # looked at without the lock: a finalizer may be in the thread that holds it
             self._give_back_other(error)
         else:

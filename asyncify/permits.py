@@ -96,6 +96,7 @@ class Permit:
         "is_called_off",
         "issuer",
         "kept_by",
+        "left_by_hand",
         "outer",
         "queue",
         "ready",
@@ -118,6 +119,9 @@ class Permit:
     """When it was admitted; None while it waits, and after its place has been taken back."""
 
     token: Token[Permit | None]
+
+    left_by_hand: bool
+    """Set, to True, when it is ended before its `with` block."""
 
     kept_by: set[weakref.ref[Any]]
     """What may keep it from ending: calls that wait within it, and crews. Set when there is a first one."""
@@ -173,13 +177,25 @@ class Permit:
         self.token = innermost.set(self)
 
     def leave(self, error: BaseException | None = None) -> None:
+        """End the call of an `enter()`, or that of a `with` block before its end; `error` is what it raised."""
+        if not self.thread:
+            self.finish(error)
+        elif not self.ended:
+            self.left_by_hand = True
+            self.end(error)  # and stay in the context, where the end of the block finds it
+
+    def was_left_by_hand(self) -> bool:
+        """Tell whether it was ended before its `with` block."""
+        return hasattr(self, "left_by_hand")
+
+    def finish(self, error: BaseException | None = None) -> None:
         """End the call, in the context that entered; `error` is what it raised."""
         if innermost.get() is self:
-            self.leave_innermost(error)
+            self.finish_innermost(error)
         else:
             self.end(error)  # this context runs under another permit, which may end later
 
-    def leave_innermost(self, error: BaseException | None) -> None:
+    def finish_innermost(self, error: BaseException | None) -> None:
         """End the call, in a context that is known to run under it."""
         try:
             innermost.reset(self.token)
@@ -293,7 +309,7 @@ class Permit:
 class Pass(Protocol):
     """What a gate grants a call."""
 
-    def leave(self, error: BaseException | None = None) -> None:
+    def finish(self, error: BaseException | None = None) -> None:
         """End the call, in the context that entered; `error` is what it raised."""
         ...
 
@@ -315,7 +331,7 @@ class _FreePass:
 
     __slots__ = ()
 
-    def leave(self, error: BaseException | None = None) -> None:
+    def finish(self, error: BaseException | None = None) -> None:
         """Do nothing."""
 
     def end(self, error: BaseException | None = None) -> None:

@@ -210,7 +210,7 @@ def test_calls_at_once_of_which_one_will_give_up_are_no_proof(first: int) -> Non
     def call(value: int) -> None:
         wait_until(lambda: limiter.stats().waiting == (value != first) or limiter.stats().rejected == 1)
         permit = limiter._enter(timeout=0.05) if value else limiter._enter()
-        permit.leave()
+        permit.finish()
 
     outer = limited(limiter, Dual(call).batch)
 

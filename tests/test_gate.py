@@ -33,7 +33,7 @@ def gate_of(limiter: Any = None, fn: Callable[..., Any] = lambda query: query, *
 async def pass_through(gate: Gate, path: str, *args: Any, **kwargs: Any) -> None:
     """Enter and leave, on the sync or the async path."""
     permit = gate.enter(args, kwargs) if path == "sync" else await gate.aenter(args, kwargs)
-    permit.leave()
+    permit.finish()
 
 
 def quote(pair: str, tenant: str = "x") -> str:
@@ -63,7 +63,7 @@ class TestKeys:
         await pass_through(gate, path, "b1")
         with pytest.raises(LimitTimeout, match=r"^limiter key\['a'\]: not admitted"):
             await contextvars.Context().run(asyncio.ensure_future, pass_through(gate, "async", "a2"))
-        held.leave()
+        held.finish()
         await pass_through(gate, path, "a2")
 
     def test_a_finalizer_may_look_up_a_key_in_the_middle_of_a_look_up(self) -> None:
@@ -85,7 +85,7 @@ class TestKeys:
         """A hundred thousand keys leave a handful in memory."""
         keyed = KeyedLimiter(lambda key: key, limit=1)
         for key in range(100_000):
-            keyed.enter(key, 1, None).leave()
+            keyed.enter(key, 1, None).finish()
 
         assert len(keyed) <= 3
 
@@ -94,19 +94,19 @@ class TestKeys:
         keyed = KeyedLimiter(lambda key: key, limit=1)
         permit = keyed.enter("busy", 1, None)
         for key in range(1000):
-            contextvars.Context().run(lambda key=key: keyed.enter(key, 1, None).leave())  # type: ignore[misc]  # bound now
+            contextvars.Context().run(lambda key=key: keyed.enter(key, 1, None).finish())  # type: ignore[misc]  # bound now
 
         assert len(keyed) <= 5
         assert keyed["busy"].stats().in_flight == 1
-        permit.leave()
+        permit.finish()
 
     def test_a_key_whose_calls_still_count_is_remembered(self) -> None:
         """Forgetting it would let more through than the rate: only a window later it may go."""
         clock = FakeClock()
         keyed = KeyedLimiter(lambda key: key, per_second=1, clock=clock)
-        keyed.enter("a", 1, None).leave()
+        keyed.enter("a", 1, None).finish()
         for key in range(100):
-            keyed.enter(key, 1, None).leave()
+            keyed.enter(key, 1, None).finish()
         gc.collect()
         assert not keyed["a"].acquire(blocking=False)
         assert len(keyed) == 101
@@ -122,7 +122,7 @@ class TestKeys:
         keyed = KeyedLimiter(lambda key: key, limit=2)
         keyed["acme"].resize(limit=9)
         for key in range(100):
-            keyed.enter(key, 1, None).leave()
+            keyed.enter(key, 1, None).finish()
         gc.collect()
 
         assert keyed["acme"].stats().limit == 9
@@ -145,7 +145,7 @@ class TestKeys:
         keyed = KeyedLimiter(lambda key: key, per_minute=1)
         assert keyed
         assert "acme" not in keyed
-        keyed.enter("acme", 1, None).leave()
+        keyed.enter("acme", 1, None).finish()
 
         assert "acme" in keyed
         assert "beta" not in keyed
@@ -169,7 +169,7 @@ class TestKeys:
         keyed = KeyedLimiter(lambda key: key, limit=1)
         looked_up = keyed["acme"]
         for key in range(100):
-            keyed.enter(key, 1, None).leave()
+            keyed.enter(key, 1, None).finish()
         looked_up.resize(limit=9)
         del looked_up
         gc.collect()
@@ -194,7 +194,7 @@ class TestKeys:
         keyed._arguments["clock"] = Interloper()
 
         def call() -> None:
-            keyed.enter("a", 1, None).leave()
+            keyed.enter("a", 1, None).finish()
 
         thread = threading.Thread(target=call, name="slow")
         thread.start()
@@ -213,8 +213,8 @@ class TestKeys:
             return "k"
 
         gate = gate_of(fn=convert, key=key, limit=1)
-        gate.enter(("EURUSD", 5), {}).leave()
-        gate.enter(("EURUSD",), {"amount": 6, "tenant": "y"}).leave()
+        gate.enter(("EURUSD", 5), {}).finish()
+        gate.enter(("EURUSD",), {"amount": 6, "tenant": "y"}).finish()
 
         assert seen == [
             {"pair": "EURUSD", "amount": 5, "tenant": "x"},
@@ -225,8 +225,8 @@ class TestKeys:
         """By position or by name."""
         seen: list[Any] = []
         gate = gate_of(fn=quote, key=lambda query: (seen.append(query), "k")[1], limit=1)  # type: ignore[func-returns-value]
-        gate.enter(("EURUSD",), {}).leave()
-        gate.enter((), {"pair": "GBPUSD"}).leave()
+        gate.enter(("EURUSD",), {}).finish()
+        gate.enter((), {"pair": "GBPUSD"}).finish()
 
         assert seen == ["EURUSD", "GBPUSD"]
 
@@ -237,7 +237,7 @@ class TestKeys:
         def by_name(**options: str) -> None: ...
 
         gate = gate_of(key=lambda call: seen.append(dict(call)), fn=by_name, limit=1)
-        gate.enter((), {"pair": "EUR", "tenant": "acme"}).leave()
+        gate.enter((), {"pair": "EUR", "tenant": "acme"}).finish()
 
         assert seen == [{"pair": "EUR", "tenant": "acme"}]
 
@@ -245,8 +245,8 @@ class TestKeys:
         """A function that takes any number of them may be called without one."""
         seen: list[Any] = []
         gate = gate_of(key=seen.append, fn=lambda *pairs: pairs, limit=1)
-        gate.enter(("EUR", "GBP"), {}).leave()
-        gate.enter((), {}).leave()
+        gate.enter(("EUR", "GBP"), {}).finish()
+        gate.enter((), {}).finish()
 
         assert seen == ["EUR", None]
 
@@ -319,7 +319,7 @@ class TestKeys:
         keyed = KeyedLimiter(lambda key: key, per_minute=10, burst=10, clock=FakeClock())
         permit = keyed.enter("a", 1, None)
         keyed.record(10)
-        permit.leave()
+        permit.finish()
 
         assert not keyed["a"].acquire(blocking=False)
         assert keyed["b"].acquire(blocking=False)
@@ -340,7 +340,7 @@ class TestKeys:
         assert repr(keyed) == "<KeyedLimiter quotes 1 keys>"
         assert repr(keyed["a"]) == "<Limiter quotes['a'] 1/3 in flight, 0 waiting>"
         assert repr(KeyedLimiter(lambda key: key, limit=1)) == "<KeyedLimiter 0 keys>"
-        permit.leave()
+        permit.finish()
 
     def test_limits_of_a_key_do_not_bound_all_calls(self) -> None:
         """A thread pool of a pair can't be sized by them."""
@@ -465,12 +465,12 @@ class TestArguments:
         with pytest.raises(TimeoutError), gate.limiter["a"]:
             raise TimeoutError
         for _ in range(20):
-            gate.enter(("b",), {}).leave()
+            gate.enter(("b",), {}).finish()
         assert gate.limiter["a"].stats().limit == 1
         assert gate.limiter["b"].stats().limit != 1
         clock.advance(100)
         for _ in range(20):
-            gate.enter(("c",), {}).leave()
+            gate.enter(("c",), {}).finish()
 
         assert gate.limiter["a"].stats().limit == 4
 
@@ -520,12 +520,12 @@ class TestForeignLimiters:
 
         def on_a_thread() -> None:
             for _ in range(20):
-                gate.enter(("x",), {}).leave()
+                gate.enter(("x",), {}).finish()
                 passed.append("thread")
 
         async def on_a_loop() -> None:
             async def one() -> None:
-                (await gate.aenter(("x",), {})).leave()
+                (await gate.aenter(("x",), {})).finish()
                 passed.append("loop")
 
             await asyncio.gather(*(one() for _ in range(20)))
@@ -558,7 +558,7 @@ class TestForeignLimiters:
                 return "directly"
 
         async def call() -> str:
-            (await gate.aenter(("x",), {})).leave()
+            (await gate.aenter(("x",), {})).finish()
             return "a call"
 
         async def both() -> list[str]:
@@ -619,7 +619,7 @@ os._exit(0)
         passed = threading.Event()
 
         async def bridged() -> None:
-            gate.enter(("x",), {}).leave()
+            gate.enter(("x",), {}).finish()
             passed.set()
 
         thread = threading.Thread(target=lambda: background.run(bridged, contextvars.copy_context()), daemon=True)
@@ -633,7 +633,7 @@ os._exit(0)
         gate = gate_of(Turnstile())
         granted = gate.enter(("x",), {})
 
-        for end in (granted.leave, granted.end, granted.step_out, granted.move_to_this_thread):
+        for end in (granted.finish, granted.end, granted.step_out, granted.move_to_this_thread):
             end()
         assert not gate.limiter._bounds_calls
 

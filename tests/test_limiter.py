@@ -795,6 +795,62 @@ class TestLeftElsewhere:
         running.leave()
         assert limiter.stats().in_flight == 0
 
+    @pytest.mark.parametrize("when", ["within", "after"])
+    def test_a_permit_left_by_hand_gives_one_slot_back_in_a_thread(self, when: str) -> None:
+        """It ends the call before its `with` block does, or has no effect."""
+        limiter = Limiter(limit=3)
+        others = [limiter.enter(), limiter.enter()]
+        with limiter as call:
+            if when == "within":
+                call.leave()
+                call.leave()
+                assert limiter.stats().in_flight == 2
+        call.leave()
+
+        assert limiter.stats().in_flight == 2
+        for other in reversed(others):
+            other.leave()
+        assert limiter.stats().in_flight == 0
+
+    @pytest.mark.parametrize("when", ["within", "after"])
+    async def test_a_permit_left_by_hand_gives_one_slot_back_in_a_task(self, when: str) -> None:
+        """It ends the call before its `async with` block does, or has no effect."""
+        limiter = Limiter(limit=3)
+        others = [await limiter.aenter(), await limiter.aenter()]
+        async with limiter as call:
+            if when == "within":
+                call.leave()
+                call.leave()
+                assert limiter.stats().in_flight == 2
+        call.leave()
+
+        assert limiter.stats().in_flight == 2
+        for other in reversed(others):
+            other.leave()
+        assert limiter.stats().in_flight == 0
+
+    def test_a_permit_left_elsewhere_ends_no_other_block(self) -> None:
+        """Blocks within it, and around it, end their own calls."""
+        limiter = Limiter(limit=3)
+        with limiter:
+            with limiter as call:
+                with limiter:
+                    thread = threading.Thread(target=call.leave)
+                    thread.start()
+                    thread.join()
+                    assert limiter.stats().in_flight == 2
+                assert limiter.stats().in_flight == 1
+            assert limiter.stats().in_flight == 1
+        assert limiter.stats().in_flight == 0
+
+    def test_an_error_that_is_left_with_by_hand_is_learned_from(self) -> None:
+        """Also where the block then ends without an error."""
+        limiter = Limiter(limit=Adaptive(min=1, max=8, start=8))
+        with limiter as call:
+            call.leave(TimeoutError())
+
+        assert limiter.stats().limit == 1
+
     async def test_each_exit_gives_one_slot_back(self) -> None:
         """The exit does not tell whose slot it is. The numbers are right all the same, whoever leaves next."""
         limiter = Limiter(limit=5)

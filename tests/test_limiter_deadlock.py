@@ -217,7 +217,7 @@ class TestDeadlock:
             async with limiter:
                 await both_in.wait()
                 permit = await limiter._aenter(timeout=timeout)
-                permit.leave()
+                permit.finish()
                 return "in"
 
         both_in = asyncio.Barrier(2)
@@ -239,7 +239,7 @@ class TestDeadlock:
             async with limiter:
                 await both_in.wait()
                 permit = await then()
-                permit.leave()
+                permit.finish()
                 return "in"
 
         both_in = asyncio.Barrier(2)
@@ -298,7 +298,7 @@ class TestDeadlock:
         async with limiter:
             with monkeypatch.context() as patch:
                 patch.setattr(turnstile, "held_by_this_task", held)
-                (await limiter._aenter()).leave()
+                (await limiter._aenter()).finish()
             task = asyncio.get_running_loop().create_task(nest(), context=contextvars.Context())
             await until(lambda: limiter.stats().waiting == 1 or task.done())
 
@@ -312,7 +312,7 @@ class TestDeadlock:
         other = contextvars.Context().run(limiter.enter)
         _end_while_looking(other, monkeypatch)
         with limiter:
-            limiter._enter(timeout=SAFETY_NET).leave()
+            limiter._enter(timeout=SAFETY_NET).finish()
 
         assert other.ended
         assert limiter.stats().in_flight == 0
@@ -325,7 +325,7 @@ class TestDeadlock:
         other = contextvars.Context().run(limiter.enter)
         _end_while_looking(other, monkeypatch)
         async with limiter:
-            (await limiter._aenter(timeout=SAFETY_NET)).leave()
+            (await limiter._aenter(timeout=SAFETY_NET)).finish()
 
         assert other.ended
         assert limiter.stats().in_flight == 0
@@ -375,7 +375,7 @@ class TestDeadlock:
         async with limiter:
             blocker = asyncio.create_task(stop_the_loop())
             nested = await limiter._aenter()
-            nested.leave()
+            nested.finish()
             await blocker
 
         assert told == [LimitTimeout]
@@ -390,7 +390,7 @@ class TestDeadlock:
             assert await limiter.aacquire()
         clock.advance(0.1)
 
-        (await waiting).leave()
+        (await waiting).finish()
 
 
 async def test_an_interrupt_before_a_call_is_known_by_its_context_costs_no_other_limiter() -> None:
@@ -405,7 +405,7 @@ async def test_an_interrupt_before_a_call_is_known_by_its_context_costs_no_other
 
     async with asyncio.timeout(SAFETY_NET):
         await asyncio.gather(wait(), wait(), wait())
-    permit.leave()
+    permit.finish()
 
     assert get_innermost() is not permit
     assert limiter.stats().in_flight == other.stats().in_flight == 0
@@ -580,7 +580,7 @@ async def test_who_leaves_a_limit_that_shrank_has_the_others_looked_at_once(monk
     is_asked.set()
     for call in calls[40:]:
         call.leave()
-    (await waiting).leave()
+    (await waiting).finish()
 
     assert len(looked) <= 12
     assert set(looked) == {0}

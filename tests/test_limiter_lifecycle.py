@@ -134,7 +134,7 @@ held.wait()
 def check():
     for _ in range(3):
         limiter.enter(timeout=20).leave()
-    keyed.enter("a", 1, None).leave()
+    keyed.enter("a", 1, None).finish()
 
 in_child(check)
 """

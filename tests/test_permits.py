@@ -83,9 +83,9 @@ def test_permits_are_told_from_the_inside_out(issuer: Issuer) -> None:
 def test_leaving_goes_back_to_the_permit_around(issuer: Issuer) -> None:
     """Each leaves its own context as it was."""
     first, second = begun(issuer), begun(issuer)
-    second.leave()
+    second.finish()
     assert innermost.get() is first
-    first.leave()
+    first.finish()
 
     assert innermost.get() is None
 
@@ -95,7 +95,7 @@ def test_only_the_first_end_counts(issuer: Issuer) -> None:
     permit = begun(issuer)
     permit.queue_up(deque(), 0.0, 0)
     error = ValueError()
-    permit.leave(error)
+    permit.finish(error)
     permit.end()
     permit.give_up()
 
@@ -106,7 +106,7 @@ def test_ending_in_another_context_leaves_that_one_alone(issuer: Issuer) -> None
     """A call that began elsewhere gives its place back, and what this context runs under stays."""
     elsewhere = contextvars.Context().run(lambda: begun(issuer))
     mine = begun(issuer)
-    elsewhere.leave()
+    elsewhere.finish()
 
     assert issuer.taken == [(elsewhere, None)]
     assert innermost.get() is mine
@@ -134,7 +134,7 @@ def test_an_error_is_told_of_a_call_that_is_left_elsewhere(issuer: Issuer) -> No
     """The limiter learns from it whatever this context runs under."""
     elsewhere = contextvars.Context().run(lambda: begun(issuer))
     error = ValueError()
-    elsewhere.leave(error)
+    elsewhere.finish(error)
 
     assert issuer.taken == [(elsewhere, error)]
 
@@ -143,15 +143,15 @@ def test_to_leave_after_the_end_takes_no_place_of_another(issuer: Issuer) -> Non
     """Neither in the context that entered nor in another."""
     permit = begun(issuer)
     permit.end()
-    contextvars.Context().run(permit.leave)
-    permit.leave()
+    contextvars.Context().run(permit.finish)
+    permit.finish()
 
     assert (issuer.taken, issuer.others) == ([(permit, None)], [])
 
 
 @pytest.mark.parametrize(
     "end",
-    [Permit.leave, Permit.end, lambda permit, error: contextvars.Context().run(permit.leave, error)],
+    [Permit.finish, Permit.end, lambda permit, error: contextvars.Context().run(permit.finish, error)],
     ids=["in its context", "anywhere", "in another context"],
 )
 def test_a_call_whose_place_was_taken_tells_its_error(issuer: Issuer, end: Any) -> None:
@@ -160,7 +160,7 @@ def test_a_call_whose_place_was_taken_tells_its_error(issuer: Issuer, end: Any) 
     permit.taken = permit.ended = True
     end(permit, error)
     assert (issuer.taken, issuer.others) == ([], [error])
-    permit.leave(error)
+    permit.finish(error)
     permit.end(error)
 
     assert (issuer.taken, issuer.others) == ([], [error])
@@ -247,9 +247,9 @@ class TestTask:
 
         for _ in range(2):
             assert held_by_this_task() == [second, first]
-        second.leave()
+        second.finish()
         assert held_by_this_task() == [first]
-        first.leave()
+        first.finish()
         assert held_by_this_task() == []
         assert innermost.get() is None
 

@@ -626,7 +626,7 @@ def test_a_wait_that_is_called_off_as_others_are_looked_at_is_no_proof() -> None
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(detection, "Proof", call_off_first)
                 permit = limiter._enter()
-            permit.leave()
+            permit.finish()
             return "in"
 
     thread = threading.Thread(target=nest)
@@ -801,7 +801,7 @@ async def test_places_left_empty_are_dropped_when_they_are_most_of_the_queue(mon
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    permit.leave()
+    permit.finish()
 
 
 def test_calls_at_once_that_were_told_when_one_ended_keep_nothing() -> None:
@@ -879,7 +879,7 @@ def test_calls_that_were_waited_for_are_not_kept(slots: int) -> None:
     with suppress(DeadlockError):
         limiter._enter()
     while permits:
-        permits.pop().leave()
+        permits.pop().finish()
     gc.collect()
 
     assert [permit() for permit in known] == [None] * slots
@@ -966,8 +966,8 @@ def test_a_call_that_was_let_in_before_it_could_be_looked_at_is_not_noted_as_a_w
         return held_by_this_thread()
 
     monkeypatch.setattr("asyncify.turnstile.held_by_this_thread", held_after_the_slot_came_free)
-    limiter._enter().leave()
-    permit.leave()
+    limiter._enter().finish()
+    permit.finish()
     del permit
     gc.collect()
 
@@ -1079,6 +1079,6 @@ async def test_who_comes_to_wait_first_asks_the_call_that_went_on_last(monkeypat
             group.create_task(nest(around))
         await until(lambda: limiter.stats().waiting == 150)
         of_arrivals = len(asked)
-        busy.leave()
+        busy.finish()
 
     assert of_arrivals < 600
