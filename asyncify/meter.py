@@ -8,7 +8,6 @@ that no period, wherever it starts, exceeds the amount. The *pace* is the generi
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +115,7 @@ class _Window:
         self.amount = max(rate.amount, 1)
         self.period = rate.period / min(rate.amount, 1)
         self.grain = self.period / _GRAINS
-        self.log: deque[list[float]] = deque()  # [time of the last admission, cost, time of the first]
+        self.log: list[list[float]] = []  # [time of the last admission, cost, time of the first]; some 1,000 at most
         self.used: float = 0
         self.open_until = -math.inf
 
@@ -136,9 +135,13 @@ class _Window:
 
     def expire(self, now: float) -> None:
         """Forget what is older than the period."""
-        log = self.log
-        while log and log[0][0] + self.period <= now:
-            self.used -= log.popleft()[1]
+        log, old = self.log, 0
+        for last, spent, _ in log:
+            if last + self.period > now:
+                break
+            self.used -= spent
+            old += 1
+        del log[:old]
         if not log:
             self.used = 0  # drops rounding errors
             self.open_until = -math.inf
