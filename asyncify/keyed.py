@@ -11,11 +11,15 @@ from functools import partial
 from typing import Any
 
 from asyncify.forks import at_fork
-from asyncify.limiter import Limiter
+from asyncify.limiter import Limiter, Memory
 from asyncify.meter import Limits
 from asyncify.permits import Permit, permits
 
 __all__ = ["KeyedLimiter"]
+
+
+_WHOLE = 1000
+"""How many limiters are kept whole, the last used; of the others, only what they have learned."""
 
 
 class KeyedLimiter:
@@ -25,16 +29,19 @@ class KeyedLimiter:
     """
 
     def __init__(self, key: Callable[[Any], Hashable], name: str | None = None, **limits: Any) -> None:
-        self._limits: Limits = Limiter(**limits, name=name)._limits  # bad arguments raise now, not at the first call
+        like_each = Limiter(**limits, name=name)  # bad arguments raise now, not at the first call
+        self._limits: Limits = like_each._limits
+        self._now = like_each._now
         self.key = key
         self.name = name
         self._arguments = limits
         self._mark = object()  # by which it knows its own limiters, without a reference cycle
         self._after_fork()
         _keyed.add(self)
-        # A call that is inside or waits keeps its limiter alive; `_recent` keeps those whose admissions still count.
+        # Whoever uses a limiter keeps it alive, as does a call that is inside or waits.
         self._alive: weakref.WeakValueDictionary[Hashable, Limiter] = weakref.WeakValueDictionary()
-        self._recent: OrderedDict[Hashable, Limiter] = OrderedDict()
+        self._last_used: OrderedDict[Hashable, Limiter] = OrderedDict()
+        self._memories: OrderedDict[Hashable, Memory] = OrderedDict()  # of all that are alive, and all that count
 
     _bounds_calls = False
     """There is a limit on the calls of a key, but none on their sum over all keys."""
@@ -45,59 +52,69 @@ class KeyedLimiter:
 
     def enter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
         """Wait in this thread at the limiter of a key."""
-        limiter = self[key]
-        permit = limiter._enter(cost, 1, timeout)
-        self._remember(key, limiter)
-        return permit
+        return self[key]._enter(cost, 1, timeout)
 
     async def aenter(self, key: Hashable, cost: float, timeout: float | None) -> Permit:
         """Wait in this task at the limiter of a key."""
-        limiter = self[key]
-        permit = await limiter._aenter(cost, 1, timeout)
-        self._remember(key, limiter)
-        return permit
-
-    def _remember(self, key: Hashable, limiter: Limiter) -> None:
-        """Keep a limiter that was forgotten as idle after it was looked up and before it admitted a call."""
-        with self._lock:
-            self._recent.setdefault(key, limiter)
+        return await self[key]._aenter(cost, 1, timeout)
 
     def __getitem__(self, key: Hashable) -> Limiter:
         """Return the limiter of a key; make it if there is none."""
         with self._lock:
             limiter = self._alive.get(key)
             if limiter is None:
-                limiter = self._alive[key] = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
-                limiter._made_by = self._mark
-                limiter._on_resize = partial(_remember, weakref.ref(self), key)
-            self._recent[key] = limiter
-            self._recent.move_to_end(key)
-            self._forget_idle()
+                limiter = self._alive.setdefault(key, self._make(key))  # a finalizer may have made one meanwhile
+            self._last_used[key] = limiter
+            self._last_used.move_to_end(key)
+            if len(self._last_used) > _WHOLE:
+                self._last_used.popitem(last=False)
+            if key not in self._memories:
+                self._memories[key] = limiter._memory()
+            self._forget_void()
         return limiter
 
-    def _forget_idle(self) -> None:
-        """Check the two least recently used: so a call pays little, and idle limiters do not pile up."""
+    def _make(self, key: Hashable) -> Limiter:
+        limiter = Limiter(name=f"{self.name or 'key'}[{key!r}]", **self._arguments)
+        limiter._made_by = self._mark
+        limiter._on_resize = partial(_note, weakref.ref(self), key)
+        if (memory := self._memories.get(key)) is not None:
+            limiter._resume(memory)
+        return limiter
+
+    def _note(self, key: Hashable, limiter: Limiter) -> None:
+        """Keep what a limiter has learned."""
+        with self._lock:
+            self._memories[key] = limiter._memory()
+
+    def _forget_void(self) -> None:
+        """Check two keys, in turn: so a call pays little, and those that no longer count do not pile up."""
+        now = self._now()
         for _ in range(2):
-            key, limiter = next(iter(self._recent.items()))
-            is_idle = len(self._recent) > 1 and limiter._is_idle()
+            key, memory = next(iter(self._memories.items()))
+            if (limiter := self._alive.get(key)) is not None:
+                limiter._drop_closed_loops()
+                limiter._settle()
+                del limiter
             with suppress(KeyError):  # a finalizer may have removed it meanwhile
-                if is_idle:
-                    del self._recent[key]
-                else:
-                    self._recent.move_to_end(key)  # or a busy one would keep all others from being checked
+                self._memories.move_to_end(key)
+                if memory.is_void(now):
+                    self._last_used.pop(key, None)
+                    del self._memories[key]
+                    if key in self._alive:  # somebody holds it, and may use it
+                        self._memories.setdefault(key, memory)
 
     def __contains__(self, key: object) -> bool:
         """Tell whether a key is remembered."""
-        return key in self._alive
+        return key in self._memories
 
     def __iter__(self) -> Iterator[Hashable]:
         """Yield the keys that are remembered now."""
         with self._lock:
-            return iter(list(self._alive))
+            return iter(list(self._memories))
 
     def __len__(self) -> int:
         """Return how many keys are remembered."""
-        return len(self._alive)
+        return len(self._memories)
 
     def __bool__(self) -> bool:
         """Be true, as any limiter is, though no key may be remembered."""
@@ -122,10 +139,10 @@ class KeyedLimiter:
         return f"<KeyedLimiter {name}{self._state()}>"
 
 
-def _remember(keyed: weakref.ref[KeyedLimiter], key: Hashable, limiter: Limiter) -> None:
-    """Keep a limiter that has been resized, even if it was forgotten after it was looked up."""
+def _note(keyed: weakref.ref[KeyedLimiter], key: Hashable, limiter: Limiter) -> None:
+    """Keep what a limiter has learned as it was resized."""
     if (owner := keyed()) is not None:
-        owner._remember(key, limiter)
+        owner._note(key, limiter)
 
 
 _keyed: weakref.WeakSet[KeyedLimiter] = weakref.WeakSet()

@@ -6,18 +6,18 @@ import pickle
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar, Never, Self
+from typing import Any, ClassVar, NamedTuple, Never, Self
 
 from langchain_core.rate_limiters import BaseRateLimiter
 
 from asyncify.adaptive import Adaptive, AdaptiveLimit
 from asyncify.arguments import check_not_negative, check_positive, unnamed
 from asyncify.clock import Clock, monotonic_clock
-from asyncify.meter import Limits
+from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost
 from asyncify.turnstile import RECENT, Turnstile
 
-__all__ = ["Limiter", "LimiterStats"]
+__all__ = ["Limiter", "LimiterStats", "Memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,19 @@ class LimiterStats:
     wait_p50: float
     wait_p95: float
     wait_p99: float
+
+
+class Memory(NamedTuple):
+    """What a limiter has learned: a new one goes on with it where the old one is gone."""
+
+    meter: Meter
+    adaptive: AdaptiveLimit | None
+    was_resized: bool
+
+    def is_void(self, now: float) -> bool:
+        """Tell whether a new limiter would do as well without it: no call is inside or counts, and nothing is known."""
+        is_as_new = not self.was_resized and (self.adaptive is None or self.adaptive.is_as_new(now))
+        return is_as_new and self.meter.is_idle(now)
 
 
 class Limiter(Turnstile, BaseRateLimiter):
@@ -81,7 +94,7 @@ class Limiter(Turnstile, BaseRateLimiter):
         super().__init__(limits, adaptive, timeout=timeout, name=name, clock=clock)
         self._was_resized = False
         self._made_by: object = None  # the mark of the keyed limiter that has made it, if one has
-        self._on_resize: Callable[[Limiter], None] | None = None  # tells its maker to keep it
+        self._on_resize: Callable[[Limiter], None] | None = None  # tells its maker
 
     # --- the interfaces ---
 
@@ -230,13 +243,13 @@ class Limiter(Turnstile, BaseRateLimiter):
         """The limits as they are now."""
         return self._meter.limits
 
-    def _is_idle(self) -> bool:
-        """Whether a new limiter would do as well: no call is inside, waits or still counts, and nothing was learned."""
-        self._drop_closed_loops()
-        self._settle()
-        now = self._now()
-        is_as_new = not self._was_resized and (self._adaptive is None or self._adaptive.is_as_new(now))
-        return is_as_new and not self._queue and self._meter.is_idle(now)
+    def _memory(self) -> Memory:
+        """Return what it has learned."""
+        return Memory(self._meter, self._adaptive, self._was_resized)
+
+    def _resume(self, memory: Memory) -> None:
+        """Go on, when new, in place of a limiter that is gone."""
+        self._meter, self._adaptive, self._was_resized = memory
 
     def stats(self) -> LimiterStats:
         """Return what the limiter has seen so far."""

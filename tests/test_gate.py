@@ -3,8 +3,10 @@
 import asyncio
 import contextvars
 import gc
+import random
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from asyncify.gate import Gate, make_gate
 from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
+from tests.crowd import ServerError
 from tests.waiting import SAFETY_NET, run_program
 
 
@@ -116,6 +119,106 @@ class TestKeys:
         gc.collect()
 
         assert len(keyed) <= 2
+
+    def test_of_a_key_not_used_lately_only_what_counts_is_kept(self) -> None:
+        """Its limiter is made again when it is used, and forgotten when nothing counts any more."""
+        clock = FakeClock()
+        keyed = KeyedLimiter(lambda key: key, limit=1, per_hour=1, clock=clock)
+        for key in range(3000):
+            keyed.enter(key, 1, None).finish()
+        gc.collect()
+        assert len(keyed) == len(list(keyed)) == 3000
+        assert len(keyed._alive) <= 1001
+        assert 0 in keyed
+        assert not any(keyed[key].acquire(blocking=False) for key in range(3000))
+
+        clock.advance(3600)
+        for _ in range(3000):
+            keyed["b"]._state()
+        assert len(keyed) == 1
+
+    def test_a_key_not_used_lately_stays_paused(self) -> None:
+        """As long as the server said."""
+        clock = FakeClock()
+        keyed = KeyedLimiter(lambda key: key, per_minute=60, clock=clock)
+        keyed.enter("acme", 1, None).finish(ServerError(429, {"Retry-After": "1000"}))
+        for key in range(3000):
+            keyed.enter(key, 1, None).finish()
+        gc.collect()
+        assert "acme" not in keyed._alive
+        clock.advance(999)
+        assert not keyed["acme"].acquire(blocking=False)
+        clock.advance(1)
+
+        assert keyed["acme"].acquire(blocking=False)
+
+    def test_a_key_whose_limiter_somebody_holds_has_no_second_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Though it was not used lately, its calls count."""
+        monkeypatch.setattr("asyncify.keyed._WHOLE", 5)
+        keyed = KeyedLimiter(lambda key: key, limit=1, clock=FakeClock())
+        acme = keyed["acme"]
+        for key in range(100):
+            keyed.enter(key, 1, None).finish()
+        assert "acme" not in keyed._last_used
+
+        with acme:
+            assert keyed["acme"] is acme
+            assert "acme" in keyed
+            assert len(keyed) <= 4
+
+    def test_what_a_key_admits_counts_however_late(self) -> None:
+        """Also if other keys were looked up meanwhile, and its limiter is not held afterwards."""
+        keyed = KeyedLimiter(lambda key: key, per_hour=1, clock=FakeClock())
+        acme = keyed["acme"]
+        for key in range(100):
+            keyed.enter(key, 1, None).finish()
+        assert acme.acquire(blocking=False)
+        del acme
+        for key in range(100):
+            keyed.enter(key + 100, 1, None).finish()
+        gc.collect()
+
+        assert not keyed["acme"].acquire(blocking=False)
+
+    @pytest.mark.parametrize("learned", ["resized", "adapted"])
+    def test_what_a_key_has_learned_is_kept(self, learned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Though it was not used lately."""
+        monkeypatch.setattr("asyncify.keyed._WHOLE", 5)
+        keyed = KeyedLimiter(lambda key: key, limit=Adaptive(min=1, max=9, start=9), per_minute=9, clock=FakeClock())
+        if learned == "resized":
+            keyed["acme"].resize(limit=1)
+        else:
+            keyed.enter("acme", 1, None).finish(TimeoutError())
+        for key in range(100):
+            keyed.enter(key, 1, None).finish()
+        gc.collect()
+        assert "acme" not in keyed._alive
+
+        assert keyed["acme"].stats().limit == 1
+        if learned == "resized":
+            assert keyed["acme"].stats().admitted == 0
+
+    def test_threads_that_use_keys_at_once_make_no_second_limiter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However often limiters are let go and made again, each key admits what its rate allows."""
+        monkeypatch.setattr("asyncify.keyed._WHOLE", 3)
+        keyed = KeyedLimiter(lambda key: key, per_hour=3, burst=3, clock=FakeClock())
+        admitted: Counter[int] = Counter()
+
+        def use(seed: int) -> None:
+            mine: Counter[int] = Counter()
+            for key in random.Random(seed).sample(range(200), 200):
+                mine[key] += keyed[key].acquire(blocking=False)
+            with lock:
+                admitted.update(mine)
+
+        lock = threading.Lock()
+        threads = [threading.Thread(target=use, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SAFETY_NET)
+
+        assert admitted == dict.fromkeys(range(200), 3)
 
     def test_a_key_that_was_resized_is_remembered(self) -> None:
         """A new limiter would have the limits of all the others."""

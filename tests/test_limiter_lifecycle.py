@@ -387,9 +387,10 @@ class TestLoops:
 
         assert limiter._loops
         with limiter._lock:
-            assert run_apart(limiter._is_idle)
-            assert limiter._is_idle()
-        assert limiter._is_idle()
+            run_apart(limiter._drop_closed_loops)
+            limiter._drop_closed_loops()
+            assert limiter._loops
+        limiter._drop_closed_loops()
         assert not limiter._loops
 
     def test_run_cancels_its_waiters(self) -> None:
