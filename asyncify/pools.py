@@ -124,17 +124,17 @@ class _Call:
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Any] = self._loop.create_future()
 
-    def run(self) -> BaseException | None:
-        """Do the work in this thread, unless the task has given up; return the work's error."""
+    def run(self) -> None:
+        """Do the work in this thread, unless the task has given up."""
         work = self._take()
         if work is None:
-            return None
+            return
         try:
-            return self._report(*_attempt(partial(call_guarded, work)))
+            self._report(*_attempt(partial(call_guarded, work)))
         finally:
             del self, work  # an error's traceback holds this frame too, as a caller
 
-    def _report(self, result: Any, error: BaseException | None) -> BaseException | None:
+    def _report(self, result: Any, error: BaseException | None) -> None:
         if not iscoroutine(result):
             self._on_end(error)
         try:
@@ -143,7 +143,6 @@ class _Call:
             if iscoroutine(result):
                 result.close()
             self._on_end(error)
-        return error
 
     def _take(self) -> Callable[[], Any] | None:
         try:
