@@ -75,19 +75,22 @@ def reporting(
         known = total if total is None or done <= total else None  # a list may grow while it is read
         return Progress(done, failed, known, now() - began)
 
-    with _shown(asked, title, total, now, where) as show:
+    with _shown(asked, title, total, where) as (show, interval):
+        due = now() + interval
 
         def add(more: int, more_failed: int) -> None:
-            nonlocal done, failed
+            nonlocal done, failed, due
             done += more
             failed += more_failed
-            show(state())
+            if now() >= due:
+                due = now() + interval
+                show(state())
 
         try:
             yield add
         finally:
             if not callable(asked):
-                show(state(), True)  # noqa: FBT003  (the last word, whatever has ended the stream)
+                show(state())  # the last word, whatever has ended the stream
 
 
 @contextmanager
@@ -95,16 +98,15 @@ def _shown(
     asked: bool | Report,  # noqa: FBT001  (the user's own argument, handed on)
     title: str,
     total: int | None,
-    now: Callable[[], float],
     file: TextIO,
-) -> Generator[Callable[..., object]]:
+) -> Generator[tuple[Report, float]]:
+    """Give what shows a state, and how many seconds apart it does so at least."""
     if callable(asked):
-        yield asked
-    else:
-        make = {"rich": _rich, "tqdm": _tqdm, "log": _log}[_kind(file)]
-        with make(title, total, file) as show:
-            interval = _LOG_SECONDS if make is _log else _REDRAW_SECONDS
-            yield _seldom(show, interval, now)
+        yield asked, 0.0
+        return
+    kind = _kind(file)
+    with {"rich": _rich, "tqdm": _tqdm, "log": _log}[kind](title, total, file) as show:
+        yield show, _LOG_SECONDS if kind == "log" else _REDRAW_SECONDS
 
 
 def _kind(file: TextIO) -> Literal["rich", "tqdm", "log"]:
@@ -124,19 +126,6 @@ def _is_terminal(file: object) -> bool:
 def _in_notebook() -> bool:
     shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
-
-
-def _seldom(show: Report, interval: float, now: Callable[[], float]) -> Callable[..., object]:
-    """Return a function that shows at most once an interval, and always the last word."""
-    due = now() + interval
-
-    def show_if_due(progress: Progress, last: bool = False) -> None:  # noqa: FBT001, FBT002  (called in one place)
-        nonlocal due
-        if last or now() >= due:
-            due = now() + interval
-            show(progress)
-
-    return show_if_due
 
 
 @contextmanager
