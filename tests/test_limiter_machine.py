@@ -72,7 +72,6 @@ class LimiterMachine(RuleBasedStateMachine):
         )
         self.calls: list[Waiter] = []
         self.started: list[Waiter] = []
-        self.limit_was_lowered = False
         self.paused_until = 0.0
 
     # --- rules ---

@@ -3,8 +3,6 @@
 import asyncio
 import contextvars
 import gc
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -18,7 +16,7 @@ import uvloop
 from asyncify import Limiter
 from asyncify.wakeups import Wakeups, wakeups_of
 from tests.interrupts import At, interrupt
-from tests.waiting import SAFETY_NET, until
+from tests.waiting import SAFETY_NET, run_program, until
 
 Future = asyncio.Future[None]
 MakeTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -613,8 +611,4 @@ NESTED = """
 @pytest.mark.parametrize("first", ["import nest_asyncio; nest_asyncio.apply()", ""], ids=["before", "within"])
 def test_a_loop_that_runs_within_a_step(first: str) -> None:
     """With nest_asyncio, as notebooks use it, a task may wait in its step for those that it has woken."""
-    code = dedent(NESTED).format(first=first)
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-
-    assert (run.stdout, run.stderr) == ("[1, 2]\n", "")
+    assert run_program(dedent(NESTED).format(first=first), warnings="ignore") == "[1, 2]\n"
