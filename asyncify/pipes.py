@@ -339,9 +339,9 @@ def _bound(config: RunnableConfig) -> int | None:
 
 
 def _sum(limits: Iterable[int | None]) -> int | None:
-    """Add up limits; None is no limit, and makes the sum None."""
+    """Add up limits; None is no limit, and makes the sum None. So does there being none to add up."""
     found = list(limits)
-    return None if None in found else sum(limit for limit in found if limit is not None)
+    return sum(limit for limit in found if limit is not None) if found and None not in found else None
 
 
 def _pairs(steps: Iterable[Runnable[Any, Any]]) -> Iterable[Piped]:

@@ -19,7 +19,7 @@ from langchain_core.runnables import (
 )
 
 from asyncify import Dual, Limiter, PairError, concurrency, registry
-from tests.waiting import until
+from tests.waiting import SAFETY_NET, until
 
 
 def _double(x: int) -> int:
@@ -508,6 +508,15 @@ async def test_a_dict_without_a_branch_gives_an_empty_dict() -> None:
     pipe: Any = Dual(_pass_on) | nothing
 
     assert await pipe.ainvoke(1) == pipe.invoke(1) == {}
+
+
+async def test_a_dict_without_a_branch_takes_many_inputs() -> None:
+    """It has no limit, on either path, rather than one of no calls at once."""
+    nothing: Any = {}
+    empty = (Dual(_double, _adouble) | nothing).steps[-1]
+
+    async with asyncio.timeout(SAFETY_NET):
+        assert await empty.abatch([1, 2]) == empty.batch([1, 2]) == [{}, {}]
 
 
 def _add_one(number: int) -> int:
