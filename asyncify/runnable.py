@@ -729,10 +729,8 @@ class _Bound(Dual[Any, Any]):
         raise PairError(f"{describe(self)} is bound to {self._receiver!r}; decorate it in its class")
 
     def _set_fakes(self, fakes: tuple[Entries, ...]) -> None:
-        """Fake a class method; refuse an instance's method, as a fake replaces the method of the whole class."""
-        if not self._is_of_class:
-            raise self._not_here()
-        self._pair._set_fakes(fakes)
+        """Refuse: a fake replaces the method of the whole class."""
+        raise self._not_here()
 
     def _not_here(self) -> TypeError:
         name = self.__qualname__
@@ -809,7 +807,7 @@ for _name in MARKS:
 _MADE_LATE = {"_entries", "_live", "_marks"}
 """Attributes that a pair has only once it is assembled."""
 
-_MADE_ANEW = {"_entries", "_live", "_fakes", "_told", "_on_stub", "deps", "_marks", "_place"}
+_MADE_ANEW = _MADE_LATE | {"_fakes", "_told", "_on_stub", "deps", "_place"}
 """Attributes of a pair that are not pickled but made anew."""
 
 
