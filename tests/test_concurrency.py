@@ -14,8 +14,6 @@ import pytest
 from asyncify import Dual, Limiter, LimitTimeout, concurrency, dual, registry
 from tests.waiting import SAFETY_NET
 
-"""Seconds after which a test that hangs fails."""
-
 
 class Room:
     """Counts who is inside, and lets them out when it is told to."""

@@ -17,8 +17,6 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from asyncify import BridgeError, Dual, concurrency, dual, watch
 from tests.waiting import SAFETY_NET, until
 
-"""Seconds after which a test that hangs fails."""
-
 desk: ContextVar[str] = ContextVar("desk", default="nobody")
 
 
@@ -1048,6 +1046,27 @@ async def test_a_direct_call_gives_the_generator_that_it_was(make: Callable[[Any
         chunks.send("three")
 
     assert (heard, end.value.value) == (["one", "two"], "end three")
+
+
+def attentive(start: str) -> Generator[str]:
+    """Yield what was thrown in last."""
+    said = start
+    while True:
+        try:
+            yield said
+        except ValueError as error:
+            said = str(error)
+
+
+@pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
+async def test_what_is_thrown_into_a_direct_call_reaches_its_generator(make: Callable[[Any], Any]) -> None:
+    """An error that the function does not catch comes out again; on an event loop too."""
+    chunks = make(attentive)("one")
+    heard = [next(chunks), chunks.throw(ValueError("two"))]
+    with pytest.raises(KeyError):
+        chunks.throw(KeyError("three"))
+
+    assert (heard, list(chunks)) == (["one", "two"], [])
 
 
 @pytest.mark.parametrize("make", ALL_KINDS.values(), ids=ALL_KINDS)
