@@ -17,11 +17,13 @@ from typing import Any
 __all__ = ["in_collection"]
 
 _phases: dict[str, Any] = {}
-"""What the collector has last called back with at the start and at the stop, the later of them at the end."""
+"""The last `info` that the collector has called back with, by phase; the later phase, "start" or "stop", comes last."""
 
 _here = threading.local()
-"""The same of this thread, as attributes."""
+"""The same for this thread, with the phases as attributes."""
 
+# Called in this order, each with the phase and the `info`, a new dict each time: the first takes the phase out of
+# `_phases`, the second puts it back at the end.
 gc.callbacks += [_phases.pop, _phases.setdefault, partial(setattr, _here)]
 
 

@@ -46,5 +46,5 @@ def check_not_ending() -> None:
 
 
 def left_behind(what: str) -> RuntimeError:
-    """Return the error of who goes on, in a forked child, with what threads of the parent do."""
+    """Return the error for a forked child that goes on with what only threads of its parent could finish."""
     return RuntimeError(f"{what} was begun in the process that this one was forked from, and goes on there; begin anew")

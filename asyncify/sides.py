@@ -1,4 +1,7 @@
-"""What a pair keeps where `functools.update_wrapper`, which copies all that a function keeps, does not find it."""
+"""Attributes of a pair that its wrappers must not get: `functools.update_wrapper` copies the whole `__dict__`.
+
+So these are descriptors, and what they return is kept under other names.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ ASYNC_SIDE = "_asyncify_afunc"
 class Side:
     """A side of a pair, kept on it under a name that nobody else uses.
 
-    A class that decorates functions may keep its own in `func`, as LangGraph's `task` does: with that of a pair copied
-    over it, it would run the side, without its limit.
+    A class that decorates functions may keep its own function in `func`, as LangGraph's `task` does. If the `func` of a
+    pair were copied over it, it would run the side, without the limit.
     """
 
     def __init__(self, kept: str, colour: str) -> None:
@@ -39,7 +42,7 @@ class Side:
 
 
 class BoundSide(Side):
-    """That of a pair which is bound, and made at each access: so a side can't be replaced there, but in its class."""
+    """A side of a bound pair. Each access makes a new bound pair, so a side can be replaced only in the class."""
 
     def __set__(self, pair: Any, side: Function) -> None:
         raise pair._not_here()
@@ -49,9 +52,9 @@ class BoundSide(Side):
 
 
 class Mark:
-    """An attribute by which frameworks see what kind of function a pair is; kept among others in its `_marks`.
+    """An attribute by which frameworks see what kind of function a pair is; its value is in the pair's `_marks`.
 
-    What wraps a pair of an `async def` may be a `def`, and would be told for a coroutine function by a copy.
+    What wraps the pair of an `async def` may be a `def`: with a copy of the mark it would be taken for an `async def`.
     """
 
     def __init__(self, name: str) -> None:
