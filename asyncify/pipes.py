@@ -300,7 +300,7 @@ class DualParallel(Piped, RunnableParallel[Input]):
             key: partial(step.atransform, config=child) for key, step, child in self._children(run_manager, config)
         }
         async with aclosing(amerge(inputs, branches)) as chunks:
-            async for key, chunk in Relay(chunks):
+            async for key, chunk in Relay(chunks):  # so that the event loop, as it ends, does not close these as well
                 yield AddableDict({key: chunk})
 
     @classmethod

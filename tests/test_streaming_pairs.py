@@ -5,7 +5,7 @@ import gc
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, cast
@@ -968,10 +968,24 @@ async def test_a_stream_that_can_not_be_closed_is_read_as_well() -> None:
         assert await anext(stream) == {"a": 2}
 
 
+def run_and_close_generators(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine as `asyncio.run` does, but leave the tasks alone that it leaves behind."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(work)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+
+
 @watched_or_not
+@pytest.mark.parametrize("run", [asyncio.run, run_and_close_generators])
 @pytest.mark.parametrize("compose", [lambda pair: pair, behind_another, beside_another, returned_by_another])
 def test_a_stream_that_outlives_its_loop_is_closed_without_a_word(
-    compose: Callable[[Any], Any], config: MakeConfig, caplog: pytest.LogCaptureFixture
+    compose: Callable[[Any], Any],
+    run: Callable[[Coroutine[Any, Any, None]], object],
+    config: MakeConfig,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A loop that ends closes all async generators that it knows, at once: those within a stream it does not know."""
     feed, kept = Feed(), list[Any]()
@@ -981,7 +995,7 @@ def test_a_stream_that_outlives_its_loop_is_closed_without_a_word(
         await anext(stream)
         kept.append(stream)
 
-    asyncio.run(leave())
+    run(leave())
 
     assert feed.closed.is_set()
     assert caplog.records == []
