@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import gc
 import math
 from collections.abc import AsyncIterator, Iterator
 
@@ -33,3 +34,12 @@ async def crowd(request: pytest.FixtureRequest) -> AsyncIterator[Crowd]:
 def clock() -> FakeClock:
     """A clock for a limiter."""
     return FakeClock()
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage collection begins by itself: what goes has been let go of."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

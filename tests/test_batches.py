@@ -1,7 +1,6 @@
 """The four batch methods of a pair: LangChain's meaning, and nothing left behind."""
 
 import asyncio
-import gc
 import itertools
 import linecache
 import sys
@@ -914,6 +913,7 @@ def fail_as_completed(path: str, pair: Any, inputs: list[Document], bound: Runna
         next(pair.batch_as_completed(inputs, bound))
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("size", [1, 9])
 @pytest.mark.parametrize("shape", ["pair", "dict"])
 @pytest.mark.parametrize("fail", [fail_in_batch, fail_as_completed])
@@ -929,14 +929,10 @@ def test_a_batch_that_has_failed_lets_its_inputs_go(
     gone = threading.Event()
     inputs = [Document() for _ in range(size)]
     weakref.finalize(inputs[-1], gone.set)
-    gc.disable()
-    try:
-        fail(path, runnable, inputs, bound)
-        del inputs
+    fail(path, runnable, inputs, bound)
+    del inputs
 
-        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
-    finally:
-        gc.enable()
+    assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
 
 
 def in_batch(pair: Pair, document: Document) -> Any:
@@ -949,6 +945,7 @@ def in_dict(pair: Pair, document: Document) -> Any:
     return (Pair(same, same_async) | {"one": pair}).ainvoke(document)
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("run", [in_batch, in_dict])
 def test_what_is_cancelled_again_as_it_ends_lets_its_inputs_go(run: Callable[[Pair, Document], Any]) -> None:
     """The second cancellation, which is the one that is raised, leaves nothing to a garbage collection either."""
@@ -976,11 +973,7 @@ def test_what_is_cancelled_again_as_it_ends_lets_its_inputs_go(run: Callable[[Pa
             await running
         return gone
 
-    gc.disable()
-    try:
-        assert asyncio.run(main())() is None
-    finally:
-        gc.enable()
+    assert asyncio.run(main())() is None
 
 
 # --- configs, kwargs, contexts ---

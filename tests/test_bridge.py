@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import inspect
 import signal
 import sys
@@ -199,6 +198,7 @@ async def test_an_error_keeps_its_traceback(pool):
     assert caught.traceback[-1].name == "fail"
 
 
+@pytest.mark.usefixtures("uncollected")
 async def test_nothing_keeps_an_error_alive(pool):
     """When it has been handled, an error and all that its traceback holds are let go without a garbage collection."""
 
@@ -209,14 +209,9 @@ async def test_nothing_keeps_an_error_alive(pool):
             return weakref.ref(error)
         raise AssertionError
 
-    gc.collect()
-    gc.disable()
-    try:
-        error = await provoke()
+    error = await provoke()
 
-        await until(lambda: error() is None)  # the thread, too, has to leave the call
-    finally:
-        gc.enable()
+    await until(lambda: error() is None)  # the thread, too, has to leave the call
 
 
 async def test_stop_iteration_becomes_a_runtime_error(pool):
@@ -803,6 +798,7 @@ def test_a_wrong_argument_raises_and_does_not_hang(loop):
         run(loop, partial(fetch, queri="x"))  # type: ignore[call-arg]  # that is the point
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_nothing_keeps_the_error_of_a_coroutine_alive(loop):
     """When it has been handled, an error and all that its traceback holds are let go without a garbage collection."""
 
@@ -813,13 +809,8 @@ def test_nothing_keeps_the_error_of_a_coroutine_alive(loop):
             return weakref.ref(error)
         raise AssertionError
 
-    gc.collect()
-    gc.disable()
-    try:
-        error = provoke()
-        wait_until(lambda: run(loop, current_loop) and error() is None)  # until the loop, too, has left the call
-    finally:
-        gc.enable()
+    error = provoke()
+    wait_until(lambda: run(loop, current_loop) and error() is None)  # until the loop, too, has left the call
 
 
 def test_a_coroutine_that_cancels_itself(loop):
@@ -1357,6 +1348,7 @@ def test_an_error_of_an_async_generator_ends_the_sync_stream(loop):
     assert caught.traceback[-1].name == "chunks"
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_nothing_keeps_the_error_of_an_async_generator_alive(loop):
     """When it has been handled, an error and all that its traceback holds are let go without a garbage collection."""
 
@@ -1372,13 +1364,8 @@ def test_nothing_keeps_the_error_of_an_async_generator_alive(loop):
             return weakref.ref(error)
         raise AssertionError
 
-    gc.collect()
-    gc.disable()
-    try:
-        error = provoke()
-        wait_until(lambda: run(loop, current_loop) and error() is None)  # until the loop, too, has left the call
-    finally:
-        gc.enable()
+    error = provoke()
+    wait_until(lambda: run(loop, current_loop) and error() is None)  # until the loop, too, has left the call
 
 
 @pytest.mark.usefixtures("interruptible")

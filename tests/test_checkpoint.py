@@ -1,7 +1,6 @@
 """The checkpoint: no call is paid for twice, whatever ends a run."""
 
 import asyncio
-import gc
 import itertools
 import json
 import multiprocessing
@@ -743,6 +742,7 @@ def no_id(document: Document) -> str:
     raise LookupError(document)
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("returned", [False, True])
 @pytest.mark.parametrize(("key", "output"), [(no_id, 1), (lambda _: "one", (1,))], ids=["key", "output"])
@@ -766,14 +766,10 @@ def test_an_error_of_key_or_of_the_codec_lets_the_inputs_go(
     gone = threading.Event()
     inputs = [Document()]
     weakref.finalize(inputs[0], gone.set)
-    gc.disable()
-    try:
-        run(inputs)
-        del inputs
+    run(inputs)
+    del inputs
 
-        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
-    finally:
-        gc.enable()
+    assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
 
 
 async def test_what_can_not_be_kept_does_not_hide_why_a_stream_was_left(path: Path) -> None:

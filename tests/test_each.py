@@ -1,7 +1,6 @@
 """`each` and `aeach`: any runnable over any iterable."""
 
 import asyncio
-import gc
 import itertools
 import threading
 import time
@@ -1026,6 +1025,7 @@ def run_to_the_end(way: str, inputs: list[Document]) -> None:
     collect(way, Pair(same, same_async), inputs)
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize(
     "run",
     [
@@ -1042,14 +1042,10 @@ def test_a_stream_that_is_over_lets_its_inputs_go(way: str, run: Callable[[str, 
     gone = threading.Event()
     inputs = [Document() for _ in range(9)]
     weakref.finalize(inputs[-1], gone.set)
-    gc.disable()
-    try:
-        run(way, inputs)
-        del inputs
+    run(way, inputs)
+    del inputs
 
-        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
-    finally:
-        gc.enable()
+    assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
 
 
 # --- contexts, kinds of argument ---

@@ -610,6 +610,7 @@ async def test_a_cancelled_call_holds_its_slot_until_the_executor_is_done():
     assert (held, limiter.stats().in_flight) == (1, 0)
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("limited", [False, True])
 async def test_a_cancelled_call_keeps_nothing_alive_when_the_executor_is_done(*, limited):
     """What it was called with goes at once, and not with the next garbage collection."""
@@ -632,17 +633,13 @@ async def test_a_cancelled_call_keeps_nothing_alive_when_the_executor_is_done(*,
             await call
         return weakref.ref(text)
 
-    gc.disable()
-    try:
-        with ThreadPoolExecutor(1) as threads:
-            pair = dual(stuck, bridge=threads)
-            text = await leave_with(concurrency(limit=1)(pair) if limited else pair)
-            go.set()
-        await asyncio.sleep(0)  # the loop hears of the end
+    with ThreadPoolExecutor(1) as threads:
+        pair = dual(stuck, bridge=threads)
+        text = await leave_with(concurrency(limit=1)(pair) if limited else pair)
+        go.set()
+    await asyncio.sleep(0)  # the loop hears of the end
 
-        assert text() is None
-    finally:
-        gc.enable()
+    assert text() is None
 
 
 async def test_what_the_limiter_says_is_not_blamed_on_the_executor():

@@ -1,7 +1,6 @@
 """Pairs of generators: streamed on both paths, closed at once, their slot held for the life of the stream."""
 
 import asyncio
-import gc
 import itertools
 import threading
 import weakref
@@ -386,6 +385,7 @@ async def achunks_of(chunk: Chunk) -> AsyncIterator[Chunk]:
     raise ValueError
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("read", [1, None], ids=["left early", "failed"])
 def test_a_dict_whose_stream_is_over_lets_its_input_go(read: int | None) -> None:
     """Neither the error nor the closing leaves it to a garbage collection."""
@@ -393,35 +393,28 @@ def test_a_dict_whose_stream_is_over_lets_its_input_go(read: int | None) -> None
     both = SAME | {"one": Dual(chunks_of, achunks_of), "two": Dual(chunks_of, achunks_of)}
     chunk = Chunk()
     weakref.finalize(chunk, gone.set)
-    gc.disable()
-    try:
-        with suppress(ValueError), closing(cast("Generator[Any]", both.stream(chunk))) as stream:
-            list(itertools.islice(stream, read))
-        del chunk, stream
+    with suppress(ValueError), closing(cast("Generator[Any]", both.stream(chunk))) as stream:
+        list(itertools.islice(stream, read))
+    del chunk, stream
 
-        assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
-    finally:
-        gc.enable()
+    assert gone.wait(SAFETY_NET)  # a thread may still be on its way out
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("read", [1, None], ids=["left early", "failed"])
 async def test_an_async_dict_whose_stream_is_over_lets_its_input_go(read: int | None) -> None:
     """Neither the error nor the closing leaves it to a garbage collection."""
     both = SAME | {"one": Dual(chunks_of, achunks_of), "two": Dual(chunks_of, achunks_of)}
     chunk = Chunk()
     gone = weakref.ref(chunk)
-    gc.disable()
-    try:
-        with suppress(ValueError):
-            async with aclosing(cast("AsyncGenerator[Any]", both.astream(chunk))) as stream:
-                await anext(stream)
-                if read is None:
-                    _ = [chunk async for chunk in stream]
-        del chunk, stream
+    with suppress(ValueError):
+        async with aclosing(cast("AsyncGenerator[Any]", both.astream(chunk))) as stream:
+            await anext(stream)
+            if read is None:
+                _ = [chunk async for chunk in stream]
+    del chunk, stream
 
-        await until(lambda: gone() is None)  # a thread may still be on its way out
-    finally:
-        gc.enable()
+    await until(lambda: gone() is None)  # a thread may still be on its way out
 
 
 @watched_or_not
