@@ -89,6 +89,12 @@ async def test_each_path_may_have_its_own_fake() -> None:
         assert [fetch.invoke("EUR"), await fetch.ainvoke("EUR")] == ["s", "a"]
 
 
+async def test_a_pair_fakes_each_path_by_its_own_side() -> None:
+    """As two fakes do."""
+    with registry.override(fetch, Dual(lambda query: "s", _afake)):
+        assert [fetch.invoke("EUR"), await fetch.ainvoke("EUR")] == ["s", "fake EUR"]
+
+
 @pytest.mark.parametrize("fakes", [{"sync": _fake}, {"async_": _afake}], ids=str)
 async def test_a_fake_for_one_path_alone_serves_both(fakes: dict[str, Any]) -> None:
     """The real function never runs while a fake stands in its place."""
