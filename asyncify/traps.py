@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -111,7 +111,8 @@ def telling_if_held(run: Function, name: str, *, is_generator: bool) -> Function
             _tell_held(name, seconds)
 
     def timed_chunks(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        return (yield from _Timed(run(*args, **kwargs), name))
+        with closing(_Timed(run(*args, **kwargs), name)) as chunks:  # a warning that is an error ends them halfway
+            return (yield from chunks)
 
     return timed_chunks if is_generator else timed
 

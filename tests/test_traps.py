@@ -382,6 +382,27 @@ async def test_a_sync_stream_is_told_of_the_chunk_that_held_the_loop(clock):
     assert [str(message.message).partition(" ms")[0][-3:] for message in messages] == ["100"]
 
 
+@pytest.mark.parametrize("run", [lambda pair: pair.call("usd"), lambda pair: pair.stream("usd")])
+async def test_a_warning_that_is_an_error_ends_the_stream_and_frees_its_slot(clock, run):
+    """Under `-W error` the generator is closed before the warning reaches its reader, not when it is collected."""
+    closed: list[str] = []
+
+    def letters(query: str) -> Iterator[str]:
+        try:
+            clock.now += 0.12
+            yield query
+        finally:
+            closed.append(query)
+
+    pair = concurrency(limit=1)(Dual(letters))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BlockingWarning):
+            next(run(pair))
+
+    assert (closed, pair.limiter.stats().in_flight) == (["usd"], 0)
+
+
 async def test_a_sync_call_on_a_loop_works_for_a_bridged_stream(clock):
     """An async generator can be streamed by sync code on a loop without a deadlock."""
 
