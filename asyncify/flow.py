@@ -75,7 +75,7 @@ def each(
     config: RunnableConfig | None = None,
     ordered: Literal[True] = True,
     window: int | None = None,
-    return_exceptions: bool = False,
+    return_exceptions: Literal[False] = False,
     via: Literal["threads", "async"] = "threads",
     progress: bool | Report = False,
     checkpoint: str | PathLike[str] | None = None,
@@ -90,15 +90,49 @@ def each(
     inputs: Iterable[Input],
     *,
     config: RunnableConfig | None = None,
+    ordered: Literal[True] = True,
+    window: int | None = None,
+    return_exceptions: bool,
+    via: Literal["threads", "async"] = "threads",
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> Generator[Output | Exception]: ...
+
+
+@overload
+def each(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input],
+    *,
+    config: RunnableConfig | None = None,
     ordered: Literal[False],
     window: int | None = None,
-    return_exceptions: bool = False,
+    return_exceptions: Literal[False] = False,
     via: Literal["threads", "async"] = "threads",
     progress: bool | Report = False,
     checkpoint: str | PathLike[str] | None = None,
     key: Callable[[Input], str] | None = None,
     codec: Codec = "json",
 ) -> Generator[tuple[int, Output]]: ...
+
+
+@overload
+def each(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: Literal[False],
+    window: int | None = None,
+    return_exceptions: bool,
+    via: Literal["threads", "async"] = "threads",
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> Generator[tuple[int, Output | Exception]]: ...
 
 
 def each(
@@ -167,7 +201,7 @@ def aeach(
     config: RunnableConfig | None = None,
     ordered: Literal[True] = True,
     window: int | None = None,
-    return_exceptions: bool = False,
+    return_exceptions: Literal[False] = False,
     progress: bool | Report = False,
     checkpoint: str | PathLike[str] | None = None,
     key: Callable[[Input], str] | None = None,
@@ -181,14 +215,46 @@ def aeach(
     inputs: Iterable[Input] | AsyncIterable[Input],
     *,
     config: RunnableConfig | None = None,
+    ordered: Literal[True] = True,
+    window: int | None = None,
+    return_exceptions: bool,
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> AsyncGenerator[Output | Exception]: ...
+
+
+@overload
+def aeach(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input] | AsyncIterable[Input],
+    *,
+    config: RunnableConfig | None = None,
     ordered: Literal[False],
     window: int | None = None,
-    return_exceptions: bool = False,
+    return_exceptions: Literal[False] = False,
     progress: bool | Report = False,
     checkpoint: str | PathLike[str] | None = None,
     key: Callable[[Input], str] | None = None,
     codec: Codec = "json",
 ) -> AsyncGenerator[tuple[int, Output]]: ...
+
+
+@overload
+def aeach(
+    runnable: Runnable[Input, Output],
+    inputs: Iterable[Input] | AsyncIterable[Input],
+    *,
+    config: RunnableConfig | None = None,
+    ordered: Literal[False],
+    window: int | None = None,
+    return_exceptions: bool,
+    progress: bool | Report = False,
+    checkpoint: str | PathLike[str] | None = None,
+    key: Callable[[Input], str] | None = None,
+    codec: Codec = "json",
+) -> AsyncGenerator[tuple[int, Output | Exception]]: ...
 
 
 def aeach(

@@ -25,7 +25,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, assert_type
 from langchain_core.runnables import RunnableBranch, RunnableLambda
 from langchain_core.runnables.base import Runnable, RunnableSerializable
 
-from asyncify import Dual, Limiter, concurrency, dual, dual_patch, registry
+from asyncify import Dual, Limiter, aeach, concurrency, dual, dual_patch, each, registry
 from asyncify.runnable import AnyDual
 
 Quote = dict[str, float]
@@ -1065,3 +1065,26 @@ def patches() -> None:
         assert_type(patch.target, str)
         concurrency(limit=3)(patch.pair)
     dual_patch("quotes:fetch", async_="fetch").undo()  # type: ignore[arg-type]
+
+
+async def streams_over_many_inputs(*, catch: bool) -> None:
+    """`each` and `aeach` give the outputs of any runnable; in place of an output, an exception, if that was asked."""
+    pair = dual(sync=fetch_sync, async_=fetch_async)
+
+    for output in each(pair, ["usd"]):
+        assert_type(output, Quote)
+    for output_or_error in each(pair, ["usd"], return_exceptions=True):
+        assert_type(output_or_error, Quote | Exception)
+        if isinstance(output_or_error, Exception):
+            raise output_or_error
+        assert_type(output_or_error, Quote)
+    for _, numbered in each(pair, ["usd"], ordered=False, return_exceptions=catch, via="async"):
+        assert_type(numbered, Quote | Exception)
+    async for output in aeach(pair.with_retry(), ["usd"], return_exceptions=False):
+        assert_type(output, Quote)
+    async for output_or_error in aeach(pair, ["usd"], return_exceptions=True):
+        assert_type(output_or_error, Quote | Exception)
+    async for index, output in aeach(pair, ["usd"], ordered=False):
+        assert_type((index, output), tuple[int, Quote])
+    async for index, output_or_error in aeach(pair, ["usd"], ordered=False, return_exceptions=True):
+        assert_type((index, output_or_error), tuple[int, Quote | Exception])
