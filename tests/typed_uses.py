@@ -22,7 +22,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, NoReturn, ParamSpec, TypeVar, assert_type
 
-from langchain_core.runnables import RunnableBranch, RunnableLambda
+from langchain_core.runnables import RunnableBranch, RunnableLambda, RunnableParallel
 from langchain_core.runnables.base import Runnable, RunnableSerializable
 
 from asyncify import Dual, Limiter, aeach, concurrency, dual, dual_patch, each, registry
@@ -284,6 +284,8 @@ async def as_runnables() -> None:
     assert_type(checked.pipe(on_async, lambda _: {"EUR": 1.0}), RunnableSerializable[str, Quote])
     choice: RunnableBranch[str, Quote] = RunnableBranch((bool, on_sync), on_async)
     assert_type(choice.invoke("EUR"), Quote)
+    two_results: RunnableParallel[str] = RunnableParallel({"quote": on_sync, "count": dual(len)})
+    assert_type(two_results.invoke("EUR"), dict[str, Any])
     checked.pipe(3)  # type: ignore[call-overload]
     checked.invoke(3)  # type: ignore[arg-type]
 
