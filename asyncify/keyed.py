@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from asyncify.forks import at_fork
-from asyncify.limiter import Limiter, Memory
+from asyncify.limiter import Limiter, Memory, OfOneProcess
 from asyncify.meter import Limits
 from asyncify.permits import Permit, permits
 
@@ -22,7 +22,7 @@ _WHOLE = 1000
 """How many limiters are kept whole, the last used; of the others, only what they have learned."""
 
 
-class KeyedLimiter:
+class KeyedLimiter(OfOneProcess):
     """A limiter for each key: made on first use, forgotten when it is idle.
 
     `keyed["tenant"]` is the limiter of one key. The keys that are remembered can be counted and gone through.
@@ -127,7 +127,10 @@ class KeyedLimiter:
             if isinstance(limiter, Limiter) and limiter._made_by is self._mark:
                 limiter.record(actual)
                 return
-        raise RuntimeError(f"{self.name or 'keyed limiter'}: this context is not inside a call that it has admitted")
+        raise RuntimeError(f"{self._title()}: this context is not inside a call that it has admitted")
+
+    def _title(self) -> str:
+        return self.name or "keyed limiter"
 
     def _state(self) -> str:
         """Say how many keys are remembered."""

@@ -17,7 +17,7 @@ from asyncify.meter import Limits, Meter
 from asyncify.permits import Permit, get_innermost
 from asyncify.turnstile import RECENT, Turnstile
 
-__all__ = ["Limiter", "LimiterStats", "Memory"]
+__all__ = ["Limiter", "LimiterStats", "Memory", "OfOneProcess"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,29 @@ class Memory(NamedTuple):
         return is_as_new and self.meter.is_idle(now)
 
 
-class Limiter(Turnstile, BaseRateLimiter):
+class OfOneProcess:
+    """What limits calls wherever it stands, in one process."""
+
+    def _title(self) -> str:
+        """Return what errors call it."""
+        raise NotImplementedError
+
+    def __copy__(self) -> Self:
+        """Return itself: a copy shares the limit."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled: a limit holds within one process."""
+        raise pickle.PicklingError(
+            f"{self._title()}: holds in one process, so it can't be pickled; make one where the calls are made"
+        )
+
+
+class Limiter(Turnstile, OfOneProcess, BaseRateLimiter):
     """Hold calls to `limit` at once and to rates over time, for all threads and event loops together.
 
     As a context manager (`with`, `async with`) it grants a slot and a rate token in one moment. As a LangChain
@@ -279,20 +301,6 @@ class Limiter(Turnstile, BaseRateLimiter):
         """Show the state: `<Limiter quotes 3/10 in flight, 50 per second, 7 waiting>`."""
         name = f"{self.name} " if self.name else ""
         return f"<Limiter {name}{self._state()}>"
-
-    def __copy__(self) -> Self:
-        """Return the limiter itself: a copy shares the limit."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the limiter itself."""
-        return self
-
-    def __reduce__(self) -> Any:
-        """Refuse to be pickled: a limit holds within one process."""
-        raise pickle.PicklingError(
-            f"{self._title()}: holds in one process, so it can't be pickled; make one where the calls are made"
-        )
 
 
 def _adaptive_limit(limit: int | Adaptive | None) -> tuple[AdaptiveLimit | None, int | None]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextvars
+import copy
 import gc
+import pickle
 import random
 import re
 import threading
@@ -448,6 +450,15 @@ class TestKeys:
     def test_limits_of_a_key_do_not_bound_all_calls(self) -> None:
         """A thread pool of a pair can't be sized by them."""
         assert not KeyedLimiter(lambda key: key, limit=3)._bounds_calls
+
+    def test_a_copy_is_the_limiter_itself(self) -> None:
+        """As of a `Limiter`: an object that holds the limits of each key can be copied, and shares them."""
+        keyed = KeyedLimiter(lambda key: key, name="quotes", limit=3)
+
+        assert copy.copy(keyed) is keyed
+        assert copy.deepcopy({"limiter": keyed})["limiter"] is keyed
+        with pytest.raises(pickle.PicklingError, match=r"^quotes: holds in one process"):
+            pickle.dumps(keyed)
 
 
 class TestCost:
