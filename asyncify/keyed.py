@@ -19,11 +19,11 @@ __all__ = ["KeyedLimiter"]
 
 
 _WHOLE = 1000
-"""How many limiters are kept whole, the last used; of the others, only what they have learned."""
+"""How many limiters are kept, the last used; of the others, only what they have learned, until that is void."""
 
 
 class KeyedLimiter(OfOneProcess):
-    """A limiter for each key: made on first use, forgotten when it is idle.
+    """A limiter for each key: made on first use, and forgotten when it is idle and others have been used since.
 
     `keyed["tenant"]` is the limiter of one key. The keys that are remembered can be counted and gone through.
     """
@@ -66,10 +66,11 @@ class KeyedLimiter(OfOneProcess):
                 limiter = self._alive.setdefault(key, self._make(key))  # a finalizer may have made one meanwhile
             self._last_used[key] = limiter
             self._last_used.move_to_end(key)
-            if len(self._last_used) > _WHOLE:
-                self._last_used.popitem(last=False)
             if key not in self._memories:
                 self._memories[key] = limiter._memory()
+            if len(self._last_used) > _WHOLE:
+                old = self._last_used.popitem(last=False)[0]  # its limiter goes now, unless somebody holds it
+                self._memories.move_to_end(old, last=False)  # it is checked next
             self._forget_void()
         return limiter
 
@@ -93,14 +94,12 @@ class KeyedLimiter(OfOneProcess):
             key, memory = next(iter(self._memories.items()))
             if (limiter := self._alive.get(key)) is not None:
                 limiter._drop_closed_loops()
-                limiter._settle()
                 del limiter
             with suppress(KeyError):  # a finalizer may have removed it meanwhile
                 self._memories.move_to_end(key)
                 if memory.is_void(now):
-                    self._last_used.pop(key, None)
                     del self._memories[key]
-                    if key in self._alive:  # somebody holds it, and may use it
+                    if key in self._alive:  # it is one of the last used, or somebody holds it, and it may be used
                         self._memories.setdefault(key, memory)
 
     def __contains__(self, key: object) -> bool:

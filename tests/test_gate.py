@@ -27,7 +27,7 @@ from asyncify.keyed import KeyedLimiter
 from asyncify.limiter import Limiter
 from asyncify.testing import FakeClock
 from tests.crowd import ServerError
-from tests.waiting import SAFETY_NET, run_program
+from tests.waiting import SAFETY_NET, run_program, until
 
 
 def gate_of(limiter: Any = None, fn: Callable[..., Any] = lambda query: query, **arguments: Any) -> Gate:
@@ -59,6 +59,12 @@ async def async_size(value: Any) -> int:
     return len(value)
 
 
+@pytest.fixture
+def keeps_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all keys, only the limiter of the last used is kept whole."""
+    monkeypatch.setattr("asyncify.keyed._WHOLE", 1)
+
+
 class TestKeys:
     @both_paths
     async def test_each_key_has_the_limits_for_itself(self, path: str) -> None:
@@ -87,13 +93,16 @@ class TestKeys:
         assert found == [keyed["a"]]
 
     def test_idle_keys_are_forgotten(self) -> None:
-        """A hundred thousand keys leave a handful in memory."""
+        """Twenty thousand keys leave the last thousand in memory, with what their limiters have seen."""
         keyed = KeyedLimiter(lambda key: key, limit=1)
-        for key in range(100_000):
+        for key in range(20_000):
             keyed.enter(key, 1, None).finish()
 
-        assert len(keyed) <= 3
+        assert len(keyed) <= 1003
+        assert [keyed[key].stats().admitted for key in range(19_999, 19_000, -1)] == [1] * 999
+        assert keyed[0].stats().admitted == 0
 
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_a_busy_key_does_not_keep_idle_ones(self) -> None:
         """While one key's call runs on and on, those that come and go are forgotten."""
         keyed = KeyedLimiter(lambda key: key, limit=1)
@@ -105,6 +114,7 @@ class TestKeys:
         assert keyed["busy"].stats().in_flight == 1
         permit.finish()
 
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_a_key_whose_calls_still_count_is_remembered(self) -> None:
         """Forgetting it would let more through than the rate: only a window later it may go."""
         clock = FakeClock()
@@ -137,7 +147,7 @@ class TestKeys:
         clock.advance(3600)
         for _ in range(3000):
             keyed["b"]._state()
-        assert len(keyed) == 1
+        assert len(keyed) == 1000
 
     def test_a_key_not_used_lately_stays_paused(self) -> None:
         """As long as the server said."""
@@ -154,9 +164,9 @@ class TestKeys:
 
         assert keyed["acme"].acquire(blocking=False)
 
-    def test_a_key_whose_limiter_somebody_holds_has_no_second_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.usefixtures("keeps_the_last")
+    def test_a_key_whose_limiter_somebody_holds_has_no_second_one(self) -> None:
         """Though it was not used lately, its calls count."""
-        monkeypatch.setattr("asyncify.keyed._WHOLE", 5)
         keyed = KeyedLimiter(lambda key: key, limit=1, clock=FakeClock())
         acme = keyed["acme"]
         for key in range(100):
@@ -168,6 +178,34 @@ class TestKeys:
             assert "acme" in keyed
             assert len(keyed) <= 4
 
+    @pytest.mark.usefixtures("keeps_the_last")
+    def test_a_key_whose_callers_loop_is_closed_is_forgotten(self) -> None:
+        """Its last call waits for another, which will never go on, for the slot that it holds itself."""
+        keyed = KeyedLimiter(lambda key: key, limit=1)
+        loop = asyncio.new_event_loop()
+
+        async def wait() -> None:
+            async with keyed["a"]:
+                pass
+
+        async def hold() -> None:
+            async with keyed["a"]:
+                await loop.create_task(wait(), context=contextvars.Context())
+
+        async def begin() -> None:
+            holding = loop.create_task(hold())
+            await until(lambda: keyed["a"].stats().waiting == 1)
+            assert not holding.done()
+
+        loop.run_until_complete(begin())
+        loop.close()
+        for key in range(10):
+            keyed.enter(key, 1, None).finish()
+        gc.collect()
+
+        assert "a" not in keyed._alive
+
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_what_a_key_admits_counts_however_late(self) -> None:
         """Also if other keys were looked up meanwhile, and its limiter is not held afterwards."""
         keyed = KeyedLimiter(lambda key: key, per_hour=1, clock=FakeClock())
@@ -182,10 +220,10 @@ class TestKeys:
 
         assert not keyed["acme"].acquire(blocking=False)
 
+    @pytest.mark.usefixtures("keeps_the_last")
     @pytest.mark.parametrize("learned", ["resized", "adapted"])
-    def test_what_a_key_has_learned_is_kept(self, learned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_a_key_has_learned_is_kept(self, learned: str) -> None:
         """Though it was not used lately."""
-        monkeypatch.setattr("asyncify.keyed._WHOLE", 5)
         keyed = KeyedLimiter(lambda key: key, limit=Adaptive(min=1, max=9, start=9), per_minute=9, clock=FakeClock())
         if learned == "resized":
             keyed["acme"].resize(limit=1)
@@ -200,9 +238,9 @@ class TestKeys:
         if learned == "resized":
             assert keyed["acme"].stats().admitted == 0
 
-    def test_threads_that_use_keys_at_once_make_no_second_limiter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.usefixtures("keeps_the_last")
+    def test_threads_that_use_keys_at_once_make_no_second_limiter(self) -> None:
         """However often limiters are let go and made again, each key admits what its rate allows."""
-        monkeypatch.setattr("asyncify.keyed._WHOLE", 3)
         keyed = KeyedLimiter(lambda key: key, per_hour=3, burst=3, clock=FakeClock())
         admitted: Counter[int] = Counter()
 
@@ -222,6 +260,7 @@ class TestKeys:
 
         assert admitted == dict.fromkeys(range(200), 3)
 
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_a_key_that_was_resized_is_remembered(self) -> None:
         """A new limiter would have the limits of all the others."""
         keyed = KeyedLimiter(lambda key: key, limit=2)
@@ -269,6 +308,7 @@ class TestKeys:
             await pass_through(fetch._gate.before(fetch.func), path, {"tenant": "acme"})
         held.leave()
 
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_a_key_forgotten_between_look_up_and_resize_is_remembered_again(self) -> None:
         """Others may use their keys in between, as where the new limit is looked up first."""
         keyed = KeyedLimiter(lambda key: key, limit=1)
@@ -281,6 +321,7 @@ class TestKeys:
 
         assert keyed["acme"].stats().limit == 9
 
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_a_key_forgotten_between_look_up_and_admission_still_counts(self) -> None:
         """However other threads interleave, no window of a key is over."""
         clock = FakeClock()
@@ -571,8 +612,9 @@ class TestArguments:
             await pass_through(gate, path, "x")
         held.end()
 
+    @pytest.mark.usefixtures("keeps_the_last")
     def test_an_adaptive_limit_serves_each_key(self) -> None:
-        """Each key finds its own, and keeps it for a while when it is idle."""
+        """Each key finds its own, and keeps it for a while when it is not used."""
         clock = FakeClock()
         gate = gate_of(key=lambda query: query, limit=Adaptive(min=1, max=9, start=4), clock=clock)
         assert isinstance(gate.limiter, KeyedLimiter)
