@@ -376,6 +376,14 @@ class TestKeys:
 
         assert seen == ["EURUSD", "GBPUSD"]
 
+    def test_the_key_of_one_argument_that_is_left_out_is_its_default(self) -> None:
+        """As the function itself has it."""
+        seen: list[Any] = []
+        gate = gate_of(key=seen.append, fn=lambda pair="EURUSD": pair, limit=1)
+        gate.enter((), {}).leave()
+
+        assert seen == ["EURUSD"]
+
     def test_the_key_of_arguments_of_any_name_is_a_mapping(self) -> None:
         """They have no first."""
         seen: list[Any] = []
