@@ -135,13 +135,14 @@ class _Window:
 
     def expire(self, now: float) -> None:
         """Forget what is older than the period."""
-        log, old = self.log, 0
+        log, old, freed = self.log, 0, 0.0
         for last, spent, _ in log:
             if last + self.period > now:
                 break
-            self.used -= spent
             old += 1
-        del log[:old]
+            freed += spent
+        del log[:old]  # first: an interrupt in between leaves too little room, not too much
+        self.used -= freed
         if not log:
             self.used = 0  # drops rounding errors
             self.open_until = -math.inf
