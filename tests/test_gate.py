@@ -380,7 +380,7 @@ class TestKeys:
         """As the function itself has it."""
         seen: list[Any] = []
         gate = gate_of(key=seen.append, fn=lambda pair="EURUSD": pair, limit=1)
-        gate.enter((), {}).leave()
+        gate.enter((), {}).finish()
 
         assert seen == ["EURUSD"]
 
