@@ -534,6 +534,14 @@ class TestWindows:
         assert len(meter._windows[0].log) <= 1001
         assert meter._windows[0].used == 100_000
 
+    def test_memory_does_not_grow_with_time(self) -> None:
+        """Where there is always room, what has left the window is dropped all the same."""
+        meter = Meter(limits(per_second=1_000_000_000))
+        for second in range(1000):
+            meter.admit(second, 5000, second)
+
+        assert len(meter._windows[0].log) == 1
+
     def test_the_first_call_after_an_idle_time_counts(self) -> None:
         """An admission that finds only old ones in the window is counted like any other."""
         meter = Meter(limits(per_second=2, burst=2))
