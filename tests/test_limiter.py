@@ -334,6 +334,15 @@ class TestOrder:
         assert crowd.order == ["slot", "rate"]
         assert limiter.stats().waiting == 1
 
+    async def test_the_rate_alone_is_there_at_once_for_who_would_not_wait(self, crowd: Crowd) -> None:
+        """Those who wait for a slot are not asked; nor does it take anybody to look at the queue."""
+        limiter = crowd.limiter_of(limit=1, per_second=10)
+        await crowd.come("slot")
+        await crowd.come("waits")
+        await crowd.advance(5)
+
+        assert [limiter.acquire(blocking=False) for _ in range(2)] == [True, False]
+
     async def test_the_rate_alone_does_not_pass_those_who_wait_for_the_rate(self, crowd: Crowd) -> None:
         """With a free slot, the queue is one: nobody overtakes."""
         crowd.limiter_of(limit=5, per_second=10)
