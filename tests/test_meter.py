@@ -542,6 +542,15 @@ class TestWindows:
 
         assert len(meter._windows[0].log) == 1
 
+    def test_calls_that_leave_a_window_together_leave_it_once(self) -> None:
+        """Those that come next, in two windows of which each is full, wait for one another and not for them."""
+        meter = Meter(limits(per_minute=3, burst=3))
+        assert [meter.admit(second, 1, second) for second in (0, 1, 2)] == [0, 0, 0]
+        assert [meter.admit(second, 1, second) for second in (100, 101, 102)] == [0, 0, 0]
+
+        assert meter.admit(140, 1, 140) == 160
+        assert meter.admit(160, 1, 140) == 0
+
     def test_the_first_call_after_an_idle_time_counts(self) -> None:
         """An admission that finds only old ones in the window is counted like any other."""
         meter = Meter(limits(per_second=2, burst=2))
