@@ -64,13 +64,14 @@ class KeyedLimiter(OfOneProcess):
             limiter = self._alive.get(key)
             if limiter is None:
                 limiter = self._alive.setdefault(key, self._make(key))  # a finalizer may have made one meanwhile
-            self._last_used[key] = limiter
-            self._last_used.move_to_end(key)
             if key not in self._memories:
                 self._memories[key] = limiter._memory()
+            self._last_used[key] = limiter
+            self._last_used.move_to_end(key)
             if len(self._last_used) > _WHOLE:
-                old = self._last_used.popitem(last=False)[0]  # its limiter goes now, unless somebody holds it
-                self._memories.move_to_end(old, last=False)  # it is checked next
+                old = self._last_used.popitem(last=False)
+                self._memories.move_to_end(old[0], last=False)  # it is checked next
+                del old  # its limiter goes now, unless somebody holds it
             self._forget_void()
         return limiter
 
@@ -88,19 +89,24 @@ class KeyedLimiter(OfOneProcess):
             self._memories[key] = limiter._memory()
 
     def _forget_void(self) -> None:
-        """Check two keys, in turn: so a call pays little, and those that no longer count do not pile up."""
+        """Check three keys, in turn: so a call pays little, and keys that no longer count go faster than new ones come.
+
+        One of the three may just have fallen behind, and count for long.
+        """
         now = self._now()
-        for _ in range(2):
-            key, memory = next(iter(self._memories.items()))
-            if (limiter := self._alive.get(key)) is not None:
-                limiter._drop_closed_loops()
-                del limiter
-            with suppress(KeyError):  # a finalizer may have removed it meanwhile
-                self._memories.move_to_end(key)
-                if memory.is_void(now):
-                    del self._memories[key]
-                    if key in self._alive:  # it is one of the last used, or somebody holds it, and it may be used
-                        self._memories.setdefault(key, memory)
+        for _ in range(3):
+            for key, memory in self._memories.items():  # the first; before a `next()`, a finalizer may add others
+                limiter = self._alive.get(key)
+                with suppress(KeyError):  # a finalizer may have removed it meanwhile
+                    self._memories.move_to_end(key)
+                    if limiter is not None:  # it is one of the last used, or somebody holds it, and it may be used
+                        limiter._drop_closed_loops()
+                        limiter._settle()  # a call that has left may be counted still, and would keep it alive
+                    elif memory.is_void(now):
+                        del self._memories[key]
+                        if key in self._alive:  # a finalizer has made it meanwhile
+                            self._memories.setdefault(key, memory)
+                break
 
     def __contains__(self, key: object) -> bool:
         """Tell whether a key is remembered."""

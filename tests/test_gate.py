@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import copy
 import gc
+import itertools
 import pickle
 import random
 import re
@@ -204,6 +205,57 @@ class TestKeys:
         gc.collect()
 
         assert "a" not in keyed._alive
+
+    @pytest.mark.usefixtures("keeps_the_last")
+    def test_a_key_with_an_adaptive_limit_is_forgotten(self) -> None:
+        """Its limiter learns from a call that has ended before it is used again, and is let go."""
+        clock = FakeClock()
+        keyed = KeyedLimiter(lambda key: key, limit=Adaptive(min=2), clock=clock)
+        for key in range(100):
+            keyed.enter(key, 1, None).finish()
+        for _ in range(2):
+            for _ in range(100):
+                keyed["b"]._state()
+            clock.advance(60)
+
+        assert len(keyed) == len(keyed._alive) == 1
+
+    @pytest.mark.usefixtures("keeps_the_last")
+    def test_keys_that_no_longer_count_go_though_new_ones_come(self) -> None:
+        """Of a rush of keys none is left when as many others have come, one by one."""
+        clock = FakeClock()
+        keyed = KeyedLimiter(lambda key: key, per_second=1, clock=clock)
+        for key in range(1000):
+            keyed.enter(key, 1, None).finish()
+        for key in range(1000, 3000):
+            clock.advance(0.5)
+            keyed.enter(key, 1, None).finish()
+
+        assert len(keyed) <= 5
+
+    def test_finalizers_may_look_up_other_keys_in_the_middle_of_a_look_up(self) -> None:
+        """Wherever the garbage is collected: keys that they add disturb no check of those that there are."""
+        keyed = KeyedLimiter(lambda key: key, limit=1)
+        keys = itertools.count()
+
+        class Garbage:
+            def __init__(self) -> None:
+                self.me = self
+
+            def __del__(self) -> None:
+                keyed[next(keys)]._state()
+
+        before = gc.get_threshold()
+        try:
+            for number in range(1000):
+                gc.set_threshold(1 + number % 20)
+                Garbage()
+                keyed["a"]._state()
+        finally:
+            gc.set_threshold(*before)
+        gc.collect()
+
+        assert next(keys) == 1000
 
     @pytest.mark.usefixtures("keeps_the_last")
     def test_what_a_key_admits_counts_however_late(self) -> None:
