@@ -190,12 +190,11 @@ class Limiter(Turnstile, OfOneProcess, BaseRateLimiter):
 
         A generator that entered in one task may be closed in another.
         """
-        innermost = get_innermost()
-        if innermost is not None and innermost.issuer is self and innermost.was_left_by_hand():
-            innermost.finish_innermost(error)  # its slot has been given back
-        elif (permit := self._entered(by_with=True)) is not None:
-            permit.taken = True
-            permit.finish(error)
+        permit = get_innermost()
+        while permit is not None and not (permit.issuer is self and permit.may_have_block()):
+            permit = permit.outer
+        if permit is not None:
+            permit.finish_block(error)
         elif self._meter.inside:  # looked at without the lock: a finalizer may be in the thread that holds it
             self._give_back_other(error)
         else:

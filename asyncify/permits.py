@@ -121,7 +121,7 @@ class Permit:
     token: Token[Permit | None]
 
     left_by_hand: bool
-    """Set, to True, when it is ended before its `with` block."""
+    """Set, to True, from when it is ended by hand until its `with` block ends."""
 
     kept_by: set[weakref.ref[Any]]
     """What may keep it from ending: calls that wait within it, and crews. Set when there is a first one."""
@@ -185,8 +185,20 @@ class Permit:
             self.end(error)  # and stay in the context, where the end of the block finds it
 
     def was_left_by_hand(self) -> bool:
-        """Tell whether it was ended before its `with` block."""
+        """Tell whether it was ended before its `with` block, which has yet to end."""
         return hasattr(self, "left_by_hand")
+
+    def may_have_block(self) -> bool:
+        """Tell whether a `with` block that ends now may have begun with it."""
+        return self.was_left_by_hand() or (not self.ended and self.thread != 0)
+
+    def finish_block(self, error: BaseException | None) -> None:
+        """End its `with` block, and the call, if that was not left by hand."""
+        if self.was_left_by_hand():
+            del self.left_by_hand
+        else:
+            self.taken = True
+        self.finish(error)
 
     def finish(self, error: BaseException | None = None) -> None:
         """End the call, in the context that entered; `error` is what it raised."""
@@ -206,9 +218,8 @@ class Permit:
             if self.outer is not None:
                 self.skip_ended()
             self.issuer._give_back(self, error)
-        elif self.taken:
-            self.taken = False  # before any call, at which another thread may come in between
-            self.issuer._give_back_other(error)
+        else:
+            self.end(error)
 
     def step_out(self) -> None:
         """Leave this context, until `move_to_this_thread`: the call goes on elsewhere, or is a generator at its yield.
@@ -231,11 +242,15 @@ class Permit:
             self.issuer._give_back(self, error)
         elif self.taken:
             self.taken = False  # before any call, at which another thread may come in between
-            self.issuer._give_back_other(error)
+            if not self.was_left_by_hand():  # else it was left at the moment at which its own block ended
+                self.issuer._give_back_other(error)
 
     def skip_ended(self) -> None:
-        """Forget the permits around it that have ended, or a chain of tasks would keep all of them alive."""
-        while self.outer is not None and self.outer.ended:
+        """Forget the permits around it that have ended, or a chain of tasks would keep all of them alive.
+
+        Those left by hand are still looked for by the end of their block.
+        """
+        while self.outer is not None and self.outer.ended and not self.outer.was_left_by_hand():
             self.outer = self.outer.outer
 
     def around(self) -> Iterator[Permit]:

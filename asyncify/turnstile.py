@@ -588,10 +588,9 @@ class Turnstile:
             self._timer = None
         self._settle()
 
-    def _entered(self, *, by_with: bool = False) -> Permit | None:
-        """Return the innermost permit of this limiter in this context; with `by_with`, none of `enter()`."""
-        own = (permit for permit in permits() if permit.issuer is self and (permit.thread or not by_with))
-        return next(own, None)
+    def _entered(self) -> Permit | None:
+        """Return the innermost permit of this limiter in this context."""
+        return next((permit for permit in permits() if permit.issuer is self), None)
 
 
 def _checked(cost: float, slots: int, timeout: float | None) -> tuple[float, float | None]:

@@ -852,6 +852,73 @@ class TestLeftElsewhere:
             assert limiter.stats().in_flight == 1
         assert limiter.stats().in_flight == 0
 
+    @pytest.mark.parametrize("first", ["leave", "enter"])
+    @pytest.mark.parametrize("where", ["there", "elsewhere"])
+    def test_a_block_left_by_hand_ends_no_call_that_was_entered_in_it(self, first: str, where: str) -> None:
+        """Such a call may go on after the block, there or at another limiter."""
+        limiter = Limiter(limit=3)
+        entered = limiter if where == "there" else Limiter(limit=3)
+        other = contextvars.Context().run(limiter.enter)
+        with limiter as call:
+            if first == "leave":
+                call.leave()
+            inner = entered.enter()
+            call.leave()
+        assert limiter.stats().in_flight == 1 + (entered is limiter)
+        inner.leave()
+        other.leave()
+
+        assert limiter.stats().in_flight == entered.stats().in_flight == 0
+
+    def test_only_the_end_of_its_own_block_gives_no_slot_back(self) -> None:
+        """Where a permit was left by hand, and other blocks of the limiter end in its context."""
+        limiter = Limiter(limit=3)
+
+        def stream() -> Generator[None]:
+            with limiter:
+                yield
+
+        streams = [stream(), stream()]
+        for each in streams:
+            contextvars.Context().run(next, each)
+        with limiter as call:
+            call.leave()
+            within = contextvars.copy_context()
+            within.run(streams[0].close)
+        within.run(streams[1].close)
+
+        assert limiter.stats().in_flight == 0
+
+    @pytest.mark.parametrize("ends", ["the block", "the permit"])
+    def test_a_permit_left_as_its_block_ends_gives_one_slot_back(
+        self, ends: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another thread does so, at the worst moment."""
+        limiter = Limiter(limit=3)
+        other = contextvars.Context().run(limiter.enter)
+        finish, end = Permit.finish_innermost, Permit.end
+        block = contextlib.ExitStack()
+        call = block.enter_context(limiter)
+
+        def leave_first(permit: Permit, error: BaseException | None) -> None:
+            monkeypatch.undo()
+            permit.leave()
+            finish(permit, error)
+
+        def end_block_first(permit: Permit, error: BaseException | None) -> None:
+            monkeypatch.undo()
+            block.close()
+            end(permit, error)
+
+        if ends == "the block":
+            monkeypatch.setattr(Permit, "finish_innermost", leave_first)
+            block.close()
+        else:
+            monkeypatch.setattr(Permit, "end", end_block_first)
+            call.leave()
+        assert limiter.stats().in_flight == 1
+        other.leave()
+
     def test_an_error_that_is_left_with_by_hand_is_learned_from(self) -> None:
         """Also where the block then ends without an error."""
         limiter = Limiter(limit=Adaptive(min=1, max=8, start=8))
