@@ -177,7 +177,7 @@ class Limiter(Turnstile, OfOneProcess, BaseRateLimiter):
         return self._try()
 
     def _try(self) -> bool:
-        admitted = self._admit(Permit(self, 1, 0), queue=False)
+        admitted = self._admit(Permit().ask(self, 1, 0), queue=False)
         if not admitted:
             self._count_rejected()
         return admitted

@@ -123,7 +123,7 @@ class Turnstile:
         """Wait in this thread for a slot and the rate; code that runs in this context leaves the permit."""
         if cost != 1 or slots != 1 or timeout is not None:
             cost, timeout = _checked(cost, slots, timeout)
-        permit = Permit(self, cost, slots)
+        permit = Permit().ask(self, cost, slots)
         if not self._admit(permit):
             ready = allocate_lock()
             ready.acquire()
@@ -145,7 +145,7 @@ class Turnstile:
         """Wait in this task for a slot and the rate; code that runs in this context leaves the permit."""
         if cost != 1 or slots != 1 or timeout is not None:
             cost, timeout = _checked(cost, slots, timeout)
-        permit = Permit(self, cost, slots)
+        permit = Permit().ask(self, cost, slots)
         permit.in_task = True
         if not self._admit(permit):
             try:
@@ -500,7 +500,7 @@ class Turnstile:
         certain.
         """
         self._knows_permits = False
-        permit = Permit(self, 1, 1)
+        permit = Permit().ask(self, 1, 1)
         permit.at = self._now()
         _robbed.add(permit)
         permit.end(error)

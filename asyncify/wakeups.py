@@ -109,8 +109,9 @@ class Wakeups:
             while woken and (left > 0 or monotonic() < end):
                 left -= 1
                 sleeper = woken.popleft()
-                if woken:
-                    self.ask_for_round()
+                pending = self.pending
+                if woken and pending() is None:  # `ask_for_round()`, without a call
+                    self.schedule()
                 future, sleeper.ready = sleeper.ready, None
                 callbacks = future._callbacks
                 if callbacks and len(callbacks) == 1:

@@ -516,7 +516,7 @@ class TestGivingUp:
         """Those who leave while another has the lock, be it that they wait or that they are inside."""
         limiter = Limiter(limit=Adaptive(min=1, max=9, start=2))
         inside = [contextvars.Context().run(limiter.enter) for _ in range(2)]
-        waiting = Permit(limiter, 1, 1)
+        waiting = Permit().ask(limiter, 1, 1)
         limiter._admit(waiting)
         with limiter._lock:
             waiting.give_up()
@@ -541,7 +541,7 @@ class TestGivingUp:
             return at
 
         monkeypatch.setattr(Meter, "admit", racing)
-        waiting = Permit(limiter, 1, 1)
+        waiting = Permit().ask(limiter, 1, 1)
         limiter._admit(waiting)
 
         assert waiting.at is not None
@@ -560,7 +560,7 @@ class TestGivingUp:
 
         limiter = Limiter(limit=1, clock=Meddling())
         permit = limiter.enter()
-        first, second = Permit(limiter, 1, 1), Permit(limiter, 1, 1)
+        first, second = Permit().ask(limiter, 1, 1), Permit().ask(limiter, 1, 1)
         limiter._admit(first)
         inside.append(permit)
         limiter._admit(second)

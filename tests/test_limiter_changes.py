@@ -84,7 +84,7 @@ class TestPause:
         limiter = Limiter(limit=3, clock=clock)
         limiter.enter().leave(ServerError(429, {"Retry-After": "5"}))
         clock.advance(3)
-        waiting = Permit(limiter, 1, 1)
+        waiting = Permit().ask(limiter, 1, 1)
         assert not limiter._admit(waiting)
         clock.advance(2)
 
@@ -274,7 +274,7 @@ class TestResize:
         """Of two who are let in at once the first has queued and not begun to wait: it sees that by itself."""
         limiter = Limiter(limit=2)
         inside = [contextvars.Context().run(limiter.enter) for _ in range(2)]
-        early = Permit(limiter, 1, 1)
+        early = Permit().ask(limiter, 1, 1)
         limiter._admit(early)
         waiting = asyncio.create_task(limiter.aenter(), context=contextvars.Context())
         await until(lambda: limiter.stats().waiting == 2)

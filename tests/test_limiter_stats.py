@@ -77,7 +77,7 @@ class TestStats:
         limiter = Limiter(limit=1)
         permit = limiter.enter()
         for _ in range(1005):
-            waiting = Permit(limiter, 1, 1)
+            waiting = Permit().ask(limiter, 1, 1)
             limiter._admit(waiting)
             permit.end()
             permit = waiting

@@ -68,7 +68,7 @@ class _Watch:
         return self.tells >= 0
 
     def note(self) -> Permit:
-        permit = Permit(cast("Issuer", None), 1, 1)
+        permit = Permit().ask(cast("Issuer", None), 1, 1)
         permit.queue_up(deque(), 0, 0)
         self.lookout.note(permit, self.loop, self.look)
         return permit
@@ -163,7 +163,7 @@ async def _held_up(future: Any) -> tuple[HeldUp, "asyncio.Task[Any]"]:
 
 
 async def _await(future: Any) -> Any:
-    Permit(cast("Any", None), 1, 1).begin()  # a call, of which it is asked who may end it
+    Permit().ask(cast("Any", None), 1, 1).begin()  # a call, of which it is asked who may end it
     return await future
 
 

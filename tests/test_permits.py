@@ -67,7 +67,7 @@ def leave_nothing() -> Any:
 
 def begun(issuer: Issuer) -> Permit:
     """Return a permit under which this context runs."""
-    permit = Permit(issuer, 1, 1)
+    permit = Permit().ask(issuer, 1, 1)
     permit.begin()
     return permit
 
@@ -182,7 +182,7 @@ def test_a_new_permit_keeps_none_that_has_ended(issuer: Issuer) -> None:
     first, second = begun(issuer), begun(issuer)
     second.end()
 
-    assert Permit(issuer, 1, 1).outer is first
+    assert Permit().ask(issuer, 1, 1).outer is first
 
 
 def test_an_ended_permit_lets_go_of_those_that_ended_before(issuer: Issuer) -> None:
@@ -406,7 +406,7 @@ class TestTask:
 
     async def test_a_thread_holds_up_the_tasks_of_its_event_loop(self, issuer: Issuer) -> None:
         """One permit stands for theirs, as long as it waits."""
-        awaited, blocking, elsewhere = (Permit(issuer, 1, 1) for _ in range(3))
+        awaited, blocking, elsewhere = (Permit().ask(issuer, 1, 1) for _ in range(3))
         awaited.in_task = elsewhere.in_task = True
         elsewhere.thread = 0
         link = Link()
@@ -420,7 +420,7 @@ class TestTask:
 
     def test_a_thread_that_runs_an_event_loop_holds_until_that_ends(self, issuer: Issuer) -> None:
         """One permit stands for what it holds, until the loop's first task has ended or the loop is stopped."""
-        permit, other = begun(issuer), Permit(issuer, 1, 1)
+        permit, other = begun(issuer), Permit().ask(issuer, 1, 1)
         standstills: list[Permit] = []
 
         async def stay() -> None:

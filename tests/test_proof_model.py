@@ -71,7 +71,7 @@ def worlds(draw: st.DrawFn) -> World:
     """Draw calls inside limiters; what waits within them; and which of these waits are those of threads of one crew."""
     world = World([Limit(draw(st.integers(1, 3))) for _ in range(draw(st.integers(1, 4)))])
     for limit in world.limits:
-        limit.calls += [Permit(cast("Issuer", limit), 1, 1) for _ in range(draw(st.integers(1, 3)))]
+        limit.calls += [Permit().ask(cast("Issuer", limit), 1, 1) for _ in range(draw(st.integers(1, 3)))]
     some_calls = st.lists(st.sampled_from([call for limit in world.limits for call in limit.calls]), max_size=2)
     world.own = draw(some_calls)
     world.crews = [Threads(draw(some_calls)) for _ in range(draw(st.integers(0, 2)))]
@@ -95,7 +95,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 def a_wait(issuer: Issuer, kept: list[Permit], around: list[Permit], crew: Threads | None, *, is_over: bool) -> Permit:
     """Return a wait within calls of which it keeps some, in a thread of the crew if there is one."""
-    wait = Permit(issuer, 1, 1)
+    wait = Permit().ask(issuer, 1, 1)
     wait.queue_up(deque(), 0, 0)
     wait.scope = None if crew is None else crew.scope
     wait.wait_within([*kept, *around])

@@ -363,7 +363,7 @@ class TestScope:
         """A slot that comes free before its thread has heard of it goes to somebody else."""
         limiter = Limiter(limit=1)
         holder = limiter.enter()
-        waits = [Permit(limiter, 1, 1) for _ in range(2)]
+        waits = [Permit().ask(limiter, 1, 1) for _ in range(2)]
         scope = CancelScope()
         for permit in waits:
             assert not limiter._admit(permit)
@@ -386,7 +386,7 @@ class TestScope:
             following = contextvars.copy_context().run(go_on)
             scope.end()
             scope = following
-        assert scope.watch(Permit(Limiter(limit=1), 1, 1))
+        assert scope.watch(Permit().ask(Limiter(limit=1), 1, 1))
 
         assert len(list(scope._alive())) == 1
         assert scope._outer is None

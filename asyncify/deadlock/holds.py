@@ -243,7 +243,7 @@ class Standstill(Permit):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(cast("Issuer", None), 0, 0)
+        self.ask(cast("Issuer", None), 0, 0)
         self.thread = 0
 
     def holds_up_loop(self) -> bool:
