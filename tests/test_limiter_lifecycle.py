@@ -107,6 +107,7 @@ def check():
     assert limiter.stats().in_flight == 0, limiter
     permits[0].leave()
     with limiter, limiter:
+        permits[1].leave(ValueError("it failed"))
         assert limiter.stats().in_flight == 2, limiter
 
 in_child(check)
