@@ -405,6 +405,18 @@ class TestGivingUp:
         await crowd.advance(0.5)
         assert repr(limiter) == "<Limiter quotes 0/5 in flight, 0 waiting>"
 
+    async def test_a_timeout_as_a_pause_ends_is_not_put_down_to_it(self, crowd: Crowd) -> None:
+        """From then on something else kept the call out."""
+        limiter = crowd.limiter_of(limit=2)
+        _, failing = await crowd.come_all("ab")
+        await crowd.finish(failing, ServerError(429, {"Retry-After": "2"}))
+        limiter.resize(limit=1)
+        late = await crowd.come(timeout=2)
+        await crowd.advance(2)
+        await until(lambda: late.over)
+
+        assert str(late.error).endswith("Raise timeout= or the limit, or send less.")
+
     async def test_those_who_have_left_are_not_ahead(self, crowd: Crowd) -> None:
         """A waiter that gave up is not counted, though its place in the queue may be empty still."""
         crowd.limiter_of(limit=1)
