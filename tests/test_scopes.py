@@ -15,7 +15,7 @@ from asyncify import Dual, Limiter, concurrency, dual, each
 from asyncify.permits import Permit
 from asyncify.scopes import CancelScope, get_scope
 from asyncify.testing import FakeClock
-from tests.waiting import SAFETY_NET
+from tests.waiting import SAFETY_NET, until
 
 
 class RefusalError(Exception):
@@ -358,6 +358,24 @@ class TestScope:
             context.run(limiter.enter)
 
         assert (limiter.stats().waiting, limiter.stats().in_flight) == (0, 0)
+
+    @pytest.mark.parametrize("path", ["thread", "task"])
+    async def test_a_wait_in_a_scope_that_ends_is_told_so(self, path: str, limiter: Limiter) -> None:
+        """It raises what a wait raises that comes late."""
+        scope = CancelScope()
+        context = contextvars.Context()
+        context.run(scope.enter)
+        limiter.acquire()
+        if path == "thread":
+            waiter = asyncio.create_task(asyncio.to_thread(context.run, limiter.enter))
+        else:
+            waiter = asyncio.create_task(limiter.aenter(), context=context)
+        await until(lambda: limiter.stats().waiting == 1)
+        scope.cancel()
+        with pytest.raises(asyncio.CancelledError, match="has ended while it waited"):
+            await waiter
+
+        assert limiter.stats().waiting == 0
 
     def test_who_is_called_off_is_out_of_the_queue_at_once(self) -> None:
         """A slot that comes free before its thread has heard of it goes to somebody else."""
