@@ -387,6 +387,23 @@ async def test_a_slot_that_comes_free_as_others_are_looked_at_is_handed_on() -> 
     (await asyncio.wait_for(waiter, SAFETY_NET)).end()
 
 
+async def test_what_tasks_of_other_loops_wait_on_is_not_looked_at() -> None:
+    """They run in other threads, and change meanwhile."""
+    limiter = Limiter(limit=1)
+    holder = limiter.enter()
+    waiter = asyncio.create_task(limiter.aenter())
+    await until(lambda: limiter.stats().waiting == 1)
+    other = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(limiter.aenter())))
+    await until(lambda: limiter.stats().waiting == 2 and all(permit.ready for permit in limiter._queue))
+
+    futures = limiter._waiting_on(asyncio.get_running_loop())
+    holder.leave()
+    (await waiter).leave()
+    (await other).leave()
+
+    assert len(futures) == 1
+
+
 def test_calls_at_once_are_told_from_the_last_that_came() -> None:
     """The others are called off by its error, or would get what it lets go."""
     limiter = Limiter(limit=1)
