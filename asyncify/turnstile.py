@@ -398,7 +398,7 @@ class Turnstile:
         while self._departed:
             permit, outcome = self._departed.popleft()
             if permit.at is None:
-                if permit.queue is self._queue and (outcome is _UNUSED or outcome is _CALLED_OFF):
+                if getattr(permit, "queue", None) is self._queue and (outcome is _UNUSED or outcome is _CALLED_OFF):
                     permit.ended = True
                     self._dequeue(permit)
                     if outcome is _CALLED_OFF:

@@ -470,6 +470,22 @@ class TestGivingUp:
         assert second.admitted
         assert not second.over
 
+    @pytest.mark.parametrize("ends", ["unused", "failed"])
+    def test_who_leaves_in_two_threads_at_once_is_taken_back_once(self, ends: str, clock: FakeClock) -> None:
+        """Both may see that it has not yet left."""
+        limiter = Limiter(limit=9, per_minute=3, burst=3, clock=clock)
+        limiter.enter()
+        permit = limiter.enter()
+        for _ in range(2):
+            if ends == "unused":
+                limiter._give_up(permit)
+            else:
+                limiter._give_back(permit, ValueError("it failed"))
+
+        assert limiter.stats().in_flight == 1
+        left = 2 if ends == "unused" else 1
+        assert [limiter.acquire(blocking=False) for _ in range(left + 1)] == [True] * left + [False]
+
     def test_a_call_admitted_while_it_times_out_keeps_its_slot(self, clock: FakeClock) -> None:
         """Whichever comes first counts: no call runs with a slot that was given back."""
         limiter = Limiter(limit=1, clock=clock)
