@@ -586,6 +586,27 @@ async def test_who_leaves_a_limit_that_shrank_has_the_others_looked_at_once(monk
     assert set(looked) == {0}
 
 
+async def test_a_look_that_no_thread_could_be_started_for_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next call that leaves; there may be too many threads for a moment only."""
+    looks: list[float] = []
+
+    def call_at(when: float, _: Callable[[], None]) -> None:
+        looks.append(when)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(turnstile, "monotonic_clock", SimpleNamespace(call_at=call_at))
+    limiter = Limiter(limit=3)
+    calls = [contextvars.Context().run(limiter.enter) for _ in range(3)]
+    waiting = asyncio.create_task(limiter._aenter())
+    await until(lambda: limiter.stats().waiting == 1)
+    limiter.resize(limit=1)
+    for call in calls:
+        call.leave()
+    (await waiting).finish()
+
+    assert len(looks) > 1
+
+
 class TestHandedOn:
     """A slot that is taken here and given back elsewhere, as many do with a semaphore."""
 
