@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, Protocol, 
 
 from langchain_core.runnables.base import Runnable, RunnableSerializable
 from langchain_core.runnables.config import RunnableConfig
-from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import TypeBaseModel
 from pydantic import BaseModel
 from typing_extensions import ParamSpec, TypeVar
@@ -72,6 +71,9 @@ from asyncify.signatures import (
 )
 from asyncify.traps import MANY_BRIDGED, MANY_UNBOUNDED, tell_bridged, tell_unbounded
 from asyncify.watches import subscribe
+
+if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool  # which takes long to import, and most programs make no tool
 
 __all__ = [
     "AnyDual",

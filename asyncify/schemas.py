@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
 from types import FrameType
-from typing import Annotated, Any, TypeGuard, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from langchain_core.tools import BaseTool, InjectedToolArg, StructuredTool
 from langchain_core.utils.pydantic import get_fields
 from pydantic import BaseModel, ConfigDict, Field, RootModel, create_model
 from typing_extensions import is_typeddict
@@ -25,6 +24,9 @@ from typing_extensions import is_typeddict
 from asyncify.errors import PairError
 from asyncify.runs import RESERVED
 from asyncify.signatures import INJECTED, UNRESOLVED, describe, resolved, shape_of, signature_of, without_partials
+
+if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool  # which takes long to import, and most programs make no tool
 
 __all__ = [
     "asks_for_tool",
@@ -134,6 +136,8 @@ def parameters_schema(fn: Function, name: str) -> type[BaseModel]:
 
 def _arguments_schema(fn: Function, name: str, base: type[BaseModel]) -> type[BaseModel]:
     """Return a model of what a tool calls the function with; what LangChain injects is in it, kept from the model."""
+    from langchain_core.tools import InjectedToolArg  # noqa: PLC0415  (only now, as above)
+
     _check_types(fn)
     injected: dict[str, Any] = dict.fromkeys(_configs(fn), (Annotated[Any, InjectedToolArg], None))
     fields = {name: field for name, field in _fields(fn).items() if name != _CALLBACKS}
@@ -229,6 +233,8 @@ def tool_of(
 
     `schema` describes the parameters otherwise than the function does; or the keys of its input, if that is a mapping.
     """
+    from langchain_core.tools import StructuredTool  # noqa: PLC0415  (only now, as above)
+
     is_of_keys = schema is not None and _describes_keys(fn, schema)
     if keys is None and not is_of_keys:
         _check_names(fn)
