@@ -9,8 +9,6 @@ from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, Self, cast
 
-import wrapt
-
 from asyncify.decorators import dual
 from asyncify.entries import Bridge
 from asyncify.errors import PairError
@@ -48,12 +46,16 @@ class Patch:
             self._wait()
 
     def _wait(self) -> None:
+        import wrapt  # noqa: PLC0415  (as in `_apply`)
+
         if self._module not in _waiting:
             _waiting[self._module] = []
             wrapt.register_post_import_hook(_apply_waiting, self._module)
         _waiting[self._module].append(self)
 
     def _apply(self, module: ModuleType) -> None:
+        import wrapt  # noqa: PLC0415  (it takes long to import, and most programs patch nothing)
+
         try:
             self._parent, self._name, original = wrapt.resolve_path(module, self._path)
         except AttributeError as error:
