@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from functools import cache, partial
 from inspect import iscoroutine
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from asyncify.deadlock.handover import call_linked, waited_for_by_task
 from asyncify.deadlock.holds import Link
 from asyncify.errors import BridgeError
-from asyncify.executors import Outcome, Parcel, check_sendable, portable_config, refusal, ticket_for
+from asyncify.executors import Outcome, Parcel, check_sendable, is_process_pool, portable_config, refusal, ticket_for
 from asyncify.gate import Gate
 from asyncify.permits import FREE_PASS, Pass
 from asyncify.pools import call_guarded
@@ -104,7 +104,7 @@ async def _of_executor(fn: Function, executor: Executor, future: Future[Any]) ->
 def _sender(fn: Function, shape: Shape, executor: Executor) -> Submit:
     """Return a function that sends a call of `fn` to another process."""
     ticket = cache(partial(ticket_for, fn, executor))  # at the first call: only then does the name lead to the pair
-    by_code = not isinstance(executor, ProcessPoolExecutor)  # that one pickles a function by its name
+    by_code = not is_process_pool(executor)  # that one pickles a function by its name
 
     def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Future[Any], None]:
         if shape.takes_config and "config" in kwargs:

@@ -14,7 +14,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ __all__ = [
     "Parcel",
     "check_sendable",
     "goes_as_code",
+    "is_process_pool",
     "portable_config",
     "refusal",
     "ticket_for",
@@ -40,6 +41,13 @@ _PORTABLE = ("tags", "metadata", "configurable", "recursion_limit", "max_concurr
 
 _WAYS = ("", f".{SYNC_SIDE}", ".__wrapped__")
 """The attribute paths from a name to the function itself: the name's object, a pair's side, or a wrapper's function."""
+
+
+def is_process_pool(executor: Executor) -> bool:
+    """Tell whether an executor is a `ProcessPoolExecutor`."""
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415  (it brings in much of `multiprocessing`)
+
+    return isinstance(executor, ProcessPoolExecutor)
 
 
 def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
@@ -55,7 +63,7 @@ def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:
         raise PairError(
             f"{describe(fn)} takes run_manager, whose handlers can't leave the process; take config, or drop bridge="
         )
-    if isinstance(executor, ProcessPoolExecutor) and "<" in getattr(fn, "__qualname__", ""):
+    if is_process_pool(executor) and "<" in getattr(fn, "__qualname__", ""):
         raise PairError(
             f"{describe(fn)} is a lambda or is defined inside a function, so the processes of a ProcessPoolExecutor "
             "can't import it; define it at the top level of a module, or use loky.get_reusable_executor() or Dask, "
@@ -102,7 +110,7 @@ def ticket_for(fn: Function, executor: Executor) -> Ticket | None:
     Only in the processes of a `ProcessPoolExecutor` is it certain that `__main__` is this program's.
     """
     module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    if not module or not qualname or (module == "__main__" and not isinstance(executor, ProcessPoolExecutor)):
+    if not module or not qualname or (module == "__main__" and not is_process_pool(executor)):
         return None
     tickets = (Ticket(module, qualname + way) for way in _WAYS)
     return next((ticket for ticket in tickets if ticket.redeem() is fn), None)
