@@ -464,7 +464,7 @@ class Threads(BlockingFan, Crew):
         with self._lock:
             if not self.is_over:
                 self._inbox.extend(items)
-        self._hire_all()
+        self._hire_next()
 
     def _is_idle(self) -> bool:
         return not self._hired and not self._inbox
@@ -495,19 +495,17 @@ class Threads(BlockingFan, Crew):
         is_awaited = self._all_awaited or (self._awaited and not self._ended)
         return busy if is_awaited and len(busy) == self._hired and not self.scope.is_cancelled else ()
 
-    def _hire_all(self) -> None:
-        """Start as many threads as are needed."""
-        while self._needs_thread() and self._hire():
-            pass
+    def _hire_next(self) -> None:
+        """Start a thread if one is needed and none is on its way; when that one has an item, it starts the next.
 
-    def _needs_thread(self) -> bool:
+        A thread gets its turn when another waits, or has had the interpreter for some milliseconds. So where calls
+        wait, all are soon there; where calls return at once, few are, as more would only get into each other's way.
+        """
         with self._lock:
-            on_their_way = self._hired - len(self._at_work)
-            needed = len(self._inbox) > on_their_way and self._hired < self._width()
-            self._hired += needed
-        return needed
-
-    def _hire(self) -> bool:
+            is_needed = bool(self._inbox) and self._hired == len(self._at_work) and self._hired < self._width()
+            self._hired += is_needed
+        if not is_needed:
+            return
         try:
             self._pool.start(self._work)
         except RuntimeError:  # the system has no thread left: the running ones must do
@@ -515,8 +513,6 @@ class Threads(BlockingFan, Crew):
                 self._hired -= 1
                 if not self._hired:
                     raise
-            return False
-        return True
 
     def _work(self) -> None:
         self._work_on()
@@ -532,6 +528,8 @@ class Threads(BlockingFan, Crew):
         hand: Hand | None = None
         while (taken := self._next(hand)) is not None:
             hand, item = taken
+            if self._hired == len(self._at_work):  # whoever makes them equal sees it
+                self._hire_next()
             with hand:
                 ended = attempt(self._call, *item)
             del taken, item
@@ -545,8 +543,6 @@ class Threads(BlockingFan, Crew):
                 self.scope.cancel()  # only now, or items whose wait is called off would end before the error is there
             self._tell()
             del ended  # an error's traceback holds this frame
-            if self._hired < self._width():  # the limit was raised, say
-                self._hire_all()
 
     def _next(self, last: Hand | None) -> tuple[Hand, tuple[int, Any]] | None:
         """End this thread's work on its last item; return the next item with a hand of its own, or None."""
