@@ -107,11 +107,14 @@ async def test_a_function_becomes_a_pair_where_it_stands(module: ModuleType) -> 
 
 
 def test_undo_puts_the_function_back(module: ModuleType) -> None:
-    """The very function is back, and the registry has forgotten the pair."""
+    """The very function is back, and the registry has forgotten the pair, and no other."""
     original = module.fetch
     patch = dual_patch(f"{module.__name__}:fetch", async_=_afetch)
     pair = patch.pair
-    patch.undo()
+    with dual_patch(f"{module.__name__}:other") as other:
+        patch.undo()
+
+        assert registry[f"{module.__name__}.other"].pair is other.pair
 
     assert module.fetch is original
     assert isinstance(pair, Dual)

@@ -197,6 +197,23 @@ def test_a_limited_function_gives_its_place_to_the_pair_made_of_it() -> None:
     assert fetch.__qualname__ not in registry
 
 
+def test_a_limited_lambda_gives_its_place_to_the_pair_made_of_it() -> None:
+    """The pair has the name that the lambda had, and no number."""
+    pair = dual(concurrency(limit=1)(lambda query: query))
+
+    names = [record.name for record in registry if record.pair is pair]
+    assert names == [f"{__name__}.{pair.__qualname__}"]
+
+
+def test_a_name_given_to_two_functions_is_refused() -> None:
+    """Functions without a name of their own get no number where a name is given."""
+    pair = dual(lambda query: query, name="given_twice")
+
+    with pytest.raises(NameTakenError, match="is taken by "):
+        dual(lambda query: f"{query}!", name="given_twice")
+    assert registry["given_twice"].pair is pair
+
+
 def test_a_callable_object_is_named_by_its_class() -> None:
     """An object has the name of its class."""
 
@@ -209,6 +226,15 @@ def test_a_callable_object_is_named_by_its_class() -> None:
     record = registry[f"{__name__}.{Fetcher.__qualname__}"]
     assert record.pair is pair
     assert record.line == Fetcher.__call__.__code__.co_firstlineno
+
+
+def test_the_method_of_a_builtin_is_named_by_its_type() -> None:
+    """It has no module of its own; nothing tells two of them apart, so the newest has the name."""
+    pairs = [dual("EUR {}".format), dual("USD {}".format)]
+
+    record = registry["builtins.str.format"]
+    assert record.pair is pairs[1]
+    assert (record.module, record.line) == ("builtins", None)
 
 
 def test_a_sum_of_threads_registers_all() -> None:
@@ -297,9 +323,30 @@ def test_a_module_that_defines_a_name_twice_is_refused(module: ModuleType) -> No
         _rewrite(module, SOURCE + SOURCE.split("\n\n")[1])
 
 
-def _run_cell(source: str, cell: str) -> dict[str, Any]:
+def test_a_function_called_after_a_reload_takes_its_own_place(module: ModuleType) -> None:
+    """A module that makes a pair in a call makes it again after an edit has moved the line."""
+    source = "from asyncify import dual\n\ndef make():\n    @dual\n    def made(query): ...\n    return made\n"
+    _rewrite(module, source)
+    old = module.make()
+    _rewrite(module, "\n" + source)
+    pair = module.make()
+
+    assert pair is not old
+    assert registry["reloaded_quotes.make.<locals>.made"].pair is pair
+
+
+def test_a_function_called_later_that_defines_a_name_again_is_refused(module: ModuleType) -> None:
+    """It is another function than the one that the run of the module has defined."""
+    _rewrite(module, SOURCE + "\ndef again():\n    global fetch\n    @dual\n    def fetch(query): ...\n")
+
+    with pytest.raises(NameTakenError, match=r"reloaded_quotes\.fetch is taken by "):
+        module.again()
+
+
+def _run_cell(source: str, cell: str, namespace: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run a notebook's cell: the module is `__main__`-like, and the file is named after the content."""
-    namespace: dict[str, Any] = {"__name__": "notebook_main"}
+    if namespace is None:
+        namespace = {"__name__": "notebook_main"}
     exec(compile(source, f"<ipython-input-{cell}>", "exec"), namespace)  # noqa: S102  (that is what a notebook does)
     return namespace
 
@@ -313,6 +360,29 @@ def test_a_cell_that_is_run_again_takes_its_own_place() -> None:
     edited = _run_cell("\n\n" + SOURCE, "2-bb")
     assert registry["notebook_main.fetch"].pair is edited["fetch"]
     assert first["fetch"].invoke("EUR") == "first"
+
+
+def test_a_cell_that_gives_a_name_to_another_function_is_refused() -> None:
+    """A function of another name is no new version, in whichever cell it is."""
+    source = "from asyncify import dual\ndef {0}(query): ...\n{0} = dual({0}, name='given_in_cells')\n"
+    namespace = _run_cell(source.format("one"), "3-aa")
+
+    with pytest.raises(NameTakenError, match=r"notebook_main\.given_in_cells is taken by "):
+        _run_cell(source.format("two"), "4-aa")
+    assert registry["given_in_cells"].pair is namespace["one"]
+
+
+def test_a_function_called_in_and_out_of_cells_takes_its_own_place() -> None:
+    """A cell's function may be called by a thread, and by a cell; an edited cell replaces what the former has made."""
+    source = "from asyncify import dual\ndef make():\n    @dual\n    def made(query): ...\n    return made\n"
+    namespace = _run_cell(source, "5-aa")
+    name, pairs = "notebook_main.make.<locals>.made", [namespace["make"]()]
+    _run_cell("made = make()", "6-aa", namespace)
+    assert registry[name].pair is namespace["made"]
+
+    pairs.append(_run_cell("\n" + source, "7-aa")["make"]())
+    pairs.append(_run_cell("\n\n" + source, "8-aa")["make"]())
+    assert registry[name].pair is pairs[-1]
 
 
 def test_a_script_that_is_edited_and_run_again_takes_its_own_place(tmp_path: Path) -> None:
