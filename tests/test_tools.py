@@ -2,9 +2,10 @@
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping  # noqa: F401  (an annotation in a string names one)
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Optional, TypeVar
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler, Callbacks
@@ -345,6 +346,50 @@ def test_a_drop_in_takes_the_keys_of_its_input(make: Any, fn: Any) -> None:
     assert made.args == RunnableLambda(fn).as_tool(description="Orders.").args
 
 
+class _Parcel(BaseModel):
+    weight: float
+
+
+def _weigh(parcel: _Parcel) -> float:
+    return parcel.weight
+
+
+def _count(texts: list[str]) -> int:
+    return len(texts)
+
+
+@pytest.mark.parametrize(("fn", "given", "result"), [(_weigh, {"weight": 2}, 2.0), (_count, ["a", "b", "c"], 3)])
+@each_form
+def test_a_drop_in_whose_input_is_no_mapping_takes_it_by_its_name(make: Any, fn: Any, given: Any, result: Any) -> None:
+    """The fields of a model are not arguments: the function would get a mapping of them in the model's place."""
+    (name,) = inspect.signature(fn).parameters
+    made = make(Dual(fn))
+
+    assert list(made.args) == [name]
+    assert made.invoke({name: given}) == result
+
+
+def test_a_drop_in_that_takes_keys_may_call_its_parameter_anything() -> None:
+    """No model gives it by that name."""
+    made = Dual(lambda _order: _order["pair"], name="order").as_tool()
+
+    assert made.invoke({"pair": "EUR"}) == "EUR"
+
+
+@each_form
+def test_a_config_without_a_type_is_kept_from_the_model(make: Any) -> None:
+    """The function gets it, as of any call."""
+
+    def tagged(query: str, config) -> str:  # type: ignore[no-untyped-def]
+        """Fetch."""
+        return f"{query} {config['tags']}"
+
+    made = make(dual(tagged, name=f"tagged_{id(make)}"))
+
+    assert list(made.args) == ["query"]
+    assert made.invoke({"query": "EUR"}, {"tags": ["t"]}) == "EUR ['t']"
+
+
 @each_form
 def test_a_drop_in_with_two_required_parameters_takes_these(make: Any) -> None:
     """Not the keys of the first."""
@@ -655,6 +700,15 @@ async def test_a_tool_whose_arguments_are_described_otherwise_takes_them_as_befo
     assert made.invoke({"query": "EUR"}) == "sync EUR"
     assert await made.ainvoke({"query": "EUR"}) == "async EUR"
     assert made.args["query"]["type"] == "string"
+
+
+def test_what_is_described_otherwise_may_be_of_a_type_that_is_no_class() -> None:
+    """Only a class can be a mapping."""
+
+    def show(query: Optional[str]) -> str:  # noqa: UP045  (in Python 3.11 a `str | None` is of a class)
+        return f"got {query}"
+
+    assert dual(show).as_tool(Described, name="show", description="Show.").invoke({"query": "EUR"}) == "got EUR"
 
 
 class _Amounts(BaseModel):
