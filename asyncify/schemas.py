@@ -267,7 +267,7 @@ def _describes_keys(fn: Function, schema: type[BaseModel] | dict[str, Any]) -> b
     """Tell whether a schema names none of a function's parameters, the one required of which takes a mapping."""
     kind = resolved_input(fn)
     kind = get_origin(kind) or kind
-    is_mapping = is_typeddict(kind) or (isinstance(kind, type) and issubclass(kind, Mapping))
+    is_mapping = isinstance(kind, type) and issubclass(kind, Mapping)
     if not is_mapping or len(shape_of(fn).required) > 1:
         return False
     described: Mapping[str, Any] = schema.get("properties", {}) if isinstance(schema, dict) else get_fields(schema)
