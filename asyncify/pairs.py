@@ -236,7 +236,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     for full in sorted(known):
         by_short.setdefault(full.rpartition(".")[2], []).append(full)
         by_short.setdefault(full, []).append(full)
-    matches = difflib.get_close_matches(name, by_short, n=3)
+    matches = difflib.get_close_matches(name, by_short)
     names = dict.fromkeys(full for match in matches for full in by_short[match])
     return f"did you mean {', '.join(names)}?" if names else "there is none like it; is its module imported?"
 
