@@ -157,6 +157,16 @@ async def test_a_patch_may_be_silent(module: ModuleType) -> None:
         assert await pair.abatch(["EUR"] * MANY_BRIDGED) == ["sync EUR"] * MANY_BRIDGED  # a warning is an error here
 
 
+def test_a_patch_may_have_a_name_and_do_without_a_bridge(module: ModuleType) -> None:
+    """Both are those of `dual`."""
+    with dual_patch(f"{module.__name__}:fetch", name="patched_quotes", bridge="error") as patch:
+        record = registry["patched_quotes"]
+
+        assert record.pair is patch.pair
+        assert (record.sync, record.async_) == ("native", "missing")
+        assert patch.pair.get_name() == "patched_quotes"
+
+
 async def test_methods_of_every_kind_are_patched(module: ModuleType) -> None:
     """A patched method binds as it did: to the instance, to the class, to nothing."""
     name = module.__name__
@@ -204,6 +214,21 @@ async def test_a_method_that_others_have_decorated_sees_its_instance(module: Mod
 
         assert [client.fetch("EUR"), await client.fetch.ainvoke("EUR")] == ["sync client EUR", "patched Client EUR"]
     assert seen == [client]
+
+
+async def test_a_function_that_others_have_decorated_has_no_instance(module: ModuleType) -> None:
+    """Its first argument is an argument."""
+    seen: list[object] = []
+
+    def note(wrapped: Any, instance: object, args: Any, kwargs: Any) -> Any:
+        seen.append((instance, args))
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(module, "fetch", note)
+    with dual_patch(f"{module.__name__}:fetch"):
+        assert [module.fetch("EUR"), module.fetch.invoke("EUR")] == ["sync EUR", "sync EUR"]
+        assert await module.fetch.ainvoke("EUR") == "sync EUR"
+    assert seen == [(None, ("EUR",))] * 3
 
 
 def test_an_inherited_method_is_patched_in_the_subclass_alone(module: ModuleType) -> None:
@@ -365,11 +390,10 @@ def test_a_method_of_an_object_with_slots_is_left_alone(module: ModuleType) -> N
         dual_patch(f"{module.__name__}:client.fetch")
 
 
-def test_a_target_is_a_path() -> None:
+@pytest.mark.parametrize("target", [None, ":fetch", "foreign:"])
+def test_a_target_is_a_path(target: Any) -> None:
     """Whatever else is given is refused by the same error."""
-    target: Any = None
-
-    with pytest.raises(PairError, match="dual_patch: None is no path; write it as in"):
+    with pytest.raises(PairError, match=rf"dual_patch: {target!r} is no path; write it as in"):
         dual_patch(target)
 
 
