@@ -1322,3 +1322,15 @@ def test_a_node_of_langgraph_gets_the_state_that_the_function_asks_for(decorate:
     graph.add_edge(START, "hide")
 
     assert graph.compile().invoke({"answer": ""}) == {"answer": "42"}
+
+
+async def test_a_run_manager_in_the_other_colour_knows_the_same() -> None:
+    """A bridged side's function has the tags and the metadata of its run."""
+
+    async def fetch(query: str, run_manager: Any) -> Any:
+        return run_manager.tags, run_manager.metadata
+
+    pair, config = dual(fetch), RunnableConfig(tags=["t"], metadata={"of": "run"})
+
+    assert pair.invoke("EUR", config) == (["t"], {"of": "run"})
+    assert await pair.ainvoke("EUR", config) == (["t"], {"of": "run"})

@@ -1208,3 +1208,25 @@ def test_a_side_of_a_bound_pair_can_not_be_replaced(bound: Any, side: str) -> No
         pass
 
     assert getattr(bound, side) is not print
+
+
+class _Quotes:
+    async def afetch(this, self: Any, query: str) -> str:  # noqa: N805  (`self` is the desk, as in the other side)
+        return f"async {self.name} {query}"
+
+    __call__ = afetch
+
+
+@pytest.mark.parametrize("side", [_Quotes().afetch, _Quotes()], ids=["a bound method", "an object"])
+async def test_a_side_that_is_bound_to_another_object_gets_the_instance_too(side: Any) -> None:
+    """As an argument: it is no function that would be a method of this class."""
+
+    class Desk:
+        name = "desk"
+
+        @dual(async_=side)
+        def fetch(self, query: str) -> str:
+            return f"sync {self.name} {query}"
+
+    assert Desk().fetch.invoke("EUR") == "sync desk EUR"
+    assert await Desk().fetch.ainvoke("EUR") == "async desk EUR"

@@ -1162,3 +1162,24 @@ def test_a_bridged_stream_that_is_left_open_is_closed_with_its_loop(call: str) -
 
     assert feed.closed.wait(SAFETY_NET)
     assert complaints == []
+
+
+async def test_an_unobserved_stream_gives_a_run_manager_to_who_asks() -> None:
+    """It is a run of LangChain's then, for either side in its colour, whether that yields or returns."""
+
+    async def ayielding(query: str, run_manager: Any) -> AsyncIterator[str]:
+        yield type(run_manager).__name__
+
+    def yielding(query: str, run_manager: Any) -> Iterator[str]:
+        yield type(run_manager).__name__
+
+    async def areturning(query: str, run_manager: Any) -> str:
+        return type(run_manager).__name__
+
+    def returning(query: str, run_manager: Any) -> str:
+        return type(run_manager).__name__
+
+    pairs: list[Any] = [dual(sync=yielding, async_=ayielding), dual(sync=returning, async_=areturning)]
+    for pair in pairs:
+        assert list(pair.stream("EUR")) == ["CallbackManagerForChainRun"]
+        assert [chunk async for chunk in pair.astream("EUR")] == ["AsyncCallbackManagerForChainRun"]

@@ -527,6 +527,17 @@ def test_a_tools_parameter_of_a_type_that_only_a_checker_knows_is_told(make: Any
     assert hidden.as_tool(Described).args.keys() == {"query"}
 
 
+@each_form
+def test_an_annotation_is_looked_up_in_what_is_no_module(make: Any) -> None:
+    """A function knows its names itself, wherever it was run, as in a notebook or a template."""
+    source = "class Amount(int): ...\ndef pay(amount: 'Amount | None' = None): 'Pay.'"
+    namespace: dict[str, Any] = {"__name__": f"nowhere_{id(make)}"}
+    exec(source, namespace)  # noqa: S102  (that is what such a program does)
+
+    made = make(dual(namespace["pay"]))
+    assert made.args_schema.model_fields["amount"].annotation == namespace["Amount"] | None
+
+
 def test_an_annotation_may_name_a_type_parameter() -> None:
     """It is found where it is declared, which since Python 3.12 is the function itself."""
     item = TypeVar("item")
