@@ -143,7 +143,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
                 return functools.reduce(fold, chunks, None)
         output = entry.run(*args, **kwargs)
         if _is_runnable(output):
-            return output.invoke(input_, self._one_deeper(config, input_, run_manager))
+            return output.invoke(input_, self._one_deeper(config, input_))
         return output
 
     @signed
@@ -160,7 +160,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             return folded
         output = await entry.run(*args, **kwargs)
         if _is_runnable(output):
-            return await output.ainvoke(value, self._one_deeper(config, value, run_manager))
+            return await output.ainvoke(value, self._one_deeper(config, value))
         return output
 
     @signed
@@ -180,7 +180,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             return
         output = entry.run(*args, **kwargs)
         if _is_runnable(output):
-            yield from output.stream(value, self._one_deeper(config, value, run_manager))
+            yield from output.stream(value, self._one_deeper(config, value))
         else:
             yield output
 
@@ -204,7 +204,7 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             if not _is_runnable(output):
                 yield output
                 return
-            made = closable(output.astream(value, self._one_deeper(config, value, run_manager)))
+            made = closable(output.astream(value, self._one_deeper(config, value)))
         async with aclosing(made) as output_chunks:
             relay: Relay[Any] = Relay(output_chunks)
             async for chunk in relay:
@@ -240,13 +240,12 @@ class Paths(Piped, RunnableLambda[Input, Output]):
             kwargs["run_manager"] = manager
         return args, kwargs
 
-    def _one_deeper(self, config: RunnableConfig, value: Any, run_manager: ChainRun | None = None) -> RunnableConfig:
+    def _one_deeper(self, config: RunnableConfig, value: Any) -> RunnableConfig:
         """Return the config, one recursion level deeper, for a runnable that the function has returned."""
         limit = config.get("recursion_limit", DEFAULT_RECURSION_LIMIT)
         if limit <= 0:
             raise RecursionError(f"Recursion limit reached when invoking {self} with input {value}.")
-        callbacks = None if run_manager is None else run_manager.get_child()
-        return patch_config(config, callbacks=callbacks, recursion_limit=limit - 1)
+        return patch_config(config, recursion_limit=limit - 1)
 
 
 def _run_by_invoke(pair: Runnable[Any, Any], value: Any, config: RunnableConfig | None, kwargs: dict[str, Any]) -> Any:
