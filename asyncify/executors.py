@@ -44,10 +44,12 @@ _WAYS = ("", f".{SYNC_SIDE}", ".__wrapped__")
 
 
 def is_process_pool(executor: Executor) -> bool:
-    """Tell whether an executor is a `ProcessPoolExecutor`."""
-    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415  (it brings in much of `multiprocessing`)
+    """Tell whether an executor is a `ProcessPoolExecutor`, whose module is imported if there is one.
 
-    return isinstance(executor, ProcessPoolExecutor)
+    It is not imported here, as it brings in much of `multiprocessing`, and can't be while the program ends.
+    """
+    module = sys.modules.get("concurrent.futures.process")
+    return isinstance(executor, getattr(module, "ProcessPoolExecutor", ()))
 
 
 def check_sendable(fn: Function, shape: Shape, executor: Executor) -> None:

@@ -759,6 +759,33 @@ def run_program(path: Path, source: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+AT_EXIT = """
+import asyncio, atexit
+from concurrent.futures import Executor, Future
+from asyncify import dual
+
+class Here(Executor):
+    def submit(self, fn, /, *args):
+        done = Future()
+        done.set_result(fn(*args))
+        return done
+
+def double(number):
+    return 2 * number
+
+@atexit.register
+def last():
+    print(asyncio.run(dual(double, bridge=Here()).ainvoke(21)))
+"""
+
+
+def test_a_pair_can_be_made_for_an_executor_as_the_program_ends(tmp_path: Path) -> None:
+    """The module of process pools can't be imported any more by then."""
+    done = run_program(tmp_path / "program.py", AT_EXIT)
+
+    assert (done.stdout, done.stderr) == ("42\n", "")
+
+
 OF_MAIN = """
 import asyncio, functools, operator
 
