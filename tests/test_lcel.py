@@ -4,7 +4,8 @@ import asyncio
 import gc
 import pickle
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from langchain_core.runnables import (
 )
 
 from asyncify import Dual, Limiter, PairError, concurrency, registry
-from tests.waiting import SAFETY_NET, until
+from tests.waiting import SAFETY_NET, until, wait_until
 
 
 def _double(x: int) -> int:
@@ -500,6 +501,118 @@ async def test_a_dict_of_pairs_that_is_cancelled_leaves_no_branch_running(call: 
     del running
     gc.collect()
     assert complaints == []
+
+
+@contextmanager
+def _held(limiter: Limiter) -> Iterator[threading.Event]:
+    """A thread that has a limiter's one slot until the event is set."""
+    free = threading.Event()
+    holder: Any = concurrency(limiter=limiter)(Dual(lambda _: free.wait(SAFETY_NET)))
+    thread = threading.Thread(target=holder.invoke, args=(0,))
+    thread.start()
+    try:
+        wait_until(lambda: limiter.stats().in_flight == 1)
+        yield free
+    finally:
+        free.set()
+        thread.join()
+
+
+def test_a_branch_that_ends_lets_another_wait_on() -> None:
+    """Only an error calls off what the other branches wait for."""
+    limiter = Limiter(limit=1)
+    waits: Any = concurrency(limiter=limiter)(Dual(_plus_one))
+
+    def end(number: int) -> int:
+        wait_until(lambda: limiter.stats().waiting == 1)
+        return number
+
+    with _held(limiter) as free:
+        frees = Dual[int, None](lambda _: free.set())  # begins in the thread of the branch that has ended
+        branches: Any = {"waits": waits, "ends": Dual(end), "frees": frees}
+        outputs = (Dual(_double) | branches).invoke(1, {"max_concurrency": 2})
+
+    assert outputs == {"waits": 3, "ends": 2, "frees": None}
+
+
+async def test_a_branch_that_ends_lets_another_wait_on_async() -> None:
+    """The async twin."""
+    limiter, has_ended = Limiter(limit=1), asyncio.Event()
+    waits: Any = concurrency(limiter=limiter)(Dual(_pass_on))
+
+    async def end(number: int) -> int:
+        await until(lambda: limiter.stats().waiting == 1)
+        asyncio.get_running_loop().call_later(0, has_ended.set)
+        return number
+
+    with _held(limiter) as free:
+
+        async def let_go(_: int) -> None:
+            await has_ended.wait()
+            free.set()
+
+        branches: Any = {"waits": waits, "ends": Dual(end), "frees": Dual(let_go)}
+        outputs = await (Dual(_adouble) | branches).ainvoke(1)
+
+    assert outputs == {"waits": 2, "ends": 2, "frees": None}
+
+
+def test_the_error_of_a_branch_is_raised_and_not_that_another_was_called_off() -> None:
+    """A branch that waits for its limiter gives up, though it is the first of the dict, and never runs."""
+    limiter, ran = Limiter(limit=1), list[int]()
+    waits: Any = concurrency(limiter=limiter)(Dual(ran.append))
+
+    def fail(number: int) -> int:
+        wait_until(lambda: limiter.stats().waiting == 1)
+        raise ValueError(number)
+
+    branches: Any = {"waits": waits, "fails": Dual(fail)}
+    with _held(limiter), pytest.raises(ValueError, match="2"):
+        (Dual(_double) | branches).invoke(1)
+
+    assert ran == []
+
+
+async def test_the_error_of_a_branch_is_raised_and_not_that_another_was_cancelled() -> None:
+    """The async twin."""
+    limiter, ran = Limiter(limit=1), list[int]()
+
+    async def run(number: int) -> None:
+        ran.append(number)
+
+    async def fail(number: int) -> int:
+        await until(lambda: limiter.stats().waiting == 1)
+        raise ValueError(number)
+
+    waits: Any = concurrency(limiter=limiter)(Dual(run))
+    branches: Any = {"waits": waits, "fails": Dual(fail)}
+    with _held(limiter), pytest.raises(ValueError, match="2"):
+        await (Dual(_adouble) | branches).ainvoke(1)
+
+    assert ran == []
+
+
+async def test_a_dict_of_pairs_that_is_cancelled_behind_an_error_is_cancelled() -> None:
+    """While it waits for the branches that the error has cancelled, the cancellation comes first."""
+    cleans_up, may_end = asyncio.Event(), asyncio.Event()
+
+    async def clean_up(_: int) -> None:
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), SAFETY_NET)
+        finally:
+            cleans_up.set()
+            await may_end.wait()
+
+    async def fail(number: int) -> int:
+        raise ValueError(number)
+
+    branches: Any = {"cleans up": Dual(clean_up), "fails": Dual(fail)}
+    running = asyncio.create_task((Dual(_pass_on) | branches).ainvoke(1))
+    await cleans_up.wait()
+    running.cancel()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
 
 
 async def test_a_dict_without_a_branch_gives_an_empty_dict() -> None:
