@@ -704,6 +704,44 @@ async def test_a_class_method_of_an_unusual_class_binds_the_class(owner: Any) ->
     assert await owner.fetch.ainvoke("EUR") == f"async {cls.__name__} EUR"
 
 
+def test_a_class_method_beside_a_pair_is_left_as_it_is() -> None:
+    """A class has nothing in it that it would not have without the pair."""
+
+    class Beside:
+        @classmethod
+        def label(cls) -> str:
+            return cls.__name__
+
+        @classmethod
+        @dual(async_=_aclass)
+        def fetch(cls, query: str) -> str:
+            return f"sync {cls.label()} {query}"
+
+    class Without:
+        label = fetch = None
+
+    assert (Beside.label(), Beside().label()) == ("Beside", "Beside")
+    assert Beside.fetch.invoke("EUR") == "sync Beside EUR"
+    assert [name for name in vars(Beside) if name not in vars(Without)] == []
+
+
+def test_a_pair_is_made_in_a_thread() -> None:
+    """No module is being run there."""
+    with ThreadPoolExecutor() as threads:
+        pair = threads.submit(dual, operator.neg, name="made_in_a_thread").result()
+
+    assert pair.invoke(1) == -1
+
+
+def test_a_notebooks_cell_is_no_class_body() -> None:
+    """Its code has a name of its own."""
+    names: dict[str, Any] = {"dual": dual}
+    cell = compile("pair = dual(lambda query: query)", "<cell>", "exec").replace(co_name="<cell line: 1>")
+    exec(cell, names)  # noqa: S102  (of the test's own code)
+
+    assert set(names) == {"__builtins__", "dual", "pair"}
+
+
 @pytest.mark.parametrize("name", ["static_inner", "static_outer"])
 @pytest.mark.parametrize("owner", [Kinds, SubKinds, Kinds(), SubKinds()], ids=["class", "sub", "self", "subself"])
 async def test_a_static_method_binds_nothing(owner: Any, name: str) -> None:
