@@ -873,3 +873,39 @@ os._exit(0)
     def test_repr_tells_whose_it_is(self) -> None:
         """By its class."""
         assert repr(ForeignLimiter(AsyncLimiter(5))) == "<ForeignLimiter limited by AsyncLimiter>"
+
+
+async def test_a_builtin_without_a_signature_has_its_first_argument_for_an_input() -> None:
+    """That is what `key` and `cost` are asked with: of a call by place or by name, or None of one without any."""
+    keyed: list[Any] = []
+    priced: list[Any] = []
+
+    def key(value: Any) -> str:
+        keyed.append(value)
+        return "key"
+
+    def cost(value: Any) -> float:
+        priced.append(value)
+        return 1
+
+    calls: list[Any] = [
+        concurrency(limit=1, key=key, name="keyed_dict")(dict),
+        concurrency(per_minute=100, cost=cost, name="priced_dict")(dict),
+    ]
+    for call in calls:
+        assert call.invoke([("a", 1)]) == {"a": 1}
+        assert await call.ainvoke([("a", 2)]) == {"a": 2}
+        assert call([("a", 3)], b=4) == {"a": 3, "b": 4}
+        assert call(a=5, b=6) == {"a": 5, "b": 6}
+        assert call() == {}
+
+    assert keyed == priced == [[("a", 1)], [("a", 2)], [("a", 3)], 5, None]
+
+
+def test_an_error_of_a_builtin_without_a_signature_names_it() -> None:
+    """The note says whose `cost` has failed."""
+    call: Any = concurrency(per_minute=100, cost=len, name="len_of_dict")(dict)
+
+    with pytest.raises(TypeError, match="has no len") as caught:
+        call(a=5)
+    assert caught.value.__notes__ == ["in cost= of builtins.dict"]
