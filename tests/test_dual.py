@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 import pydoc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -437,14 +438,45 @@ def test_a_side_that_is_written_anew_takes_its_own_place() -> None:
         return query
 
     pair: Any = dual(later)
-    for number, cell in ((1, "<cell 1>"), (2, "<cell 2>"), (3, "<cell 2>")):
+    for number, cell, above in ((1, "<cell 1>", ""), (2, "<cell 2>", "\n"), (3, "<cell 2>", "\n")):
         names: dict[str, Any] = {"__name__": "notebook"}
-        exec(compile(_CELL, cell, "exec"), names)  # noqa: S102  (of the test's own code)
+        exec(compile(above + _CELL, cell, "exec"), names)  # noqa: S102  (of the test's own code)
         pair.async_(names["version"](number))
 
         assert asyncio.run(pair.ainvoke("x")) == f"{number} x"
         assert asyncio.run((pair | str.upper).ainvoke("x")) == f"{number} X"
     assert pair.invoke("x") == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "cell", "line"),
+    [
+        pytest.param("later_async", "notebook", "<cell 1>", "\n", id="another of its name in one file"),
+        pytest.param("other_async", "notebook", "<cell 2>", "", id="of another name"),
+        pytest.param("later_async", "script", "<cell 2>", "", id="of another module"),
+    ],
+)
+def test_a_side_that_is_another_function_takes_no_place(name: str, module: str, cell: str, line: str) -> None:
+    """Only the next version of a function takes its place."""
+    first: dict[str, Any] = {"__name__": "notebook"}
+    exec(compile(_CELL, "<cell 1>", "exec"), first)  # noqa: S102  (of the test's own code)
+    another: dict[str, Any] = {"__name__": module}
+    exec(compile(line + _CELL.replace("later_async", name), cell, "exec"), another)  # noqa: S102
+    pair: Any = dual(sync=fetch_sync, async_=first["version"](1))
+
+    with pytest.raises(PairError, match="has an async side already"):
+        pair.async_(another["version"](2))
+    assert asyncio.run(pair.ainvoke("x")) == "1 x"
+
+
+def test_a_side_without_code_of_its_own_takes_no_place() -> None:
+    """A partial, say, is no version of the function in it, nor is that one of the partial; nor is a mock."""
+    sides: list[Any] = [fetch_async, functools.partial(fetch_async), mock.AsyncMock()]
+    for first, second in itertools.product(sides[:2], sides):
+        pair: Any = dual(sync=fetch_sync, async_=first)
+
+        with pytest.raises(PairError, match="has an async side already"):
+            pair.async_(second)
 
 
 def test_the_second_side_is_added_once() -> None:
