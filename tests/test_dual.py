@@ -12,6 +12,7 @@ import pydoc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import Context
 from types import MethodType
 from typing import Any, TypeVar, Union, get_args
 from unittest import mock
@@ -1366,3 +1367,32 @@ async def test_a_run_manager_in_the_other_colour_knows_the_same() -> None:
 
     assert pair.invoke("EUR", config) == (["t"], {"of": "run"})
     assert await pair.ainvoke("EUR", config) == (["t"], {"of": "run"})
+
+
+async def test_a_run_inside_a_bridged_side_inherits_by_a_run_manager_in_the_other_colour() -> None:
+    """A child of the manager hands down tags and metadata, where no config of a run around it does."""
+    seen: list[Any] = []
+
+    class Watcher(BaseCallbackHandler):
+        def on_chain_start(
+            self, serialized: Any, inputs: Any, *, tags: Any = None, metadata: Any = None, **kwargs: Any
+        ) -> None:
+            seen.append((inputs, sorted(tags), metadata))
+
+    inner = Dual(fetch_sync, fetch_async)
+
+    async def fetch(query: str, run_manager: Any) -> str:
+        call = inner.ainvoke(f"inner {query}", {"callbacks": run_manager.get_child("child")})
+        return await asyncio.create_task(call, context=Context())
+
+    def read(query: str, run_manager: Any) -> str:
+        return Context().run(inner.invoke, f"inner {query}", {"callbacks": run_manager.get_child("child")})
+
+    config = RunnableConfig(tags=["t"], metadata={"of": "run"}, callbacks=[Watcher()])
+    expected = [("EUR", ["t"], {"of": "run"}), ("inner EUR", ["child", "t"], {"of": "run"})]
+
+    dual(fetch).invoke("EUR", config)
+    assert seen == expected
+    seen.clear()
+    await dual(read).ainvoke("EUR", config)
+    assert seen == expected
