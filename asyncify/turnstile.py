@@ -286,6 +286,7 @@ class Turnstile:
         """Raise the reason why a call that has waited was not admitted, if it was not."""
         if permit.timer is not None:
             permit.timer.cancel()
+        waits = permit.queue is not None  # checked first: `at` is set before an admitted call leaves the queue
         if permit.at is not None:
             return
         if permit.told is not None:
@@ -293,7 +294,8 @@ class Turnstile:
                 raise permit.told
             finally:
                 permit.told = None  # its traceback holds this frame
-        if permit.ended:
+        if waits or permit.ended:
+            permit.give_up()
             raise asyncio.CancelledError(_OUTER_ENDED)
         raise self._timed_out(permit)
 

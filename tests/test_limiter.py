@@ -520,6 +520,23 @@ class TestGivingUp:
         left = 2 if ends == "unused" else 1
         assert [limiter.acquire(blocking=False) for _ in range(left + 1)] == [True] * left + [False]
 
+    async def test_a_task_that_somebody_else_wakes_gives_its_place_up(self) -> None:
+        limiter = Limiter(limit=1)
+        holder = limiter.enter()
+
+        async def wait() -> None:
+            async with limiter:
+                pass
+
+        task: Any = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        task._fut_waiter.set_result(None)
+
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        holder.leave()
+        assert (limiter.stats().in_flight, limiter.stats().waiting) == (0, 0)
+
     def test_a_call_admitted_while_it_times_out_keeps_its_slot(self, clock: FakeClock) -> None:
         """Whichever comes first counts: no call runs with a slot that was given back."""
         limiter = Limiter(limit=1, clock=clock)
