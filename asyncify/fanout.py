@@ -502,10 +502,10 @@ class Threads(BlockingFan, Crew):
         wait, all are soon there; where calls return at once, few are, as more would only get into each other's way.
         """
         with self._lock:
-            is_needed = bool(self._inbox) and self._hired == len(self._at_work) and self._hired < self._width()
-            self._hired += is_needed
-        if not is_needed:
-            return
+            is_one_on_its_way = self._hired > len(self._at_work)
+            if not self._inbox or is_one_on_its_way or self._hired >= self._width():
+                return
+            self._hired += 1
         try:
             self._pool.start(self._work)
         except RuntimeError:  # the system has no thread left: the running ones must do
@@ -528,7 +528,8 @@ class Threads(BlockingFan, Crew):
         hand: Hand | None = None
         while (taken := self._next(hand)) is not None:
             hand, item = taken
-            if self._hired == len(self._at_work):  # whoever makes them equal sees it
+            # Read without the lock: of the threads that take an item, the last one sees that no other is on its way.
+            if self._hired == len(self._at_work):
                 self._hire_next()
             with hand:
                 ended = attempt(self._call, *item)

@@ -46,7 +46,7 @@ class Patch:
             self._wait()
 
     def _wait(self) -> None:
-        import wrapt  # noqa: PLC0415  (as in `_apply`)
+        import wrapt  # noqa: PLC0415  (only a patch needs it)
 
         if self._module not in _waiting:
             _waiting[self._module] = []
@@ -54,7 +54,7 @@ class Patch:
         _waiting[self._module].append(self)
 
     def _apply(self, module: ModuleType) -> None:
-        import wrapt  # noqa: PLC0415  (it takes long to import, and most programs patch nothing)
+        import wrapt  # noqa: PLC0415  (only a patch needs it)
 
         try:
             self._parent, self._name, original = wrapt.resolve_path(module, self._path)

@@ -136,7 +136,7 @@ def parameters_schema(fn: Function, name: str) -> type[BaseModel]:
 
 def _arguments_schema(fn: Function, name: str, base: type[BaseModel]) -> type[BaseModel]:
     """Return a model of what a tool calls the function with; what LangChain injects is in it, kept from the model."""
-    from langchain_core.tools import InjectedToolArg  # noqa: PLC0415  (only now, as above)
+    from langchain_core.tools import InjectedToolArg  # noqa: PLC0415  (only a tool needs it)
 
     _check_types(fn)
     injected: dict[str, Any] = dict.fromkeys(_configs(fn), (Annotated[Any, InjectedToolArg], None))
@@ -233,7 +233,7 @@ def tool_of(
 
     `schema` describes the parameters otherwise than the function does; or the keys of its input, if that is a mapping.
     """
-    from langchain_core.tools import StructuredTool  # noqa: PLC0415  (only now, as above)
+    from langchain_core.tools import StructuredTool  # noqa: PLC0415  (only a tool needs it)
 
     is_of_keys = schema is not None and _describes_keys(fn, schema)
     if keys is None and not is_of_keys:
