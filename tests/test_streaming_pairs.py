@@ -299,6 +299,33 @@ def test_closing_a_dict_early_closes_the_generators(config: MakeConfig) -> None:
 
 
 @watched_or_not
+def test_closing_a_dict_waits_for_the_chunk_that_a_branch_is_making(config: MakeConfig) -> None:
+    """A thread can't be stopped; the branch is closed after its chunk."""
+    making, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def quick(value: int) -> Iterator[int]:
+        yield from itertools.count(value)
+
+    def slow(value: int) -> Iterator[int]:
+        try:
+            making.set()
+            assert go_on.wait(SAFETY_NET)
+            yield value
+        finally:
+            ended.set()
+
+    limited: Any = concurrency(limit=1)(Dual(slow))
+    stream: Any = (SAME | {"quick": Dual(quick), "slow": limited}).stream(1, config())
+    next(stream)
+    assert making.wait(SAFETY_NET)
+    threading.Timer(0.1, go_on.set).start()
+    stream.close()
+
+    assert ended.is_set()
+    assert limited.limiter.stats().in_flight == 0
+
+
+@watched_or_not
 async def test_a_branch_that_outlives_its_cancellation_does_not_hold_the_others_up(config: MakeConfig) -> None:
     """The error of another branch arrives, and so does a cancellation of the reader."""
 
