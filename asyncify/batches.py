@@ -179,9 +179,9 @@ class Batches:
         ) -> list[Any]:
             """Run the sync side on every input, in threads, and return the outputs in order.
 
-            There are at most `max_concurrency` threads, or else as many as the limit admits calls, or else 64. The
-            first error stops the batch: calls that run are waited for, those that have not started, or wait for a
-            limiter, never do.
+            There are `max_concurrency` threads, or else as many as the limit admits calls, or else 64. The first
+            error stops the batch: calls that run are waited for, those that have not started, or wait for a limiter,
+            never do.
             """
             items = _items(self, inputs, config, kwargs)
             if len(inputs) == 1:

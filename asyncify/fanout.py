@@ -464,7 +464,7 @@ class Threads(BlockingFan, Crew):
         with self._lock:
             if not self.is_over:
                 self._inbox.extend(items)
-        self._hire_next()
+        self._hire_all()
 
     def _is_idle(self) -> bool:
         return not self._hired and not self._inbox
@@ -495,17 +495,19 @@ class Threads(BlockingFan, Crew):
         is_awaited = self._all_awaited or (self._awaited and not self._ended)
         return busy if is_awaited and len(busy) == self._hired and not self.scope.is_cancelled else ()
 
-    def _hire_next(self) -> None:
-        """Start a thread if one is needed and none is on its way; when that one has an item, it starts the next.
+    def _hire_all(self) -> None:
+        """Start as many threads as are needed."""
+        while self._needs_thread() and self._hire():
+            pass
 
-        A thread gets its turn when another waits, or has had the interpreter for some milliseconds. So where calls
-        wait, all are soon there; where calls return at once, few are, as more would only get into each other's way.
-        """
+    def _needs_thread(self) -> bool:
         with self._lock:
-            is_one_on_its_way = self._hired > len(self._at_work)
-            if not self._inbox or is_one_on_its_way or self._hired >= self._width():
-                return
-            self._hired += 1
+            on_their_way = self._hired - len(self._at_work)
+            needed = len(self._inbox) > on_their_way and self._hired < self._width()
+            self._hired += needed
+        return needed
+
+    def _hire(self) -> bool:
         try:
             self._pool.start(self._work)
         except RuntimeError:  # the system has no thread left: the running ones must do
@@ -513,6 +515,8 @@ class Threads(BlockingFan, Crew):
                 self._hired -= 1
                 if not self._hired:
                     raise
+            return False
+        return True
 
     def _work(self) -> None:
         self._work_on()
@@ -528,9 +532,6 @@ class Threads(BlockingFan, Crew):
         hand: Hand | None = None
         while (taken := self._next(hand)) is not None:
             hand, item = taken
-            # Read without the lock: of the threads that take an item, the last one sees that no other is on its way.
-            if self._hired == len(self._at_work):
-                self._hire_next()
             with hand:
                 ended = attempt(self._call, *item)
             del taken, item
@@ -544,6 +545,8 @@ class Threads(BlockingFan, Crew):
                 self.scope.cancel()  # only now, or items whose wait is called off would end before the error is there
             self._tell()
             del ended  # an error's traceback holds this frame
+            if self._hired < self._width():  # the limit was raised, say
+                self._hire_all()
 
     def _next(self, last: Hand | None) -> tuple[Hand, tuple[int, Any]] | None:
         """End this thread's work on its last item; return the next item with a hand of its own, or None."""

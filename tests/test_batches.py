@@ -812,7 +812,7 @@ def test_a_batch_has_no_more_threads_than_inputs(
     def start_late(pool: ThreadPool, job: Callable[[], object]) -> None:
         nonlocal started
         started += 1
-        if started == 1:  # until it begins there is no other
+        if started == 2:
             threading.Timer(0.05, may_begin.set).start()
         start(pool, lambda: may_begin.wait(SAFETY_NET) and job())
 

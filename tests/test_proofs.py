@@ -968,26 +968,6 @@ def test_items_go_on_in_the_threads_that_there_are(items: int, monkeypatch: pyte
     assert fan._hired == 0
 
 
-def test_a_thread_that_has_an_item_starts_the_next_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is started while one is on its way: where items return at once, more would have nothing to do."""
-    jobs: list[Callable[[], Any]] = []
-    started: list[int] = []
-
-    def call(_: int, value: str) -> None:
-        started.append(len(jobs))
-        if value == "waits":
-            jobs[1]()  # now the thread that is on its way has its turn
-
-    fan = Threads(lambda _: call, lambda: 3, name="item", return_exceptions=False)
-    monkeypatch.setattr(fan._pool, "start", jobs.append)
-    fan.run(enumerate(["returns", "returns", "waits", "returns", "returns"]))
-    jobs[0]()
-    jobs[2]()
-
-    assert started == [2, 2, 2, 3, 3]
-    assert fan._hired == 0
-
-
 def test_a_call_that_was_let_in_before_it_could_be_looked_at_is_not_noted_as_a_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
