@@ -363,6 +363,14 @@ class TestOrder:
         assert crowd.order == ["a"]
 
 
+def queued(limiter: Limiter, calls: int) -> list[Permit]:
+    """Put calls into the queue of a full limiter, without anybody who waits for them."""
+    permits = [Permit().ask(limiter, 1, 1) for _ in range(calls)]
+    for permit in permits:
+        assert not limiter._admit(permit)
+    return permits
+
+
 class TestGivingUp:
     async def test_a_timeout_says_how_long_and_behind_how_many(self, crowd: Crowd) -> None:
         """LimitTimeout is a TimeoutError that names the limiter, the wait and the calls ahead."""
@@ -474,9 +482,7 @@ class TestGivingUp:
         """One that gave up, one that was called off, and one that failed."""
         limiter = Limiter(limit=1)
         holder = limiter.enter()
-        waits = [Permit().ask(limiter, 1, 1) for _ in range(4)]
-        for permit in waits:
-            assert not limiter._admit(permit)
+        waits = queued(limiter, 4)
         with limiter._lock:
             waits[0].give_up()
             waits[1].call_off()
@@ -491,9 +497,7 @@ class TestGivingUp:
         """Whoever holds the lock may have seen the slot, but not yet who is called off."""
         limiter = Limiter(limit=2)
         holders = [limiter.enter() for _ in range(2)]
-        waits = [Permit().ask(limiter, 1, 1) for _ in range(2)]
-        for permit in waits:
-            assert not limiter._admit(permit)
+        waits = queued(limiter, 2)
         with limiter._lock:
             waits[0].call_off()
             holders[0].leave()
